@@ -9,7 +9,7 @@ from tlinformer_jax.kernels import common
 from tlinformer_jax.kernels import loss as loss_kernel
 from tlinformer_jax.kernels import norm as norm_kernel
 from tlinformer_jax.models import layers
-from tlinformer_jax.models.recompute import map_rows
+from tlinformer_jax.models.recompute import in_chunks, joined, map_steps
 from tlinformer_jax.parallel.mesh import target
 from tlinformer_jax.training import cross_entropy as loss
 
@@ -128,14 +128,15 @@ def test_rows_past_the_count_are_not_computed():
         return weight * part**2 + number * offset
 
     def outputs(weight, rows):
-        return map_rows(branch, 2, weight, rows, jnp.float32(10), jnp.int32(2))
+        return joined(map_steps(branch, weight, in_chunks(rows, 2), jnp.float32(10), jnp.int32(2)))
 
     found, pull = jax.vjp(outputs, weight, rows)
     np.testing.assert_array_equal(found, [[3, 12, 37, 58, 0, 0, 0, 0]])
     weight_gradient, row_gradients = pull(jnp.ones((1, 8)))
     assert float(weight_gradient) == 30
     np.testing.assert_array_equal(row_gradients, [[6, 12, 18, 24, 0, 0, 0, 0]])
-    np.testing.assert_array_equal(map_rows(branch, 2, weight, rows, jnp.float32(10), jnp.int32(9))[:, :4], found[:, :4])
+    more = joined(map_steps(branch, weight, in_chunks(rows, 2), jnp.float32(10), jnp.int32(9)))
+    np.testing.assert_array_equal(more[:, :4], found[:, :4])
 
 
 @pytest.mark.parametrize("missing", [ImportError("No module named triton"), NotImplementedError("no such operation")])

@@ -107,8 +107,8 @@ def test_every_way_gives_what_the_plain_loop_gives(way):
 
 def too_few_chunks(monkeypatch):
     """The last chunk of a history is left out."""
-    real = streams.map_rows
-    monkeypatch.setattr(streams, "map_rows", lambda *args: real(*args[:-1], args[-1] - 1))
+    real = streams.map_steps
+    monkeypatch.setattr(streams, "map_steps", lambda *args: real(*args[:-1], args[-1] - 1))
 
 
 def forgotten_windows(monkeypatch):

@@ -380,17 +380,13 @@ def window_misplaced(monkeypatch):
 
 def overlap_of_another_window(monkeypatch):
     """The rows before a window are those before the window before it."""
-    real = windows.rows_in_line
+    real = windows.window_rows
 
-    def mutated(config, array, first, count, overlap=0):
-        rows = real(config, array, first, count, overlap)
-        if not overlap:
-            return rows
-        parts = rows.reshape(rows.shape[0], count, -1, *array.shape[2:])
-        wrong = jnp.roll(parts[:, :, :overlap], 1, axis=1)
-        return jnp.concatenate([wrong, parts[:, :, overlap:]], axis=2).reshape(rows.shape)
+    def mutated(config, array, first, count, together=1, overlap=0):
+        wrong, rows = (real(config, array, begin, count, together, overlap) for begin in (max(first - 1, 0), first))
+        return jnp.concatenate([wrong[:, :, :overlap], rows[:, :, overlap:]], axis=2)
 
-    monkeypatch.setattr(windows, "rows_in_line", mutated)
+    monkeypatch.setattr(windows, "window_rows", mutated)
 
 
 TRAINING_MUTATIONS = (overlap_read_out, overlap_is_history_too, window_misplaced, overlap_of_another_window)

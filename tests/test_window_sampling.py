@@ -14,7 +14,7 @@ from tlinformer_jax.config.data import DataConfig
 from tlinformer_jax.config.model import ExecutionPlan
 from tlinformer_jax.config.run import RunConfig, TrainConfig
 from tlinformer_jax.models import build_model
-from tlinformer_jax.models.recompute import map_rows
+from tlinformer_jax.models.recompute import map_steps
 from tlinformer_jax.models.windows import trained_tokens
 from tlinformer_jax.parallel.mesh import MeshConfig
 from tlinformer_jax.training.loss import draw_windows, summed_loss
@@ -156,15 +156,15 @@ def test_windows_that_run_together_give_what_they_give_alone(together, segments,
 def test_recomputed_loop_sums_shared_gradients_in_float32():
     """1024 equal terms in bfloat16 would stop adding up at 256."""
     weight = jnp.ones((3,), jnp.bfloat16)
-    parts = jnp.arange(1024.0)[None, :, None] * jnp.ones(3)
+    parts = jnp.arange(1024.0)[:, None] * jnp.ones(3)
 
     def branch(shared, fixed, item):
         part, number = item
         return shared * fixed * jnp.where(number >= 0, 1, 0) + part.astype(shared.dtype) * 0 + part * 2
 
     def total(weight, parts):
-        return map_rows(branch, 1, weight, parts, jnp.bfloat16(1), 1024).astype(jnp.float32).sum()
+        return map_steps(branch, weight, parts, jnp.bfloat16(1), 1024).astype(jnp.float32).sum()
 
     gradient, part_gradient = jax.grad(total, argnums=(0, 1))(weight, parts)
     np.testing.assert_array_equal(gradient, jnp.full(3, 1024, jnp.bfloat16))
-    np.testing.assert_array_equal(part_gradient, jnp.full((1, 1024, 3), 2.0))
+    np.testing.assert_array_equal(part_gradient, jnp.full((1024, 3), 2.0))

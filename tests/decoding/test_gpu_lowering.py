@@ -77,7 +77,7 @@ def test_storing(kept):
 
     def store(cache, projected, bias, positions, row, start):
         rope = rope_table(positions, WIDTH)
-        return history_kernel.store(cache, projected, bias, rope, row, start)
+        return history_kernel.store(cache, projected, bias, (rope.cos, rope.sin), row, start)
 
     text = lowered(store, cache, half(128, 2, HEADS, 40), half(2, HEADS, 40), positions, number(), number())
     assert "store_history" in text
@@ -85,7 +85,7 @@ def test_storing(kept):
     def look_up(cache, words, bias, positions, row, start):
         rope = rope_table(positions, WIDTH)
         tokens = jnp.arange(128, dtype=jnp.int32)
-        return history_kernel.store(cache, words, bias, rope, row, start, tokens)
+        return history_kernel.store(cache, words, bias, (rope.cos, rope.sin), row, start, tokens)
 
     text = lowered(look_up, cache, half(500, 2, HEADS, 40), half(2, HEADS, 40), positions, number(), number())
     assert "store_history" in text

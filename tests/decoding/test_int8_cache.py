@@ -354,8 +354,9 @@ def test_store_quantises_what_it_writes_and_touches_nothing_else(width):
     cache, _, _ = int8_cache(2, 3, width, 512)
     projected, bias = normal(2, 128, 2, 3, width + 4), normal(3, 2, 3, width + 4)
     rope = rope_table(1_000_000 + jnp.arange(128), width)
-    wide = [history_kernel.halves_apart(array.at[..., width:].set(0), width) for array in (projected, bias)]
-    new = history_kernel.store(cache, *wide, rope, jnp.int32(1), jnp.int32(200), interpret=True)
+    new = history_kernel.store(
+        cache, projected, bias, (rope.cos, rope.sin), jnp.int32(1), jnp.int32(200), interpret=True
+    )
     biased = projected[..., :width] + bias[..., :width]
     true_key = rotate(biased[None, :, 0], rope)[0]
     parts = (

@@ -76,8 +76,7 @@ def test_store_adds_the_bias_rotates_keys_and_touches_nothing_else(width):
     rope = rope_table(1_000_000 + jnp.arange(128), width)
     bias = normal(3, 2, 3, width + 4)
     place = jnp.int32(1), jnp.int32(200)
-    wide = [history_kernel.halves_apart(array.at[..., width:].set(0), width) for array in (projected, bias)]
-    new = history_kernel.store(KeyValue(key, value), *wide, rope, *place, interpret=True)
+    new = history_kernel.store(KeyValue(key, value), projected, bias, (rope.cos, rope.sin), *place, interpret=True)
     biased = projected[..., :width] + bias[..., :width]
     true_key = rotate(biased[None, :, 0], rope)[0]
     for found, old, rows in ((new.key, key, true_key), (new.value, value, biased[:, 1])):
@@ -93,10 +92,11 @@ def test_store_looks_rows_up():
         normal(2, 9, 2, 3, 16),
         normal(3, 2, 3, 16),
     )
-    rope, tokens = rope_table(jnp.arange(128), 12), jnp.asarray(np.random.default_rng(4).integers(0, 9, 128), jnp.int32)
+    rope = rope_table(jnp.arange(128), 12)
+    tables, tokens = (rope.cos, rope.sin), jnp.asarray(np.random.default_rng(4).integers(0, 9, 128), jnp.int32)
     place = jnp.int32(1), jnp.int32(64)
-    found = history_kernel.store(KeyValue(key, value), words, bias, rope, *place, tokens, interpret=True)
-    expected = history_kernel.store(KeyValue(key, value), words[tokens], bias, rope, *place, interpret=True)
+    found = history_kernel.store(KeyValue(key, value), words, bias, tables, *place, tokens, interpret=True)
+    expected = history_kernel.store(KeyValue(key, value), words[tokens], bias, tables, *place, interpret=True)
     for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_array_equal(one, other)
 

@@ -19,14 +19,8 @@ from tlinformer_jax.decoding.params import DecoderParams, embed
 from tlinformer_jax.kernels.common import merge_softmaxes
 from tlinformer_jax.kernels.key_value import KeyValue
 from tlinformer_jax.models.attention import attend_parts, merge_parts, no_parts
-from tlinformer_jax.models.cached_attention import (
-    attend_context,
-    attend_history,
-    for_writing,
-    write_rows,
-    write_tokens,
-)
-from tlinformer_jax.models.layers import Dropout, Embedded, LayerParams, project, projections
+from tlinformer_jax.models.cached_attention import attend_context, attend_history, write_rows
+from tlinformer_jax.models.layers import Dropout, Embedded, LayerParams, project, projections, unbiased_projections
 from tlinformer_jax.models.rope import Rope, rope_table, rotate
 from tlinformer_jax.models.streams import Stream
 
@@ -149,7 +143,6 @@ class CachedHistory:
             return self
         at, (keys, *rest), backend = self.at, self.keys or (None,), self.at.config.attention
         kept = jnp.zeros((1, at.cache.room, self.z.rows.shape[-1]), self.z.rows.dtype) if keep_rows else None
-        writer = for_writing(self.layer, at.chunk, backend)
 
         def body(start: Array, carry: tuple[Any, Any]) -> tuple[Any, Any]:
             keys, kept = carry
@@ -158,7 +151,8 @@ class CachedHistory:
                 kept = jax.lax.dynamic_update_slice(kept, rows, (0, start, 0))
             if keys is not None:
                 keyed = self.key_rows and self.key_rows(start)
-                keys = write_rows(keys, at.row, start, writer, rows, at.rope(start), backend, keyed)
+                products, bias = unbiased_projections(self.layer, rows, "kv", keyed)
+                keys = write_rows(keys, at.row, start, products[0], bias, at.rope(start), backend)
             return keys, kept
 
         keys, kept = for_chunks(at.held, at.cache.room, body, (keys, kept))
@@ -190,7 +184,7 @@ def embedded_history(
         return rotate(jnp.take(table, at.ids(start), axis=0, mode="clip"), at.rope(start))
 
     def write(start: Array, keys: KeyValue) -> KeyValue:
-        return write_tokens(keys, at.row, start, key_values, at.ids(start)[0], at.rope(start), backend)
+        return write_rows(keys, at.row, start, products[0], bias, at.rope(start), backend, at.ids(start)[0])
 
     z = Stream.of(layer, z_rows, z_rope, "q")
     if params.shift is not None or at.cache.room < ROWS_PER_TOKEN * at.config.vocab_size:
@@ -200,7 +194,6 @@ def embedded_history(
         return CachedHistory(at, layer, z, z_rope, rows, projected, caches, (), keyed)._made(keep_rows=False)
     table = projections(layer, vocabulary, "q")[0, :, 0]  # [V, heads, d_h (padded)]
     if fill:
-        writer = for_writing(layer, at.chunk, backend)
-        key_values = projections(writer, vocabulary, "kv")[0]  # [V, 2, heads, d_h (padded)]
+        products, bias = unbiased_projections(layer, vocabulary, "kv")
         first = tuple(for_chunks(at.held, at.cache.room, write, keys) for keys in first)
     return CachedHistory(at, layer, z, z_rope, rows, looked_up, later, first)

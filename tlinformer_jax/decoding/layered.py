@@ -79,7 +79,7 @@ def _layer(
     layer: LayerParams, config: ModelConfig, x: Rows, length: Int[Array, ""], key_rows: Rows | None = None
 ) -> LayerRows:
     """Runs an attention layer on the first `length` rows of a prompt, chunk by chunk; returns x, keys and values."""
-    most = None if fused_kernel(x.dtype) and config.attention != "xla" else PLAIN_CHUNK_ROWS
+    most = None if fused_kernel(x.dtype, config.attention) else PLAIN_CHUNK_ROWS
     size = chunk_rows(x.shape[1], most)
     window = attention_window(config)
 

@@ -24,7 +24,8 @@ from tlinformer_jax.decoding.history import SequenceRows, embedded_history
 from tlinformer_jax.decoding.params import DecoderParams, embed, logits_of
 from tlinformer_jax.kernels.key_value import KeyValue
 from tlinformer_jax.models.block import compress, hidden, restore
-from tlinformer_jax.models.cached_attention import for_writing, write_plainly, write_rows
+from tlinformer_jax.models.cached_attention import write_plainly, write_rows
+from tlinformer_jax.models.layers import unbiased_projections
 from tlinformer_jax.models.rope import rope_table
 from tlinformer_jax.models.streams import Stream, project_both
 
@@ -83,9 +84,9 @@ def slide(
             count = -(-count // split.parts)
             start = jnp.minimum(split.count(before), cache.room - count)
         at = SequenceRows(config, cache, row, length)
-        layer = for_writing(params.blocks[0].compress, count, config.attention)
         new, rope = at.embed(params, start, count), at.rope(start, count)
-        first = write_rows(cache.history[0], row, start, layer, new.rows, rope, config.attention, new.key_rows)
+        products, bias = unbiased_projections(params.blocks[0].compress, new.rows, "kv", new.key_rows)
+        first = write_rows(cache.history[0], row, start, products[0], bias, rope, config.attention)
         cache = dataclasses.replace(cache, history=(first, *cache.history[1:]))
     window = jnp.zeros((0,), jnp.int32)
     if overlap:

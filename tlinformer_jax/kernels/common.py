@@ -2,7 +2,7 @@
 
 import functools
 import threading
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,16 +35,6 @@ class Scores(NamedTuple):
     scale: float
     causal: bool = False  # query i sees only keys 0 .. i
     window: int | None = None  # query i sees only the last `window` of these keys; None for all
-
-
-class Rotations(Protocol):
-    """Rotary tables, [..., d_h / 2] each."""
-
-    @property
-    def cos(self) -> jax.Array: ...
-
-    @property
-    def sin(self) -> jax.Array: ...
 
 
 def usable(name: str, dtype: Any) -> bool:

@@ -19,7 +19,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
-from tlinformer_jax.kernels.common import Rotations, call_kernel, feature_pieces, iota, merge_softmaxes
+from tlinformer_jax.kernels.common import call_kernel, feature_pieces, iota, merge_softmaxes
 from tlinformer_jax.kernels.key_value import KeyValue
 
 LANES = 128
@@ -41,7 +41,7 @@ def num_parts(rows: int, softmaxes: int) -> int:
 
 def attend(
     projected: Float[Array, "batch 3 heads d_h"],
-    rope: Rotations,
+    tables: Sequence[Float[Array, "batch half"]],
     sources: Sequence[Source],
     scale: float,
     interpret: bool = False,
@@ -52,6 +52,7 @@ def attend(
 
     Args:
       projected: query, key and value of the new row, not rotated.
+      tables: cosines and sines of the new row's rotations.
 
     Returns:
       each source's output, float32, to be added up; its log-sum-exp, -inf if no row is valid; and the new row's rotated
@@ -66,7 +67,7 @@ def attend(
         functools.partial(_attend_kernel, layers=layers, splits=splits, width=width, scale=scale),
         (sum(splits), heads, batch),
         [*outputs, jax.ShapeDtypeStruct((batch, heads, width), projected.dtype)],
-        [projected, rope.cos, rope.sin, caches, lengths],
+        [projected, *tables, caches, lengths],
         "attend_cached",
         interpret,
         num_warps=4,

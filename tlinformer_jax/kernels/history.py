@@ -10,6 +10,7 @@ too. With an int8 cache `attend` reads integers and `store` writes them.
 """
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,6 @@ from jaxtyping import Array, Float, Int
 from tlinformer_jax.kernels.common import (
     LEAST_PIECE,
     LOG2_E,
-    Rotations,
     call_kernel,
     dot,
     feature_pieces,
@@ -213,7 +213,7 @@ def store(
     cache: KeyValue,
     projected: Float[Array, "sources 2 heads width"],
     bias: Float[Array, "2 heads width"],
-    rope: Rotations,
+    tables: Sequence[Float[Array, "rows half"]],
     row: Array,
     start: Array,
     tokens: Int[Array, " rows"] | None = None,
@@ -226,18 +226,16 @@ def store(
 
     Args:
       cache: [batch, heads, d_h, room].
-      projected: products of keys and values, without bias and rotation, with features ordered by `halves_apart`; those
-        of the rows, or with `tokens` those of the whole vocabulary.
-      bias: bias of keys and values, in the same order of features.
-      rope: rotations of the rows, [rows, d_h / 2].
+      projected: products of keys and values, without bias and rotation; those of the rows, or with `tokens` those of
+        the whole vocabulary. Features past d_h are padding.
+      bias: bias of keys and values.
+      tables: cosines and sines of the rows' rotations.
       tokens: index into `projected` for each row, clipped to the vocabulary; None if `projected` contains the rows.
     """
     rows = projected.shape[0] if tokens is None else tokens.size
     place = jnp.stack([row, start]).astype(jnp.int32)
-    pairs, spread = cache.key.shape[2] // 2, projected.shape[3] // 2
-    tables = [jnp.pad(table, ((0, 0), (0, spread - pairs))) for table in (rope.cos, rope.sin)]
     return call_kernel(
-        functools.partial(_store_kernel, half=pairs, spread=spread, vocab_size=projected.shape[0]),
+        functools.partial(_store_kernel, half=cache.key.shape[2] // 2, vocab_size=projected.shape[0]),
         (rows // STORE_TILE, projected.shape[2]),
         jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), cache),
         [cache, projected, bias, tables, place, tokens],
@@ -249,45 +247,30 @@ def store(
     )
 
 
-def halves_apart(array: Array, head_dim: int) -> Array:
-    """Moves the second half of a head's features to the middle of the padded width, for `store`.
-
-    Both halves then begin at a whole word of memory: 36 features of 40 become 18, 2 of padding, 18, 2 of padding.
-    """
-    pairs, spread = head_dim // 2, array.shape[-1] // 2
-    padding = [(0, 0)] * (array.ndim - 1) + [(0, spread - pairs)]
-    return jnp.concatenate(
-        [jnp.pad(half, padding) for half in (array[..., :pairs], array[..., pairs : 2 * pairs])], axis=-1
-    )
-
-
 def _store_kernel(
-    _, projected_ref, bias_ref, table_refs, place_ref, tokens_ref, cache, *, half: int, spread: int, vocab_size: int
+    _, projected_ref, bias_ref, table_refs, place_ref, tokens_ref, cache, *, half: int, vocab_size: int
 ) -> None:
     """Stores a tile of rows of one head, in halves: the two features of a rotated pair are in different halves."""
     tile, head = pl.program_id(0), pl.program_id(1)
-    pairs = iota(pl.next_power_of_2(spread))
+    pairs = iota(pl.next_power_of_2(half))
     numbers = tile * STORE_TILE + iota(STORE_TILE)
     to = place_ref[1] + numbers
-    there = (pairs < spread)[None, :]
+    there = (pairs < half)[None, :]
     # Ids past the history are arbitrary, so clip them.
     sources = numbers if tokens_ref is None else jnp.clip(masked_load(tokens_ref.at[numbers]), 0, vocab_size - 1)
 
     def load(part: int) -> list[Array]:
         halves = []
-        for first in (0, spread):
+        for first in (0, half):
             rows = masked_load(projected_ref.at[sources[:, None], part, head, first + pairs[None, :]], there)
-            bias = masked_load(bias_ref.at[part, head, first + pairs], pairs < spread)
+            bias = masked_load(bias_ref.at[part, head, first + pairs], pairs < half)
             # Round here like the plain version, so that both cache the same keys.
             halves.append((rows.astype(jnp.float32) + bias.astype(jnp.float32)).astype(rows.dtype))
         return halves
 
     def write(ref, scale_ref, halves: list[Array]) -> None:
         if scale_ref is not None:
-            wide = [
-                jnp.where((pairs < half)[None, :], block.astype(projected_ref.dtype).astype(jnp.float32), 0.0)
-                for block in halves
-            ]
+            wide = [block.astype(projected_ref.dtype).astype(jnp.float32) for block in halves]
             scale = row_scale(jnp.maximum(*(jnp.max(jnp.abs(block), axis=1) for block in wide)))
             halves = [to_integers(block, scale[:, None]) for block in wide]
             masked_store(scale_ref.at[place_ref[0], head, to], scale.astype(scale_ref.dtype))

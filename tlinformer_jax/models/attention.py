@@ -16,7 +16,7 @@ from tlinformer_jax.kernels import dropout as dropout_kernel
 from tlinformer_jax.kernels.common import Scores, is_half, merge_softmaxes
 from tlinformer_jax.kernels.splash import attend_splash
 from tlinformer_jax.models.layers import Dropout
-from tlinformer_jax.models.recompute import map_rows
+from tlinformer_jax.models.recompute import in_chunks, joined, map_steps
 from tlinformer_jax.parallel.mesh import is_nvidia_gpu, platform
 
 # Keys per part when attention to many keys is split; a power of two.
@@ -88,23 +88,13 @@ def attend(
     elif chosen == "cudnn" and dropout is None and not apart:
         output, lse = _attend_cudnn(query, key, value, scores, key_length, return_lse, never_empty)
     else:
-        raise ValueError(_refusal(chosen, dropout, apart))
+        raise ValueError(f"attend: backend {chosen!r} does not support these options: see `backend` in the docstring")
     return (output, lse) if return_lse else output
-
-
-def _refusal(backend: str, dropout: Dropout | None, apart: bool) -> str:
-    if apart and backend in ("cudnn", "triton"):
-        return f"attend: backend {backend!r} does not keep documents apart"
-    if backend == "triton":
-        return "attend: backend 'triton' is for dropout, and returns no log-sum-exp"
-    if backend in ("cudnn", "splash"):
-        return f"attend: backend {backend!r} has no {'dropout on the attention weights' if dropout else 'log-sum-exp'}"
-    return f"attend: unknown backend {backend!r}"
 
 
 def head_multiple(dtype: Any, backend: str) -> int:
     """Returns the multiple to which `layers.prepare_layers` pads the features of a head: 8 for cuDNN, else 1."""
-    return 8 if backend == "cudnn" or (backend == "auto" and fused_kernel(dtype)) else 1
+    return 8 if fused_kernel(dtype, backend) else 1
 
 
 def choose_backend(query: Queries, dropout: Dropout | None, return_lse: bool, documents: bool = False) -> str:
@@ -122,9 +112,9 @@ def choose_backend(query: Queries, dropout: Dropout | None, return_lse: bool, do
     return "splash" if query.dtype == jnp.bfloat16 and platform() == "tpu" else "xla"
 
 
-def fused_kernel(dtype: Any) -> bool:
-    """Returns whether cuDNN's kernel can run: half precision on an NVIDIA GPU."""
-    return is_half(dtype) and is_nvidia_gpu()
+def fused_kernel(dtype: Any, backend: str = "auto") -> bool:
+    """Returns whether attention is by cuDNN: if configured, or 'auto' in half precision on an NVIDIA GPU."""
+    return backend == "cudnn" or (backend == "auto" and is_half(dtype) and is_nvidia_gpu())
 
 
 def attend_parts(
@@ -142,7 +132,7 @@ def attend_parts(
     """
     keys = key.shape[1]
     key_length = jnp.clip(key_length, 0, keys)
-    if _with_lse(query, backend) == "xla":
+    if not fused_kernel(query.dtype, backend):
         output, lse = attend(query, key, value, key_length=key_length, backend="xla", return_lse=True, scale=scale)
         return output.astype(jnp.float32), lse
     count = max(1, math.gcd(keys, 1 << 20) // KEYS_PER_PART)
@@ -171,7 +161,8 @@ def attend_chunk(
       window: rows that each query sees, including its own; None for all rows up to its own.
     """
     size = query.shape[1]
-    options: dict[str, Any] = {"backend": _with_lse(query, backend), "scale": scale}
+    fused = fused_kernel(query.dtype, backend)
+    options: dict[str, Any] = {"backend": "cudnn" if fused else "xla", "scale": scale}
     if window is not None:
         # Keep only keys that a window of the chunk reaches; zeros stand in for the queries before the chunk.
         reach = min(key.shape[1] - size, window - 1)
@@ -188,7 +179,7 @@ def attend_chunk(
     if key.shape[1] == size:
         return own[0]
     parts = own[0].astype(jnp.float32), own[1]
-    if options["backend"] == "cudnn":
+    if fused:
         before, lse = attend(query, key, value, key_length=start, return_lse=True, **options)
         return merge_parts(parts, (before.astype(jnp.float32), lse))[0].astype(query.dtype)
 
@@ -198,11 +189,6 @@ def attend_chunk(
 
     # One chunk of keys at a time, so that the memory for scores does not grow with the sequence.
     return jax.lax.fori_loop(0, start // size, block, parts)[0].astype(query.dtype)
-
-
-def _with_lse(query: Array, backend: str) -> str:
-    """Returns the back end to use for a log-sum-exp without gradients, given the configured `backend`."""
-    return "cudnn" if backend == "cudnn" or (backend == "auto" and fused_kernel(query.dtype)) else "xla"
 
 
 def no_parts(query: Queries) -> OutputAndLse:
@@ -297,8 +283,8 @@ def _attend_in_chunks(
     if documents is not None:
         documents = jnp.pad(documents[0], ((0, 0), (0, -queries % chunk))), documents[1]
     fixed = key_length, dropout, documents
-    found = map_rows(some, chunk, (key, value), padded, fixed, padded.shape[1] // chunk)
-    output, lse = (array[:, :queries] for array in found)
+    found = map_steps(some, (key, value), in_chunks(padded, chunk), fixed, padded.shape[1] // chunk)
+    output, lse = (joined(array)[:, :queries] for array in found)
     return output, lse
 
 

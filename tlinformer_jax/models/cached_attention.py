@@ -5,7 +5,6 @@ needs no padding. The number of valid rows differs between sequences and is know
 (`kernels.key_value`).
 """
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,14 +21,7 @@ from tlinformer_jax.kernels.common import available, is_half
 from tlinformer_jax.kernels.key_value import KeyValue
 from tlinformer_jax.models.attention import OutputAndLse, attend, attend_parts, merge_parts, no_parts
 from tlinformer_jax.models.cached_rows import CachedRows, attend_cached
-from tlinformer_jax.models.layers import (
-    LAYER_NORM_EPSILON,
-    LayerParams,
-    project,
-    projections,
-    unbiased_projections,
-    update,
-)
+from tlinformer_jax.models.layers import LAYER_NORM_EPSILON, LayerParams, add_bias, project, projections, update
 from tlinformer_jax.models.rope import Rope, rotate
 
 # With more sequences than this, XLA's products on the matrix units are faster than those of `kernels.decode.dense`.
@@ -37,44 +29,32 @@ MAX_FUSED_ROWS = 4
 
 
 @flax.struct.dataclass
-class TokenLayerParams:
+class TokenLayerParams(LayerParams):
     """A layer's parameters for a single row: the weights of each output feature are contiguous.
 
-    Attributes:
-      vectors: the layer's parameters with None for the four matrices.
-      qkv_kernel, out_kernel: [3, h, d_h, D] and [D, h, d_h].
-      gate_up_kernel, down_kernel: [2, F, D] and [D, F]; for experts as in `LayerParams`.
+    The matrices are [3, h, d_h, D], [D, h, d_h], [2, F, D] and [D, F]; those of experts are as in `LayerParams`.
     """
-
-    vectors: LayerParams
-    qkv_kernel: Array
-    out_kernel: Array
-    gate_up_kernel: Array
-    down_kernel: Array
 
     @classmethod
     def of(cls, params: LayerParams) -> "TokenLayerParams":
         """Converts parameters from `prepare_layers`, whose heads must not be padded."""
-        without: dict[str, Any] = dict.fromkeys(("qkv_kernel", "out_kernel", "gate_up_kernel", "down_kernel"))
-        experts = params.router is not None
-        return cls(
-            dataclasses.replace(params, **without),
-            qkv_kernel=jnp.moveaxis(params.qkv_kernel, 0, -1),
-            out_kernel=jnp.moveaxis(params.out_kernel, -1, 0),
-            gate_up_kernel=params.gate_up_kernel if experts else jnp.moveaxis(params.gate_up_kernel, 0, -1),
-            down_kernel=params.down_kernel if experts else params.down_kernel.T,
-        )
+        moved = {name: jnp.moveaxis(getattr(params, name), *axes) for name, axes in _moved_axes(params)}
+        return cls(**{**vars(params), **moved})
 
     def natural(self) -> LayerParams:
         """Returns the parameters for `layers.project` and `layers.update`; inside `jit` this copies no memory."""
-        experts = self.vectors.router is not None
-        return dataclasses.replace(
-            self.vectors,
-            qkv_kernel=jnp.moveaxis(self.qkv_kernel, -1, 0),
-            out_kernel=jnp.moveaxis(self.out_kernel, 0, -1),
-            gate_up_kernel=self.gate_up_kernel if experts else jnp.moveaxis(self.gate_up_kernel, -1, 0),
-            down_kernel=self.down_kernel if experts else self.down_kernel.T,
-        )
+        moved = {name: jnp.moveaxis(getattr(self, name), *axes[::-1]) for name, axes in _moved_axes(self)}
+        return LayerParams(**{**vars(self), **moved})
+
+
+def _moved_axes(params: LayerParams) -> list[tuple[str, tuple[int, int]]]:
+    """Returns the matrices of `TokenLayerParams`, and the axis that each moves from and to."""
+    experts = params.router is not None
+    return [
+        ("qkv_kernel", (0, -1)),
+        ("out_kernel", (-1, 0)),
+        *([] if experts else [("gate_up_kernel", (0, -1)), ("down_kernel", (0, -1))]),
+    ]
 
 
 def token_layer(
@@ -111,7 +91,7 @@ def token_layer(
         return update(natural, x[:, None], attended[:, None])[:, 0], own
     interpret = backend == "triton_interpreted"
     # The fused products do not support experts; the attention kernel does not depend on the feed-forward.
-    fused = x.shape[0] <= MAX_FUSED_ROWS and params.vectors.router is None
+    fused = x.shape[0] <= MAX_FUSED_ROWS and params.router is None
 
     def projected_rows(rows: Array) -> Array:
         return _projected(params, rows, interpret) if fused else projections(params.natural(), rows[:, None])[:, 0]
@@ -120,7 +100,9 @@ def token_layer(
     if key_rows is not None:
         projected = projected.at[:, 1].set(projected_rows(key_rows)[:, 1])
     sources = [(part.cache, part.length, part.layer) for part in (past, context) if part is not None]
-    parts, lses, own_key = decode_kernel.attend(projected, rope, sources, config.attention_scale, interpret)
+    parts, lses, own_key = decode_kernel.attend(
+        projected, (rope.cos, rope.sin), sources, config.attention_scale, interpret
+    )
     if context is not None and context.split is not None:
         parts = jnp.stack([parts[0], context.merged(parts[1], lses[1])])
     own = KeyValue(own_key, projected[:, 2])
@@ -146,19 +128,17 @@ def int8_readers(config: ModelConfig) -> str:
 
 def _projected(params: TokenLayerParams, x: Array, interpret: bool) -> Array:
     """Computes `layers.projections` by the fused kernel: [batch, 3, heads, d_h]."""
-    shape, vectors = params.qkv_kernel.shape, params.vectors
-    norm = (vectors.norm1_scale, vectors.norm1_bias, LAYER_NORM_EPSILON)
-    kernel, bias = params.qkv_kernel.reshape(-1, shape[-1]), vectors.qkv_bias.reshape(-1)
+    shape, norm = params.qkv_kernel.shape, (params.norm1_scale, params.norm1_bias, LAYER_NORM_EPSILON)
+    kernel, bias = params.qkv_kernel.reshape(-1, shape[-1]), params.qkv_bias.reshape(-1)
     return decode_kernel.dense(x[None], kernel, norm=norm, bias=bias, interpret=interpret).reshape(-1, *shape[:-1])
 
 
 def _updated(params: TokenLayerParams, x: Array, parts: Array, interpret: bool) -> Array:
     """Computes `layers.update` by fused kernels from attention's parts [parts, batch, heads, d_h]: [batch, D]."""
-    vectors = params.vectors
     attended = parts.reshape(*parts.shape[:2], -1)
     out_kernel = params.out_kernel.reshape(x.shape[-1], -1)
-    x = decode_kernel.dense(attended, out_kernel, bias=vectors.out_bias, residual=x, dtype=x.dtype, interpret=interpret)
-    norm = (vectors.norm2_scale, vectors.norm2_bias, LAYER_NORM_EPSILON)
+    x = decode_kernel.dense(attended, out_kernel, bias=params.out_bias, residual=x, dtype=x.dtype, interpret=interpret)
+    norm = (params.norm2_scale, params.norm2_bias, LAYER_NORM_EPSILON)
     inner = decode_kernel.dense(x[None], params.gate_up_kernel, norm=norm, gated=True, interpret=interpret)
     return decode_kernel.dense(inner[None], params.down_kernel, residual=x, interpret=interpret)
 
@@ -203,57 +183,28 @@ def lane_rows(rows: Float[Array, "*any n heads width"], head_dim: int) -> Float[
     return with_layout_constraint(moved, Layout(tuple(range(moved.ndim))))
 
 
-def for_writing(layer: LayerParams, rows: int, backend: str) -> LayerParams:
-    """Prepares a layer for calls of `write_rows` with `rows` rows each; call it outside loops."""
-    head_dim = layer.out_kernel.shape[-1] // layer.out_kernel.shape[0]  # D / heads, without padding
-    if not _stores_by_kernel(layer.qkv_kernel.dtype, head_dim, rows, backend):
-        return layer
-    kernel, bias = (history_kernel.halves_apart(array, head_dim) for array in (layer.qkv_kernel, layer.qkv_bias))
-    return dataclasses.replace(layer, qkv_kernel=kernel, qkv_bias=bias)
-
-
-def _stores_by_kernel(dtype: Any, head_dim: int, rows: int, backend: str) -> bool:
-    return use_kernels(dtype, head_dim, backend) and rows % history_kernel.STORE_TILE == 0
-
-
 def write_rows(
     cache: KeyValue,
     row: Array,
     start: Array,
-    layer: LayerParams,
-    rows: Float[Array, "1 n D"],
+    products: Float[Array, "sources 2 heads width"],
+    bias: Float[Array, "2 heads width"],
     rope: Rope,
     backend: str,
-    key_rows: Float[Array, "1 n D"] | None = None,
+    tokens: Int[Array, " n"] | None = None,
 ) -> KeyValue:
-    """Projects rows to keys and values and writes these into a layer's cache from row `start` on.
+    """Writes keys and values of many rows into a layer's cache from row `start` on, in place if the cache is donated.
 
-    `layer` is from `for_writing`. The write is in place if the cache is donated.
+    `products` and `bias` come from `layers.unbiased_projections`; keys are rotated here. The products are those of the
+    rows, or with `tokens`, the rows' ids, those of the whole vocabulary.
     """
-    if _stores_by_kernel(layer.qkv_kernel.dtype, cache.key.shape[2], rows.shape[1], backend):
-        projected, bias = unbiased_projections(layer, rows, "kv", key_rows)
-        return history_kernel.store(cache, projected[0], bias, rope, row, start)
-    return write_plainly(cache, project(layer, rows, rope, "kv", key_rows), (row,), start)
-
-
-def write_tokens(
-    cache: KeyValue,
-    row: Array,
-    start: Array,
-    table: Float[Array, "V 2 heads width"],
-    tokens: Int[Array, " n"],
-    rope: Rope,
-    backend: str,
-) -> KeyValue:
-    """Does the same as `write_rows`, but looks up the keys and values of tokens in a table of the vocabulary.
-
-    The table is projected by a layer from `for_writing`; its keys are not rotated.
-    """
-    if _stores_by_kernel(table.dtype, cache.key.shape[2], tokens.size, backend):
-        no_bias = jnp.zeros(table.shape[1:], table.dtype)
-        return history_kernel.store(cache, table, no_bias, rope, row, start, tokens)
-    key, value = jnp.moveaxis(jnp.take(table, tokens, axis=0, mode="clip")[None], 2, 0)
-    return write_plainly(cache, (rotate(key, rope), value), (row,), start)
+    rows = rope.cos.shape[0]
+    if use_kernels(products.dtype, cache.key.shape[2], backend) and rows % history_kernel.STORE_TILE == 0:
+        return history_kernel.store(cache, products, bias, (rope.cos, rope.sin), row, start, tokens)
+    if tokens is not None:
+        products = jnp.take(products, tokens, axis=0, mode="clip")
+    both = add_bias(products, bias)[None]
+    return write_plainly(cache, (rotate(both[:, :, 0], rope), both[:, :, 1]), (row,), start)
 
 
 def write_plainly(

@@ -299,7 +299,7 @@ norm_branch.defvjp(lambda *arrays: (norm_branch(*arrays), arrays), functools.par
 
 
 @jax.custom_vjp
-def _add_bias(x: Array, bias: Array) -> Array:
+def add_bias(x: Array, bias: Array) -> Array:
     """Adds bias [...] to x [rows..., ...]."""
     # cuBLAS can add a bias in the epilogue of its product only if the bias is a vector.
     return (x.reshape(-1, bias.size) + bias.astype(x.dtype).reshape(-1)).reshape(x.shape)
@@ -312,7 +312,7 @@ def _add_bias_backward(bias: Array, gradient: Array) -> tuple[Array, Array]:
     return gradient, jnp.sum(gradient.astype(jnp.float32), axis=axes).astype(bias.dtype)
 
 
-_add_bias.defvjp(lambda x, bias: (_add_bias(x, bias), bias), _add_bias_backward)
+add_bias.defvjp(lambda x, bias: (add_bias(x, bias), bias), _add_bias_backward)
 
 
 def projections(
@@ -326,7 +326,7 @@ def projections(
     `parts` is a substring of 'qkv'; other parts are not computed. Keys come from `key_rows` if given (see `Embedded`).
     """
     projected, bias = unbiased_projections(params, x, parts, key_rows)
-    return _add_bias(projected, bias)
+    return add_bias(projected, bias)
 
 
 def unbiased_projections(
@@ -373,7 +373,7 @@ def update(
     """
     if not x.shape[1]:
         return x
-    x = x + _add_bias(jnp.einsum("blhk,hkd->bld", attended, params.out_kernel), params.out_bias)
+    x = x + add_bias(jnp.einsum("blhk,hkd->bld", attended, params.out_kernel), params.out_bias)
     x, normed = norm_branch(x, params.norm2_scale, params.norm2_bias)
     output = feed_forward(params.router, params.gate_up_kernel, params.down_kernel, normed)
     return x + (output if dropout is None else dropout(output))

@@ -10,8 +10,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array
 
-# One step: (shared, fixed, (rows, number)) -> output. It must not close over traced values.
+# One step: (shared, fixed, (item, number)) -> output. It must not close over traced values.
 Branch = Callable[[Any, Any, tuple[Any, Any]], Any]
 
 
@@ -30,61 +31,69 @@ def rounded(total: Any, shared: Any) -> Any:
     return jax.tree.map(lambda sum_, array: sum_.astype(array.dtype), total, shared)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def map_rows(branch: Branch, chunk: int, shared: Any, rows: Any, fixed: Any, count: jax.Array) -> Any:
-    """Applies `branch(shared, fixed, (chunk of rows, index))` to the first `count` chunks; concatenates the outputs.
+def in_chunks(array: Array, chunk: int) -> Array:
+    """Splits [batch, length, ...] into [length / chunk, batch, chunk, ...]."""
+    return jnp.moveaxis(array.reshape(array.shape[0], -1, chunk, *array.shape[2:]), 1, 0)
 
-    Later chunks cost nothing although `count` is known only at run time: `jax.lax.scan` would run every chunk, and
-    `jax.lax.while_loop` has no gradient. The backward pass computes each chunk again.
+
+def joined(chunks: Array) -> Array:
+    """Inverts `in_chunks`."""
+    array = jnp.moveaxis(chunks, 0, 1)
+    return array.reshape(array.shape[0], -1, *array.shape[3:])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def map_steps(branch: Branch, shared: Any, items: Any, fixed: Any, count: jax.Array | int) -> Any:
+    """Applies `branch(shared, fixed, (item, number))` to the first `count` items, and stacks the outputs.
+
+    Later items cost nothing although `count` is known only at run time: `jax.lax.scan` would run every step, and
+    `jax.lax.while_loop` has no gradient. The backward pass computes each step again.
 
     Args:
-      branch: one step; returns a pytree of arrays [batch, chunk, ...].
-      chunk: rows of one step; divides `length`.
+      branch: one step; returns a pytree of arrays.
       shared: differentiable values that every step reads; their gradients are summed in float32.
-      rows: differentiable arrays [batch, length, ...]. Outputs and gradients of skipped rows are 0.
+      items: differentiable arrays [steps, ...]. Outputs and gradients of skipped items are 0.
       fixed: values that every step reads; they get no gradient.
-      count: number of chunks, int32 []; at most length / chunk chunks run.
+      count: number of steps, int32 []; at most as many as there are items.
     """
 
     def body(number, outputs):
-        return _put(outputs, branch(shared, fixed, (_take(rows, number, chunk), number)), number * chunk)
+        return _put(outputs, branch(shared, fixed, (_take(items, number), number)), number)
 
-    shapes = jax.eval_shape(lambda: branch(shared, fixed, (_take(rows, 0, chunk), jnp.int32(0))))
-    outputs = jax.tree.map(lambda s: jnp.zeros((s.shape[0], _length(rows), *s.shape[2:]), s.dtype), shapes)
-    return jax.lax.fori_loop(0, jnp.minimum(count, _length(rows) // chunk), body, outputs)
-
-
-def _rows_forward(branch, chunk, *inputs):
-    return map_rows(branch, chunk, *inputs), inputs
+    shapes = jax.eval_shape(lambda: branch(shared, fixed, (_take(items, 0), jnp.int32(0))))
+    outputs = jax.tree.map(lambda s: jnp.zeros((_steps(items), *s.shape), s.dtype), shapes)
+    return jax.lax.fori_loop(0, jnp.minimum(count, _steps(items)), body, outputs)
 
 
-def _rows_backward(branch, chunk, inputs, cotangents):
-    shared, rows, fixed, count = inputs
+def _forward(branch, *inputs):
+    return map_steps(branch, *inputs), inputs
+
+
+def _backward(branch, inputs, cotangents):
+    shared, items, fixed, count = inputs
 
     def body(number, state):
-        total, row_gradients = state
-        part, slope = _take((rows, cotangents), number, chunk)
-        _, pull = jax.vjp(lambda shared, part: branch(shared, fixed, (part, number)), shared, part)
-        gradient, part_gradient = pull(slope)
-        return add_wide(total, gradient), _put(row_gradients, part_gradient, number * chunk)
+        total, item_gradients = state
+        item, slope = _take((items, cotangents), number)
+        _, pull = jax.vjp(lambda shared, item: branch(shared, fixed, (item, number)), shared, item)
+        gradient, item_gradient = pull(slope)
+        return add_wide(total, gradient), _put(item_gradients, item_gradient, number)
 
-    zero = wide_zeros(shared), jax.tree.map(jnp.zeros_like, rows)
-    total, row_gradients = jax.lax.fori_loop(0, jnp.minimum(count, _length(rows) // chunk), body, zero)
-    return rounded(total, shared), row_gradients, None, None
-
-
-map_rows.defvjp(_rows_forward, _rows_backward)
+    zero = wide_zeros(shared), jax.tree.map(jnp.zeros_like, items)
+    total, item_gradients = jax.lax.fori_loop(0, jnp.minimum(count, _steps(items)), body, zero)
+    return rounded(total, shared), item_gradients, None, None
 
 
-def _length(rows: Any) -> int:
-    return jax.tree.leaves(rows)[0].shape[1]
+map_steps.defvjp(_forward, _backward)
 
 
-def _take(arrays: Any, number: jax.Array | int, chunk: int) -> Any:
-    return jax.tree.map(lambda array: jax.lax.dynamic_slice_in_dim(array, number * chunk, chunk, axis=1), arrays)
+def _steps(items: Any) -> int:
+    return jax.tree.leaves(items)[0].shape[0]
 
 
-def _put(arrays: Any, parts: Any, start: jax.Array) -> Any:
-    return jax.tree.map(
-        lambda array, part: jax.lax.dynamic_update_slice_in_dim(array, part, start, axis=1), arrays, parts
-    )
+def _take(items: Any, number: jax.Array | int) -> Any:
+    return jax.tree.map(lambda array: jax.lax.dynamic_index_in_dim(array, number, keepdims=False), items)
+
+
+def _put(items: Any, item: Any, number: jax.Array) -> Any:
+    return jax.tree.map(lambda array, new: jax.lax.dynamic_update_index_in_dim(array, new, number, 0), items, item)

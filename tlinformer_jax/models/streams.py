@@ -16,7 +16,7 @@ from tlinformer_jax.kernels.common import merge_softmaxes
 from tlinformer_jax.models.attention import Documents, attend
 from tlinformer_jax.models.feed_forward import split_router_losses
 from tlinformer_jax.models.layers import Dropout, LayerParams, part_of, project
-from tlinformer_jax.models.recompute import map_rows
+from tlinformer_jax.models.recompute import in_chunks, joined, map_steps
 from tlinformer_jax.models.rope import Rope
 from tlinformer_jax.models.windows import PerWindow, WindowFrame, repeat_for_windows, slice_rows
 from tlinformer_jax.parallel.sharding import SplitRows
@@ -157,7 +157,7 @@ class History(Stream):
             length = self.split.count(length)
         if not self.chunk:
             restored = restore_rows(*rows, shared, (valid, read, dropout), documents)
-            projected = project(next_layer, restored, rope.rows(0, restored.shape[1]), parts)
+            projected = list(project(next_layer, restored, rope.rows(0, restored.shape[1]), parts))
         else:
             # A plain number must not become an array: kernels are faster if they know that nothing is masked.
             known = None if isinstance(valid, jax.Array) else valid
@@ -173,7 +173,9 @@ class History(Stream):
             fixed = (valid if known is None else None, read, documents, rope, dropout)
             filled = -(-jnp.max(jnp.asarray(length, jnp.int32)) // self.chunk)
             shared = split_router_losses(shared, filled)
-            restored, *projected = map_rows(restore_chunk, self.chunk, (shared, next_layer), rows, fixed, filled)
+            chunks = jax.tree.map(lambda array: in_chunks(array, self.chunk), rows)
+            found = map_steps(restore_chunk, (shared, next_layer), chunks, fixed, filled)
+            restored, *projected = map(joined, found)
         arrays: dict[str, Any] = {"rows": restored, "Q": None, **dict(zip(parts.upper(), projected))}
         return dataclasses.replace(self, **arrays)
 

@@ -9,7 +9,6 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,7 +18,7 @@ from tlinformer_jax.config.model import ExecutionPlan, ModelConfig
 from tlinformer_jax.models.block import BlockParams, dual_window_block
 from tlinformer_jax.models.feed_forward import split_router_losses
 from tlinformer_jax.models.layers import Dropout, Embedded, part_of
-from tlinformer_jax.models.recompute import map_rows
+from tlinformer_jax.models.recompute import joined, map_steps
 from tlinformer_jax.models.rope import Rope, rope_table
 from tlinformer_jax.models.streams import History, Stream, place_window
 from tlinformer_jax.models.windows import (
@@ -30,12 +29,12 @@ from tlinformer_jax.models.windows import (
     num_windows,
     padded_length,
     plan_segments,
-    rows_in_line,
     slice_rows,
 )
 from tlinformer_jax.parallel.sharding import WHOLE, SequenceSplit
 
-# A sequence's rotations of positions 0, 1, ..., its dropout, and the documents of all its rows.
+# A sequence's rotations of positions 0, 1, ...; its dropout, None outside training; and the documents of all its rows,
+# the same on every device, None if it is a single document.
 Constants = tuple[Rope, Dropout | None, Array | None]
 
 
@@ -66,30 +65,21 @@ def window_states(
     return rows
 
 
-@flax.struct.dataclass
+@dataclasses.dataclass(frozen=True)
 class PreparedSequence:
     """Values that are computed once for all windows of a sequence.
 
     Attributes:
       history: the padded embeddings, projected by block 0's `compress` layer.
-      rope: rotations of positions 0, 1, ...
-      dropout: None outside training.
-      documents: documents of all rows, the same on every device; None if the sample is a single document.
+      fixed: values that windows read and that get no gradient.
       count: number of windows; the last may reach past the sequence's end.
       segments: the windows to compute, in loops of equal shapes.
     """
 
     history: History
-    rope: Rope
-    dropout: Dropout | None
-    documents: Array | None
-    count: int = flax.struct.field(pytree_node=False)
-    segments: tuple[Segment, ...] = flax.struct.field(pytree_node=False)
-
-    @property
-    def fixed(self) -> Constants:
-        """Values that windows read and that get no gradient."""
-        return self.rope, self.dropout, self.documents
+    fixed: Constants
+    count: int
+    segments: tuple[Segment, ...]
 
     @property
     def own(self) -> Stream:
@@ -137,7 +127,8 @@ def prepare_sequence(
     rows_rope = jax.tree.map(lambda table: rows.take(table, axis=0), rope) if rows else rope
     history = History.of(blocks[0].compress, embeddings.rows, rows_rope, key_rows=embeddings.key_rows)
     history = dataclasses.replace(history, split=rows)
-    return PreparedSequence(history, rope, dropout, documents, count, segments if first else (FIRST_WINDOW, *segments))
+    segments = segments if first else (FIRST_WINDOW, *segments)
+    return PreparedSequence(history, (rope, dropout, documents), count, segments)
 
 
 def place_in_segment(
@@ -175,34 +166,25 @@ def forward_windows(
     outputs = []
     for segment in sequence.segments:
         overlap = segment.overlap(config)
-        chunk, groups = segment.together * (overlap + size), segment.count // segment.together
-        in_line = functools.partial(rows_in_line, config, first=segment.first, count=segment.count, overlap=overlap)
-        own = jax.tree.map(in_line, sequence.own)
+        own, groups = segment.rows(config, sequence.own, overlap), segment.count // segment.together
         counted = split_router_losses(blocks, (sequence.count - first) / segment.together)
         shared, fixed = (counted, sequence.reach(config, segment)), sequence.fixed
         step: Any = functools.partial(_step, config, segment)
-        if groups == 1:
-            step = jax.checkpoint(step) if plan.checkpointing else step
-            states = step(shared, fixed, (own, 0))
-        elif plan.checkpointing:
-            states = map_rows(step, chunk, shared, own, fixed, groups)
+        if plan.checkpointing:
+            states = map_steps(step, shared, own, fixed, groups)
+        elif groups == 1:
+            states = step(shared, fixed, (jax.tree.map(lambda array: array[0], own), 0))[None]
         else:
-            parts = jax.tree.map(lambda array, n=groups: jnp.stack(jnp.split(array, n, axis=1)), own)
-            states = jax.lax.map(functools.partial(step, shared, fixed), (parts, jnp.arange(groups)))
-            states = jnp.moveaxis(states, 0, 1).reshape(batch, -1, width)
-        if overlap:
-            states = states.reshape(batch, segment.count, -1, width)[:, :, overlap:].reshape(batch, -1, width)
-        outputs.append(states)
+            states = jax.lax.map(functools.partial(step, shared, fixed), (own, jnp.arange(groups)))
+        outputs.append(joined(states[:, :, overlap:].reshape(groups, batch, -1, width)))
     return jnp.concatenate(outputs, axis=1)[:, : length - first * size]
 
 
 def _step(config: ModelConfig, segment: Segment, shared: Any, fixed: Any, item: tuple[Stream, Any]) -> Array:
-    """Runs the windows of one step of `map_rows`; x has their rows, [batch, together * (overlap + W_og), ...]."""
+    """Runs the windows of group `number` of a segment; x has their rows, [batch * together, overlap + W_og, ...]."""
     (blocks, history), (x, number) = shared, item
-    size, batch = segment.overlap(config) + config.generation_window, x.rows.shape[0]
     windows: PerWindow = segment.first + number * segment.together
     if segment.together > 1:
         windows = windows + np.arange(segment.together, dtype=np.int32)
-    own = jax.tree.map(lambda array: array.reshape(-1, size, *array.shape[2:]), x)
     C, frame, dropout = place_in_segment(config, segment, history, fixed, windows)
-    return window_states(blocks, config, C, own, frame, dropout).reshape(batch, segment.together * size, -1)
+    return window_states(blocks, config, C, x, frame, dropout)

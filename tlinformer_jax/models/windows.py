@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tlinformer_jax.config.model import ExecutionPlan, ModelConfig
+from tlinformer_jax.models.recompute import in_chunks
 from tlinformer_jax.parallel.sharding import WHOLE, SequenceSplit, assign_windows
 
 # A position or length: a number for all windows, or int32 [g] for g windows that run together.
@@ -157,29 +158,20 @@ def window_rows(
 ) -> jax.Array:
     """Returns the rows of windows first .. first + count - 1 of an array [batch, rows, ...].
 
-    The result is [count / together, batch * together, overlap + W_og, ...]; see `rows_in_line`.
+    Each window begins with the `overlap` rows before it; before the first window these are zeros. The result is
+    [count / together, batch * together, overlap + W_og, ...].
     """
-    batch, size = array.shape[0], overlap + config.generation_window
-    rows = rows_in_line(config, array, first, count, overlap)
-    rows = rows.reshape(batch, -1, together, size, *array.shape[2:])
-    return jnp.moveaxis(rows, 1, 0).reshape(-1, batch * together, size, *array.shape[2:])
-
-
-def rows_in_line(config: ModelConfig, array: jax.Array, first: int, count: int, overlap: int = 0) -> jax.Array:
-    """Returns the same rows as `window_rows`, window after window: [batch, count * (overlap + W_og), ...].
-
-    Each window begins with the `overlap` rows before it; before the first window these are zeros.
-    """
-    size = config.generation_window
+    batch, size = array.shape[0], config.generation_window
     rows = array[:, first * size : (first + count) * size]
-    if not overlap:
-        return rows
-    before = array[:, max(first - 1, 0) * size : (first + count - 1) * size]
-    if not first:
-        before = jnp.pad(before, ((0, 0), (size, 0), *((0, 0),) * (array.ndim - 2)))
-    before, rows = (part.reshape(-1, count, size, *array.shape[2:]) for part in (before, rows))
-    both = jnp.concatenate([before[:, :, size - overlap :], rows], axis=2)
-    return both.reshape(-1, count * (overlap + size), *array.shape[2:])
+    if overlap:
+        before = array[:, max(first - 1, 0) * size : (first + count - 1) * size]
+        if not first:
+            before = jnp.pad(before, ((0, 0), (size, 0), *((0, 0),) * (array.ndim - 2)))
+        before, rows = (part.reshape(batch, count, size, *array.shape[2:]) for part in (before, rows))
+        rows = jnp.concatenate([before[:, :, size - overlap :], rows], axis=2)
+        rows = rows.reshape(batch, -1, *array.shape[2:])
+    groups = in_chunks(rows, together * (overlap + size))
+    return groups.reshape(-1, batch * together, overlap + size, *array.shape[2:])
 
 
 def _segment(config: ModelConfig, windows: np.ndarray, together: int, chunk: int, row_parts: int) -> Segment:

@@ -12,6 +12,7 @@ from tlinformer_jax.data.tasks import AnswerPlaces
 from tlinformer_jax.kernels import loss as loss_kernel
 from tlinformer_jax.kernels.common import usable
 from tlinformer_jax.models.model import output_logits, padded_vocabulary
+from tlinformer_jax.models.recompute import in_chunks, joined
 
 LOSS_CHUNK = 8192  # tokens of a micro-batch whose logits are in memory at a time
 # Length of a sample -> positions of the labels that count; None if all do.
@@ -33,7 +34,7 @@ def token_losses_and_hits(
         return losses, jnp.argmax(logits, axis=-1) == targets
 
     found = jax.lax.map(both, (_chunks(hidden, chunk), _chunks(labels, chunk)))
-    losses, hits = (_whole(array, hidden.shape[1]) for array in found)
+    losses, hits = (joined(array)[:, : hidden.shape[1]] for array in found)
     return losses, hits
 
 
@@ -63,7 +64,7 @@ def _forward(hidden, embedding, labels, weights, chunk, z_loss):
     zero = jnp.zeros(table.shape, jnp.float32)
     parts = (_chunks(hidden, chunk), _chunks(labels, chunk), _chunks(weights, chunk))
     table_gradient, outputs = jax.lax.scan(body, zero, parts)
-    losses, hits, hidden_gradient = (_whole(array, hidden.shape[1]) for array in outputs)
+    losses, hits, hidden_gradient = (joined(array)[:, : hidden.shape[1]] for array in outputs)
     # No caller differentiates by the weights with z_loss, so their gradient has no term for Z.
     gradients = (hidden_gradient, table_gradient[: embedding.shape[0]].astype(embedding.dtype), losses)
     return (jnp.sum(losses * weights), jnp.sum(hits * weights)), gradients
@@ -123,13 +124,7 @@ def _chunks(array: jax.Array, chunk: int) -> jax.Array:
     batch, length = array.shape[:2]
     columns = max(1, min(length, chunk // batch))
     array = jnp.pad(array, ((0, 0), (0, -length % columns), *((0, 0),) * (array.ndim - 2)))
-    return jnp.moveaxis(array.reshape(batch, -1, columns, *array.shape[2:]), 1, 0)
-
-
-def _whole(chunks: jax.Array, length: int) -> jax.Array:
-    """Inverts `_chunks`."""
-    array = jnp.moveaxis(chunks, 0, 1)
-    return array.reshape(array.shape[0], -1, *array.shape[3:])[:, :length]
+    return in_chunks(array, columns)
 
 
 # ---- Samples with few weighted labels
