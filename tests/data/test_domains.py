@@ -13,7 +13,6 @@ import pytest
 from tests.support.commands import check_refusal, command
 from tests.test_configs import CONFIGS, load
 from tests.training.test_resume import assert_same_parameters, events
-from tlinformer_jax.analysis.ngram import by_columns
 from tlinformer_jax.commands.prepare import prepare
 from tlinformer_jax.config.data import DataConfig
 from tlinformer_jax.config.run import run_config
@@ -161,10 +160,6 @@ def test_images_are_drawn_ten_beside_each_other():
     np.testing.assert_array_equal(page[4:, :4], images[10])
     np.testing.assert_array_equal(page[4:, 4:8], [*images[11][:2], [0] * 4, [0] * 4])
     assert pixels_of(domains.images_png(samples[:1], 16)).shape == (4, 4)
-
-
-def test_images_by_columns_have_the_pixel_above_before_each():
-    assert by_columns(np.array([9, 1, 2, 3, 4, 5, 6, 7, 8, 0]), 2).tolist() == [9, 1, 3, 2, 4, 5, 7, 6, 8]
 
 
 # ---- Splits that share files
