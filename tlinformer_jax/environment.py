@@ -77,7 +77,7 @@ def settle() -> None:
         if value is not None:
             if "jax" in sys.modules:
                 sys.modules["jax"].config.update(name.lower(), default)
-            print(f"{name}={value} is not used: the run's configuration says what is computed", file=sys.stderr)
+            print(f"{name}={value} is ignored: the run's configuration says what is computed", file=sys.stderr)
 
 
 def reader_is_gone() -> bool:
@@ -92,7 +92,7 @@ def describe_failure(error: BaseException) -> str | None:
     if isinstance(error, FloatingPointError):
         ours = [frame for frame in traceback.extract_tb(error.__traceback__) if "tlinformer_jax" in frame.filename]
         place = f" in {ours[-1].filename}, line {ours[-1].lineno}" if ours else ""
-        return f"{first_line(error)}{place} (JAX_DEBUG_NANS or JAX_DEBUG_INFS asks for this)"
+        return f"{first_line(error)}{place} (JAX_DEBUG_NANS or JAX_DEBUG_INFS is set)"
     asked = os.environ.get("JAX_PLATFORMS", "")
     if "jax" in sys.modules and (asked or "Unable to initialize backend" in str(error)):
         return _missing_device(asked)
@@ -109,5 +109,5 @@ def _missing_device(asked: str) -> str | None:
     except Exception as error:
         refused = str(error).startswith("Unable to initialize backend")
         why = f" ({str(error).split(' (set JAX_PLATFORMS')[0].splitlines()[0]})" if refused else ""
-        return f"JAX_PLATFORMS={asked}: must name devices that are here, or be unset for those that are{why}"
+        return f"JAX_PLATFORMS={asked}: must name devices of this machine, or be unset to use those that exist{why}"
     return None

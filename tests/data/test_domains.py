@@ -234,7 +234,7 @@ def test_records_that_share_letters_are_in_one_split(tmp_path):
 
 def test_too_few_documents_to_share(tmp_path):
     config = config_for(tmp_path, "idx", write(tmp_path / "all", idx_bytes(images_of(18))))
-    with pytest.raises(DataError, match=r"validation: there is no text at all in .*one document of 20"):
+    with pytest.raises(DataError, match=r"validation: no text in .*every 20th document"):
         split_of(config, "validation")
 
 
@@ -268,10 +268,10 @@ BAD = {
     "an image too many": ("idx", GOOD + GOOD[-6:], "too long: its header says 2 images of 6 bytes"),
     "images of nothing": ("idx", idx_bytes(np.zeros((2, 0, 3))), "an image has 0 x 3 values; must be 1 to"),
     "huge images": ("idx", struct.pack(">HBB3I", 0, 8, 3, 1, 1 << 20, 1 << 20), "has 1048576 x 1048576 values"),
-    "no record": ("fasta", b"ACGT\n", "line 1: a FASTA file begins with a line that begins with '>'"),
+    "no record": ("fasta", b"ACGT\n", "line 1: a FASTA file must begin with a line that starts with '>'"),
     "no line": ("fasta", b"", "holds no FASTA record"),
-    "another letter": ("fasta", b">x\nACGT\nACNT\n", "line 3: 'N' is none of the letters ACGT; see data.tokenizer"),
-    "no text": ("fasta", b">x\n\xff\n", "line 2: 'ÿ' is none of the letters"),
+    "another letter": ("fasta", b">x\nACGT\nACNT\n", "line 3: 'N' is not one of the letters ACGT; see data.tokenizer"),
+    "no text": ("fasta", b">x\n\xff\n", "line 2: 'ÿ' is not one of the letters"),
     "another rate": (
         "wav",
         wav_bytes([1], rate=16000),

@@ -329,7 +329,7 @@ def test_nothing_asked_for_nothing_done():
 
 MISTAKES = {
     "empty prompt": ([[1], []], {}, "prompt 1: must hold at least one token; it is empty"),
-    "id too large": ([[1], [2, 37]], {}, "prompt 1: token 37 is not one of the vocabulary's 0 .. 36"),
+    "id too large": ([[1], [2, 37]], {}, "prompt 1: token 37 is outside the vocabulary, 0 .. 36"),
     "negative id": ([[-1]], {}, "prompt 0: token -1 is not one"),
     "no ids": ([[1.5]], {}, "prompt 0: must be a text or a list of token ids"),
     "nested": ([[[1], [2, 3]]], {}, "prompt 0: must be a text or a list of token ids"),
@@ -344,7 +344,7 @@ MISTAKES = {
     "unknown option": (
         [[1]],
         {"temprature": 1},
-        "generation.temprature = 1: no such option; there are cache_dtype, chunk, logprobs",
+        "generation.temprature = 1: no such option; the options are cache_dtype, chunk, logprobs",
     ),
     "chunk": ([[1]], {"chunk": 0}, "generation.chunk = 0: must be an integer from 1 to 256"),
     "stop token": (

@@ -188,14 +188,14 @@ TRAINING = fields(
     ("mesh.fsdp=0", "zero"),
 )
 TRAINING += [
-    Case("a mesh of more devices than there are", "train", ("--config.mesh.fsdp=3",), "a divisor of the 1 devices"),
+    Case("a mesh of more devices than there are", "train", ("--config.mesh.fsdp=3",), "divides the 1 devices"),
     Case(
         "sampled windows without windows",
         "train",
         ("--config.train.sampled_windows=1", "--config.model.architecture=transformer"),
         "train.sampled_windows = 1",
     ),
-    Case("--check finds it too", "train", ("--check", "--config.mesh.fsdp=3"), "a divisor of the 1 devices"),
+    Case("--check finds it too", "train", ("--check", "--config.mesh.fsdp=3"), "divides the 1 devices"),
 ]
 
 TRAIN, VALIDATION = "--config.data.train_files=", "--config.data.validation_files="
@@ -342,7 +342,7 @@ PATHS = [
     Case("a link as its TensorBoard folder", "train", (_workdir("tensorboard_link"),), "tensorboard cannot be written"),
     Case("a link as its checkpoints", "train", (_workdir("checkpoints_link"),), "checkpoints cannot be written"),
     Case("a link as its configuration", "train", (_workdir("config_link"),), "no readable config.json (it is a link)"),
-    Case("to evaluate a pipe as configuration", "evaluate", (_workdir("config_pipe"),), "it is no regular file"),
+    Case("to evaluate a pipe as configuration", "evaluate", (_workdir("config_pipe"),), "it is not a regular file"),
     Case("to evaluate a link as tokenizer", "evaluate", (_workdir("tokenizer_link"),), "it is a link"),
     Case("to evaluate checkpoints behind a link", "evaluate", (_workdir("checkpoints_link"),), "checkpoints is a link"),
     Case("to evaluate checkpoints that are links", "evaluate", (_workdir("steps_link"),), "none of its checkpoints"),

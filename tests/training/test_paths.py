@@ -203,7 +203,7 @@ def test_loading_follows_no_link_and_waits_for_no_pipe(sound, tmp_path, capfd):
             read(workdir)
         (workdir / name).unlink()
         os.mkfifo(workdir / name)
-        with pytest.raises(DataError, match="it is no regular file"):
+        with pytest.raises(DataError, match="it is not a regular file"):
             read(workdir)
     os.mkfifo(workdir / ORIGIN_FILE)
     with pytest.raises(DataError, match=r"init_from\.json: cannot be read"):
@@ -216,8 +216,8 @@ def test_loading_follows_no_link_and_waits_for_no_pipe(sound, tmp_path, capfd):
 
 
 LOOKALIKES = {
-    "file": (lambda path: path.write_text("x"), "is no folder"),
-    "pipe": (os.mkfifo, "is no folder"),
+    "file": (lambda path: path.write_text("x"), "is not a folder"),
+    "pipe": (os.mkfifo, "is not a folder"),
     "link to a folder": (lambda path: path.symlink_to(path.parent / "2"), "is a link, which is not followed"),
     "loop": (lambda path: path.symlink_to(path), "is a link, which is not followed"),
 }

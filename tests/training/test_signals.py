@@ -44,10 +44,10 @@ def test_one_interrupt_asks_and_a_second_ends_at_once():
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=20)
     assert (process.returncode, out) == (0, "ended True\n")
-    assert err == "SIGINT: saving after the running step; once more stops at once\n"
+    assert err == "SIGINT: saving after the running step; a second one stops at once\n"
     with waiting("twice") as process:
         process.send_signal(signal.SIGINT)
-        assert "once more stops at once" in process.stderr.readline()
+        assert "a second one stops at once" in process.stderr.readline()
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=20)
     assert process.returncode == 130

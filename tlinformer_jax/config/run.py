@@ -62,10 +62,12 @@ RULES = {
     "eval_every": integer(0, pattern=EPOCH, also=f", or {EPOCH!r}"),
     "checkpoint_every": integer(0, pattern=DURATION.pattern, also=", or a time such as '30s', '10min' or '1.5h'"),
     "keep_checkpoints": integer(
-        1, pattern=r"[1-9]\d*(\+\d+)?", also=", or such as '2+1': the latest two and the best one"
+        1, pattern=r"[1-9]\d*(\+\d+)?", also=", or e.g. '2+1': the latest two and the best one"
     ),
     "max_skipped_updates": integer(
-        0, pattern=AND_MORE.pattern, also=", or such as '3+1': after more than three, one return to a checkpoint"
+        0,
+        pattern=AND_MORE.pattern,
+        also=", or e.g. '3+1': after more than three, one return to a checkpoint",
     ),
     "stop_at_accuracy": number("must be a number from 0 to 1", lambda share: 0 <= share <= 1),
     "deterministic": TRUE_OR_FALSE,
@@ -145,9 +147,9 @@ class TrainConfig:
     def __post_init__(self) -> None:
         check_fields("train", self, RULES)
         if self.schedule == "paper" and not self.epochs:
-            raise ConfigError("train.steps", self.steps, "must be epochs, '10epochs', for train.schedule = 'paper'")
+            raise ConfigError("train.steps", self.steps, "must be like '10epochs' for train.schedule = 'paper'")
         if self.rollbacks and not (isinstance(self.checkpoint_every, int) and self.checkpoint_every):
-            allowed = f"must name no return where train.checkpoint_every = {self.checkpoint_every!r} is no number"
+            allowed = f"must allow no return while train.checkpoint_every = {self.checkpoint_every!r} is not a number"
             raise ConfigError("train.max_skipped_updates", self.max_skipped_updates, f"{allowed} of updates")
         if self.batch_size % self.accumulation:
             allowed = f"must divide train.batch_size = {self.batch_size}"
@@ -258,9 +260,9 @@ class RunConfig:
         elif not train.equal_updates:
             allowed = f"must be '' for train.schedule = {train.schedule!r}"
         elif 0 < train.updates <= updates:
-            allowed = f"must end before train.steps = {train.steps}, and has {updates} updates"
+            allowed = f"must end before train.steps = {train.steps}, but has {updates} updates"
         elif train.epochs and any(stage.accuracy for stage in stages):
-            allowed = "must have no @ACCURACY where train.steps are epochs: their updates would not be known"
+            allowed = "must have no @ACCURACY if train.steps is in epochs, because their updates would be unknown"
         if allowed:
             raise ConfigError("data.curriculum", self.data.curriculum, allowed)
 
@@ -342,8 +344,8 @@ def unknown_field(name: str) -> str | None:
     if close:
         return f"no such {'field' if field else 'section'}; did you mean {close[0]}?"
     if section in fields:
-        return f"no such field; there are {', '.join(fields[section])}"
-    return f"no such section; there are {', '.join(fields)}"
+        return f"no such field; the fields are {', '.join(fields[section])}"
+    return f"no such section; the sections are {', '.join(fields)}"
 
 
 def save_config(config: RunConfig, workdir: pathlib.Path) -> None:
@@ -357,7 +359,7 @@ def load_config(workdir: pathlib.Path) -> RunConfig:
     try:
         values = read_json(path)
         if not isinstance(values, dict):
-            raise ValueError("it holds no sections")
+            raise ValueError("it has no sections")
     except (OSError, ValueError) as error:
         why = getattr(error, "strerror", None) or error
         advice = "; train into it first" if isinstance(error, FileNotFoundError | NotADirectoryError) else ""

@@ -118,7 +118,7 @@ def read_idx(path: pathlib.Path, on_read: OnRead) -> Iterator[np.ndarray]:
             break
     if found < count or data:
         kind = "truncated" if found < count else "too long"
-        fault = f"its header says {count:,} images of {size:,} bytes, which is not what follows"
+        fault = f"its header says {count:,} images of {size:,} bytes, but other data follow"
         raise DataError(f"{path}: {kind}: {fault}")
 
 
@@ -162,17 +162,17 @@ def read_fasta(path: pathlib.Path, on_read: OnRead, letters: str) -> Iterator[st
             record, size, begun = [], 0, True
             continue
         if line and not begun:
-            raise DataError(f"{path}, line {number}: a FASTA file begins with a line that begins with '>'")
+            raise DataError(f"{path}, line {number}: a FASTA file must begin with a line that starts with '>'")
         line = line.upper()
         if wrong := line.translate(None, letters.encode()):
-            fault = f"{chr(wrong[0])!r} is none of the letters {letters}; see data.tokenizer"
+            fault = f"{chr(wrong[0])!r} is not one of the letters {letters}; see data.tokenizer"
             raise DataError(f"{path}, line {number}: {fault}")
         record.append(line.decode("ascii"))
         size += len(line)
         if size > LARGEST_RECORD:
             raise DataError(f"{path}, line {number}: a record must have at most {LARGEST_RECORD:,} letters")
     if not begun:
-        raise DataError(f"{path}: holds no FASTA record, which begins with a line that begins with '>'")
+        raise DataError(f"{path}: contains no FASTA record, which begins with a line that starts with '>'")
     if size:
         yield "".join(record)
 

@@ -120,7 +120,7 @@ def _encoded(
     if published:
         wikitext103.check_counts(total, config, split)
     if not total.num_documents:
-        raise DataError(f"{split}: there is no text at all in {source.where}")
+        raise DataError(f"{split}: no text in {source.where}")
     if _identity(source, tokenizer) != identity:
         raise DataError("a file of the text changed while it was read; prepare again when it is complete")
 
@@ -172,7 +172,7 @@ def _symbol_source(config: DataConfig, split: str) -> Source:
         return domains.encode(domains.deal(documents, split, held_out, config.shingle), config, tokenizer)
 
     what = "family" if config.shingle else "document"
-    dealt = f", of which it gets one {what} of {domains.EVERY}" if split in held_out else ""
+    dealt = f", of which this split gets every {domains.EVERY}th {what}" if split in held_out else ""
     return Source(identity, encoded, ", ".join(map(str, files)) + dealt)
 
 

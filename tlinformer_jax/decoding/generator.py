@@ -162,7 +162,7 @@ class Generator:
         size = self.decoder.config.vocab_size
         outside = tokens[(tokens < 0) | (tokens >= size)]
         if outside.size:
-            raise UserError(f"{where}: token {outside[0]} is not one of the vocabulary's 0 .. {size - 1}")
+            raise UserError(f"{where}: token {outside[0]} is outside the vocabulary, 0 .. {size - 1}")
         return tokens.astype(np.int32)
 
     def _warn_of_continuation(self, prompts: Sequence[np.ndarray]) -> None:

@@ -95,11 +95,11 @@ class GenerationConfig:
         if not is_number(self.temperature, 0, _MOST) or 0 < self.temperature < _LEAST:
             raise self._refusal("temperature", f"must be 0 (greedy) or a number {bounds}")
         if self.top_k is not None and not is_integer(self.top_k, 1):
-            raise self._refusal("top_k", "must be an integer >= 1; left out, all tokens stay")
+            raise self._refusal("top_k", "must be an integer >= 1, or left out to keep all tokens")
         if self.top_p is not None and not (is_number(self.top_p, 0, 1) and self.top_p > 0):
-            raise self._refusal("top_p", "must be a number in (0, 1]; left out, all tokens stay")
+            raise self._refusal("top_p", "must be a number in (0, 1], or left out to keep all tokens")
         if self.min_p is not None and not is_number(self.min_p, 0, 1):
-            raise self._refusal("min_p", "must be a number in [0, 1]; left out, there is no minimum")
+            raise self._refusal("min_p", "must be a number in [0, 1], or left out for no minimum")
         if not is_number(self.repetition_penalty, _LEAST, _MOST):
             raise self._refusal("repetition_penalty", f"must be 1 (no penalty) or another number > 0, {bounds}")
         _seeds(self.seed)
@@ -140,7 +140,7 @@ class GenerationConfig:
         known = sorted(field.name for field in dataclasses.fields(cls))
         for name, value in options.items():
             if name not in known:
-                raise ConfigError(f"generation.{name}", value, f"no such option; there are {', '.join(known)}")
+                raise ConfigError(f"generation.{name}", value, f"no such option; the options are {', '.join(known)}")
         return cls(**options)
 
     def sampler(self) -> Sampler:

@@ -38,7 +38,7 @@ def run_job(
     with sole_run(job.workdir, LOCK_FILE), memory_advice(job.config):
         done = finished_result(job)
         if done is not None:
-            say(f"{job.name}: finished before")
+            say(f"{job.name}: already finished")
             return done
         before = peak_bytes()
         with timed_attempt(job.workdir):

@@ -164,4 +164,4 @@ def _bad_values(name: str, array: np.ndarray | None, shape: tuple[int, ...]) -> 
         return f"{name} has dtype {array.dtype}, must be floating point"
     with np.errstate(over="ignore"):
         finite = bool(np.isfinite(array.astype(np.float32)).all())
-    return "" if finite else f"{name} holds values that are no finite float32"
+    return "" if finite else f"{name} has values that are not finite in float32"

@@ -29,7 +29,7 @@ HEARTBEAT_TIMEOUT = 30
 LEAVES_LAST = 3
 
 LOST = "another process of this run has ended, or cannot be reached"
-AGAIN = "start all processes again; training goes on from the last checkpoint"
+AGAIN = "start all processes again; training continues from the last checkpoint"
 LOST_SIGNS = re.compile(
     r"gloo|nccl|connection (closed|reset|refused)|socket closed|broken pipe|heartbeat|coordination|unavailable:", re.I
 )
@@ -116,7 +116,7 @@ def _check_flags(values: Mapping[str, Any]) -> None:
     if missing:
         raise UserError(
             f"{', '.join(missing)}: missing; give --coordinator_address, --num_processes and --process_id together, "
-            "or none of them where SLURM, Open MPI, Kubernetes or a TPU tells"
+            "or none of them if SLURM, Open MPI, Kubernetes or a TPU provides them"
         )
     address, count, number = values["coordinator_address"], values["num_processes"], values["process_id"]
     port = re.fullmatch(r"\S+:(\d{1,5})", address)
@@ -146,9 +146,9 @@ def _join(cluster: Cluster) -> None:
     except Exception as error:
         raise UserError(
             f"{who} cannot be joined ({first_line(error)}); --coordinator_address, --num_processes and "
-            "--process_id tell them by hand, --num_processes=1 runs this one alone"
+            "--process_id name them by hand; --num_processes=1 runs this one alone"
         ) from error
-    _say_at_abort(f"{LOST}; JAX says more above; {AGAIN}")
+    _say_at_abort(f"{LOST}; see JAX's messages above; {AGAIN}")
 
 
 def _check_free(address: str) -> None:

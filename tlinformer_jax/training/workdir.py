@@ -129,7 +129,7 @@ def tell_changed_texts(splits: Mapping[str, Split], workdir: pathlib.Path) -> No
         raise DataError(f"{path}: cannot be read ({why}); without this file no texts are compared") from None
     for name, text in _text_hashes(splits).items():
         if recorded.get(name, text) != text:
-            say(f"changed since the last run here: the text of the {name} split; its samples are others now")
+            say(f"changed since the last run here: the text of the {name} split; it has other samples now")
 
 
 def _text_hashes(splits: Mapping[str, Split]) -> dict[str, str]:
@@ -167,7 +167,7 @@ def find_origin(config: RunConfig, workdir: pathlib.Path, asked: str | pathlib.P
     if asked is not None:
         wanted, allowed = local_path(asked, "init_from"), None
         if wanted == workdir.absolute():
-            allowed = "must be another directory than workdir"
+            allowed = "must not be workdir itself"
         elif origin is not None and origin.workdir != wanted:
             allowed = f"must be {origin.workdir}, from which the run in {workdir} started"
         elif origin is None and begun:
