@@ -1,4 +1,4 @@
-"""Handles standard streams that are closed or lose their reader, JAX's settings, and missing devices.
+"""Handles closed standard streams, JAX's settings and missing devices; describes errors that end a command.
 
 Every command calls `settle` first, so this module imports nothing heavy.
 """
@@ -6,11 +6,12 @@ Every command calls `settle` first, so this module imports nothing heavy.
 import errno
 import io
 import os
+import signal
 import sys
 import traceback
 from typing import Any
 
-from tlinformer_jax.errors import first_line
+from tlinformer_jax.errors import UserError, first_line
 
 INTERRUPTED = 130  # exit status of a process that Ctrl-C has ended, as shells report it
 # JAX settings, with their defaults, that would change or break a run: only its configuration decides what is computed.
@@ -83,6 +84,26 @@ def settle() -> None:
 def reader_is_gone() -> bool:
     """Returns whether output to stdout was lost."""
     return getattr(sys.stdout, "lost", False)
+
+
+class Terminated(BaseException):
+    """The exception for SIGTERM and SIGHUP. A BaseException, so that code that handles failures does not catch it."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
+def status_and_message(error: BaseException) -> tuple[int, str | None]:
+    """Returns the exit status of a command that `error` ends, and its last line; None for a traceback instead."""
+    if isinstance(error, UserError):
+        return error.status, str(error)
+    if isinstance(error, Terminated):
+        return 128 + error.number, f"ended by {error}"
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED, "interrupted"
+    message = describe_failure(error)
+    return 1 if message is None or isinstance(error, FloatingPointError) else 2, message
 
 
 def describe_failure(error: BaseException) -> str | None:

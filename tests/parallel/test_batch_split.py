@@ -198,7 +198,7 @@ def test_a_mistake_is_noticed(mutation, monkeypatch):
 
 @pytest.mark.parametrize("parts", [2, 8])
 def test_every_window_is_dealt_once(parts):
-    assigned = assign_windows(21, parts, np.zeros(parts), first=1)
+    assigned = assign_windows(21, parts)
     np.testing.assert_array_equal(np.sort(assigned[assigned != NO_WINDOW]), np.arange(21))
 
 

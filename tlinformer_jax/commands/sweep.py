@@ -109,7 +109,7 @@ def define_flags() -> None:
     """
     from ml_collections import ConfigDict, config_flags
 
-    from tlinformer_jax.config.run import add_defaults
+    from tlinformer_jax.config.named import add_defaults
     from tlinformer_jax.experiments.plan import load_sweep
 
     if any(re.match(r"--?config(=|$)", argument) for argument in sys.argv[1:]):

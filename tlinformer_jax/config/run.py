@@ -304,31 +304,6 @@ def default_config_dict() -> "ConfigDict":
     return config
 
 
-def add_defaults(config: "ConfigDict") -> None:
-    """Adds the defaults of fields that a config file leaves out, so that flags can override them.
-
-    A field whose value is not of its default's type then accepts any type; `run_config` checks it later.
-    """
-    from ml_collections import FieldReference
-
-    whole = default_config_dict()
-    if not config.get("model"):
-        whole.model.update(SMALL_MODEL)
-    with config.unlocked():
-        for name, defaults in whole.items():
-            section = config.get(name)
-            if section is None:
-                config[name] = defaults
-            elif hasattr(section, "items"):
-                for field, default in defaults.items(preserve_field_references=True):
-                    if field not in section:
-                        section[field] = default
-                    elif section.get_type(field) != defaults.get_type(field):
-                        value = section[field]
-                        del section[field]
-                        section[field] = FieldReference(value, field_type=object)
-
-
 def unknown_field(name: str) -> str | None:
     """Returns what is wrong with the name of a field ('model.width') or section, with a hint; None if it exists."""
     fields = {section: sorted(field.name for field in dataclasses.fields(kind)) for section, kind in SECTIONS.items()}

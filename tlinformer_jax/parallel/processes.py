@@ -19,7 +19,7 @@ import traceback
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from tlinformer_jax.environment import INTERRUPTED, describe_failure
+from tlinformer_jax.environment import status_and_message
 from tlinformer_jax.errors import UserError, first_line
 
 # Seconds. The join timeout is long because processes start, tokenise and read their files at different speeds.
@@ -184,22 +184,13 @@ def _say_at_abort(message: str) -> None:
 
 def _report(error: BaseException) -> int:
     """Prints an error on stderr; returns the exit status."""
-    status, message = 1, ""
-    if _is_loss(error):
-        message = f"{LOST} ({first_line(error)}); {AGAIN}"
-    elif isinstance(error, UserError):
-        status, message = error.status, str(error)
-    elif isinstance(error, KeyboardInterrupt):
-        status, message = INTERRUPTED, "interrupted"
-    elif isinstance(error, SystemExit):
+    if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else int(error.code is not None)
-    elif not isinstance(error, Exception):  # `cli` raises it at SIGTERM and SIGHUP
-        status, message = getattr(error, "number", signal.SIGTERM) + 128, f"ended by {error}"
-    elif message := describe_failure(error) or "":
-        status = 2
-    else:
+    lost = 1, f"{LOST} ({first_line(error)}); {AGAIN}"
+    status, message = lost if _is_loss(error) else status_and_message(error)
+    if message is None:
         traceback.print_exception(error)
-    if message:
+    else:
         print(f"error: {message}", file=sys.stderr)
     sys.stderr.flush()
     return status
