@@ -269,7 +269,7 @@ BAD = {
     "images of nothing": ("idx", idx_bytes(np.zeros((2, 0, 3))), "an image has 0 x 3 values; must be 1 to"),
     "huge images": ("idx", struct.pack(">HBB3I", 0, 8, 3, 1, 1 << 20, 1 << 20), "has 1048576 x 1048576 values"),
     "no record": ("fasta", b"ACGT\n", "line 1: a FASTA file must begin with a line that starts with '>'"),
-    "no line": ("fasta", b"", "holds no FASTA record"),
+    "no line": ("fasta", b"", "contains no FASTA record"),
     "another letter": ("fasta", b">x\nACGT\nACNT\n", "line 3: 'N' is not one of the letters ACGT; see data.tokenizer"),
     "no text": ("fasta", b">x\n\xff\n", "line 2: 'ÿ' is not one of the letters"),
     "another rate": (
@@ -313,9 +313,9 @@ def test_a_gz_that_is_cut_off_is_refused(tmp_path, dataset):
     [
         ("idx", "bytes", "must be 'ids:256' for data.dataset = 'idx'"),
         ("wav", "ids:255", "must be 'ids:256' for data.dataset = 'wav'"),
-        ("fasta", "ids:256", "is for data.dataset = 'tokens', 'idx', 'wav'"),
-        ("fasta", "numbers:64", "is for data.dataset"),
-        ("text", "letters:ACGT", "is for data.dataset = 'fasta'"),
+        ("fasta", "ids:256", "is only for data.dataset = 'tokens', 'idx', 'wav'"),
+        ("fasta", "numbers:64", "is only for data.dataset"),
+        ("text", "letters:ACGT", "is only for data.dataset = 'fasta'"),
         ("fasta", "letters:ACA", "must be letters: and some of A-Z, * and -, each once"),
         ("fasta", "letters:", "must be letters: and some of"),
         ("fasta", "letters:acgt", "must be letters: and some of"),

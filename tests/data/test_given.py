@@ -184,7 +184,7 @@ def test_other_data_than_before_is_said(tmp_path, capfd):
     taken(ordered((document for document in DOCUMENTS), positions), 5, start=3)
     assert "changed" not in capfd.readouterr().err
     taken(ordered((document for document in DOCUMENTS[::-1]), positions), 5, start=3)
-    assert "train_data: changed since the last run here, or in another order" in capfd.readouterr().err
+    assert "train_data: has changed or was reordered since the last run here" in capfd.readouterr().err
 
 
 TOKENS = IDS[: ROWS * (N + 1)].reshape(ROWS, N + 1).astype(np.int64)
@@ -337,7 +337,7 @@ def test_a_late_item_is_named_by_its_number():
     [
         ("a.bin", b"abc", "a.bin': its 3 bytes are not whole uint16 ids"),
         ("a.bin", b"", "a.bin': its 0 bytes are not whole uint16 ids"),
-        ("a.bin", np.arange(50, dtype="<u4").tobytes(), "every second uint16 is 0, as in a file of uint32"),
+        ("a.bin", np.arange(50, dtype="<u4").tobytes(), "every second uint16 is 0, as in uint32 files"),
         ("a.npy", b"nonsense", "a.npy': cannot be read"),
         ("a.npy", None, "a.npy': cannot be read .No such file"),
         ("a.txt", b"1 2 3", "a.txt': must be a file of token ids, .npy or .bin"),
@@ -423,7 +423,7 @@ def test_a_run_that_cannot_be_is_refused_with_nothing_written(tmp_path, config, 
 
 def test_epochs_of_an_iterable_are_not_known(tmp_path):
     for train, message in (
-        ({"steps": "1epoch"}, "epochs are not known"),
+        ({"steps": "1epoch"}, "epochs are unknown"),
         ({"eval_every": "epoch"}, "in updates"),
     ):
         config = run_config()

@@ -354,7 +354,7 @@ def test_splits_and_numbers_as_tokens(tmp_path):
         ({"dataset": "recall", "num_items": 32}, "data.num_items = 32: must be at most 31"),
         ({"dataset": "copy", "sequence_length": 7}, "data.sequence_length = 7: must be even"),
         ({"dataset": "recall", "tokenizer": "numbers:x"}, "data.tokenizer = 'numbers:x': must be numbers:V"),
-        ({"dataset": "text", "tokenizer": "numbers:9"}, "data.tokenizer = 'numbers:9': is for data.dataset"),
+        ({"dataset": "text", "tokenizer": "numbers:9"}, "data.tokenizer = 'numbers:9': is only for data.dataset"),
         (
             {"dataset": "passkey", "tokenizer": "bytes"},
             "data.sequence_length = 48: must be at least 384 for data.num_items = 4",

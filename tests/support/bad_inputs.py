@@ -224,13 +224,13 @@ DATA += [
         "data.tokenizer = '{d}/words.json:stop'",
     ),
     Case("a folder without a tokenizer", "train", ("--config.data.tokenizer={d}/folder.txt",), "holds no tokenizer"),
-    Case("token ids for a text", "train", ("--config.data.tokenizer=ids:64",), "is for data.dataset = 'tokens'"),
+    Case("token ids for a text", "train", ("--config.data.tokenizer=ids:64",), "is only for data.dataset = 'tokens'"),
     Case("a text file as token ids", "train", ("--config.data.dataset=tokens",), "must be a file of token ids"),
     Case("token ids without a file", "train", ("--config.data.dataset=tokens", TRAIN), "data.train_files = ''"),
     Case("a text file of an unknown kind", "train", (TRAIN + "{d}/table.csv",), "table.csv"),
     Case("a folder with a text's name", "train", (TRAIN + "{d}/folder.txt",), "folder.txt"),
     Case("text that is not UTF-8", "train", (TRAIN + "{d}/binary.txt",), "binary.txt, line 2"),
-    Case("an empty text", "train", (TRAIN + "{d}/empty.txt",), "no text at all in {d}/empty.txt"),
+    Case("an empty text", "train", (TRAIN + "{d}/empty.txt",), "no text in {d}/empty.txt"),
     Case("a line that is not JSON", "train", (TRAIN + "{d}/bad.jsonl",), "bad.jsonl, line 2"),
     Case("a JSON line without the field", "train", (TRAIN + "{d}/field.jsonl",), "field.jsonl, line 1"),
     Case("a JSON line whose text is a number", "train", (TRAIN + "{d}/number.jsonl",), "must be a string"),
@@ -551,7 +551,7 @@ SWEEPS = [
     Case(
         "a sweep without text", "sweep", ("--config.data.train_files=none/*.txt",), "point one-seed0: data.train_files"
     ),
-    Case("a sweep with --config", "sweep", ("--config={d}/small.py",), "--config: the configuration is the sweep's"),
+    Case("a sweep with --config", "sweep", ("--config={d}/small.py",), "--config: must be left out"),
     Case("a sweep with an unknown field", "sweep", ("--config.model.widnow=3",), "--config.model.widnow=3"),
     Case("a field that a point sets itself", "sweep", ("--config.train.steps=3",), "point two sets this field itself"),
     Case("train.seed for a sweep", "sweep", ("--config.train.seed=3",), "--seeds changes them"),
@@ -568,7 +568,7 @@ SWEEPS = [
     Case("a report without records", "report", (), "--results: must name a directory", usual=False),
     Case("a report without a file", "report", ("--out=",), "--out: must name a Markdown file"),
     Case("a report on an empty folder", "report", ("--results={d}/folder.txt",), "at least one record"),
-    Case("a report on files that are not records", "report", (), "other.json: is no record of a run"),
+    Case("a report on files that are not records", "report", (), "other.json: is not a record of a run"),
 ]
 
 GROUPS = {

@@ -66,7 +66,9 @@ def test_where_open_folders_have_no_path_such_a_name_is_refused_before_training(
     monkeypatch.setattr("tlinformer_jax.files.OPEN_FILES", tmp_path / "none")
     write(tmp_path, 1)
     (tmp_path / "a[1]").mkdir()
-    with pytest.raises(DataError, match=r"checkpoints cannot be written \(its path may hold letters"):
+    with pytest.raises(
+        DataError, match=r"checkpoints cannot be written \(on this system its path may only have letters"
+    ):
         Checkpoints(tmp_path / "a[1]", 1)
 
 

@@ -129,12 +129,12 @@ def test_when_no_rollback_is_left_it_stops_and_the_first_may_go_to_the_beginning
 
 
 def test_rollbacks_need_checkpoints():
-    said = r"^train\.max_skipped_updates = '0\+1': must name no return where train.checkpoint_every = "
+    said = r"^train\.max_skipped_updates = '0\+1': must allow no return while train.checkpoint_every = "
     with pytest.raises(ConfigError, match=said + "'10min'"):
         TrainConfig(max_skipped_updates="0+1")
     with pytest.raises(ConfigError, match=said + "0"):
         TrainConfig(max_skipped_updates="0+1", checkpoint_every=0)
-    with pytest.raises(ConfigError, match=r"train\.max_skipped_updates = '0\+': must be an integer >= 0, or such as"):
+    with pytest.raises(ConfigError, match=r"train\.max_skipped_updates = '0\+': must be an integer >= 0, or e.g."):
         TrainConfig(max_skipped_updates="0+")
 
 
