@@ -116,19 +116,10 @@ def describe_failure(error: BaseException) -> str | None:
         return f"{first_line(error)}{place} (JAX_DEBUG_NANS or JAX_DEBUG_INFS is set)"
     asked = os.environ.get("JAX_PLATFORMS", "")
     if "jax" in sys.modules and (asked or "Unable to initialize backend" in str(error)):
-        return _missing_device(asked)
-    return None
-
-
-def _missing_device(asked: str) -> str | None:
-    """Says what is wrong with the requested devices; returns None if they exist.
-
-    Asks JAX again, since its first error about a missing device may describe another problem.
-    """
-    try:
-        sys.modules["jax"].devices()
-    except Exception as error:
-        refused = str(error).startswith("Unable to initialize backend")
-        why = f" ({str(error).split(' (set JAX_PLATFORMS')[0].splitlines()[0]})" if refused else ""
-        return f"JAX_PLATFORMS={asked}: must name devices of this machine, or be unset to use those that exist{why}"
+        try:  # again, since JAX's first error about a missing device may describe another problem
+            sys.modules["jax"].devices()
+        except Exception as missing:
+            refused = str(missing).startswith("Unable to initialize backend")
+            why = f" ({str(missing).split(' (set JAX_PLATFORMS')[0].splitlines()[0]})" if refused else ""
+            return f"JAX_PLATFORMS={asked}: must name devices of this machine, or be unset to use those that exist{why}"
     return None

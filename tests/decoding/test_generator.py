@@ -314,7 +314,7 @@ def test_continuing_by_a_new_prompt_is_warned_of():
         longer = [prompt + new for prompt, new in zip(prompts, model.generate_tokens(prompts, **options))]
         model.generate_tokens([tokens + [1] * 4 for tokens in longer], **options)  # a whole window is new
         model.generate_tokens(prompts, **options)
-    with pytest.warns(CacheWarning, match="prompt 0 misses .* the 5 tokens .* adds 1, .* more tokens in one call"):
+    with pytest.warns(CacheWarning, match="prompt 0 repeats the 5 tokens .* adds 1, .* more tokens in one call"):
         model.generate_tokens([[*tokens, 1] for tokens in longer], **options)
 
 

@@ -282,11 +282,20 @@ def run_config(values: Mapping[str, Any]) -> RunConfig:
     """
     if not hasattr(values, "items"):
         raise ConfigError("config", values, "must be a mapping of the sections model, train, data and mesh")
-    for name in values:
+    for name, section in values.items():
         if missing := unknown_field(name):
             raise ConfigError(name, "...", missing)
-    sections = {name: _section(name, kind, values.get(name, {})) for name, kind in SECTIONS.items() if name != "model"}
-    return RunConfig(model=_section("model", ModelConfig, _model_fields(values, sections["data"])), **sections)
+        if not hasattr(section, "items"):
+            raise ConfigError(name, section, "must be a section of fields")
+        for field, value in section.items():
+            if missing := unknown_field(f"{name}.{field}"):
+                raise ConfigError(f"{name}.{field}", value, missing)
+    fields = {name: dict(values.get(name, {}).items()) for name in SECTIONS}
+    data, model = DataConfig(**fields["data"]), fields["model"] or dict(SMALL_MODEL)
+    if model.get("vocab_size", AUTO) == AUTO:
+        entries = build_tokenizer(data.tokenizer).vocab_size
+        model["vocab_size"] = entries + -entries % VOCABULARY_MULTIPLE
+    return RunConfig(ModelConfig(**model), TrainConfig(**fields["train"]), data, MeshConfig(**fields["mesh"]))
 
 
 def default_config_dict() -> "ConfigDict":
@@ -361,21 +370,3 @@ def differences(old: RunConfig, new: RunConfig) -> list[str]:
         for name, value in fields.items()
         if before[section][name] != value
     ]
-
-
-def _model_fields(values: Mapping[str, Any], data: DataConfig) -> Any:
-    """Returns the fields of the section `model`, with a vocab_size of "auto" replaced by a number."""
-    fields = values.get("model") or SMALL_MODEL
-    if not hasattr(fields, "items") or fields.get("vocab_size", AUTO) != AUTO:
-        return fields
-    entries = build_tokenizer(data.tokenizer).vocab_size
-    return {**dict(fields.items()), "vocab_size": entries + -entries % VOCABULARY_MULTIPLE}
-
-
-def _section(name: str, kind: Any, values: Any) -> Any:
-    if not isinstance(values, Mapping) and not hasattr(values, "items"):
-        raise ConfigError(name, values, "must be a section of fields")
-    for key, value in values.items():
-        if missing := unknown_field(f"{name}.{key}"):
-            raise ConfigError(f"{name}.{key}", value, missing)
-    return kind(**dict(values.items()))

@@ -176,10 +176,9 @@ class Generator:
                     continue
                 if np.array_equal(prompt[:length], np.concatenate([old, np.array(new, int)])):
                     warnings.warn(
-                        f"prompt {row} misses its cache more often than once in model.generation_window = {size} "
-                        f"tokens: it repeats the {length} tokens that the call before ended with and adds {added}, and "
-                        "its cache is rebuilt from nothing; ask for more tokens in one call and take them as they "
-                        "come, by stream()",
+                        f"prompt {row} repeats the {length} tokens of the previous call and adds {added}, fewer than "
+                        f"model.generation_window = {size}, but its whole cache is computed again; generate more "
+                        "tokens in one call and read them from stream()",
                         CacheWarning,
                         stacklevel=4,
                     )

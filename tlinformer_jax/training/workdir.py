@@ -217,7 +217,7 @@ def initial_params(origin: Origin, run: Run, fresh: Any) -> tuple[int, Any]:
     """Returns the origin's step and its parameters; a parameter that the origin lacks is taken from `fresh`."""
     name = load_tokenizer(origin.workdir).name
     if name != run.tokenizer.name:
-        say(f"init_from: tokenizer {name!r} there, {run.tokenizer.name!r} here; equal ids may mean different texts")
+        say(f"init_from: its tokenizer is {name!r}, that of this run {run.tokenizer.name!r}; ids may differ in meaning")
     abstract, other = run.abstract_state.params, load_config(origin.workdir)
     layers = _same_layers(run.config, other)
     if any(ours != theirs for ours, theirs in layers.items()):
