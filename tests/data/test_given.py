@@ -259,7 +259,7 @@ BAD = {
     "no labels": ([{"inputs": TOKENS}], "train_data, item 0: has 'inputs', so it must have 'labels' too"),
     "a short batch": (
         [TOKENS[:2]],
-        r"train_data, item 0: a batch must be \[8, 9\] or \[8, 8\], by train.batch_size and",
+        r"train_data, item 0: a batch must be \[8, 9\] or \[8, 8\], because of train.batch_size and",
     ),
     "labels of another length": (
         [{"inputs": TOKENS[:, 1:], "labels": TOKENS[:, 2:]}],

@@ -120,7 +120,7 @@ def test_a_terminated_training_command_saves_and_exits_0_and_its_directory_takes
         assert process.wait(timeout=60) == 0
         drain.join()
     (saved,) = (int(path.name) for path in (tmp_path / "checkpoints").iterdir())
-    assert f"stopped after step {saved}, as asked" in rest[-1]
+    assert f"stopped after step {saved}, as requested" in rest[-1]
     steps = [json.loads(text)["step"] for text in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert steps == list(range(1, saved + 1))
     evaluated = command("evaluate", f"--workdir={tmp_path}", "--json")
