@@ -330,7 +330,7 @@ def test_nothing_asked_for_nothing_done():
 MISTAKES = {
     "empty prompt": ([[1], []], {}, "prompt 1: must hold at least one token; it is empty"),
     "id too large": ([[1], [2, 37]], {}, "prompt 1: token 37 is outside the vocabulary, 0 .. 36"),
-    "negative id": ([[-1]], {}, "prompt 0: token -1 is not one"),
+    "negative id": ([[-1]], {}, "prompt 0: token -1 is outside"),
     "no ids": ([[1.5]], {}, "prompt 0: must be a text or a list of token ids"),
     "nested": ([[[1], [2, 3]]], {}, "prompt 0: must be a text or a list of token ids"),
     "one prompt": ("text", {}, "prompts: must be a list of texts"),
