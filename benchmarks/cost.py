@@ -50,7 +50,7 @@ def main() -> None:
     """Prints both tables."""
     given = ",".join(LENGTHS.value)
     if not all(text.isdecimal() and 1 <= int(text) < 2**31 for text in LENGTHS.value):
-        raise UserError(f"--at={given}: must be integers from 1 to 2147483647 with commas between")
+        raise UserError(f"--at={given}: must be integers from 1 to 2147483647, separated by commas")
     lengths = [int(text) for text in LENGTHS.value]
     columns = [f"{length:,}" for length in lengths]
     trained = [

@@ -36,12 +36,11 @@ from tlinformer_jax.models.model import attention_window, padded_vocabulary
 from tlinformer_jax.models.windows import (
     FIRST_WINDOW,
     Segment,
-    assign_segments,
     num_windows,
     padded_length,
     plan_segments,
 )
-from tlinformer_jax.parallel.sharding import SequenceSplit
+from tlinformer_jax.parallel.sharding import SequenceSplit, assign_windows
 
 
 def hardware_flops(
@@ -153,7 +152,7 @@ def attention_by_device(config: ModelConfig, length: int, parts: int) -> np.ndar
     segments = (FIRST_WINDOW, *plan_segments(config, windows, plan, split))
     size, overlap = config.generation_window, config.window_overlap
     loads = np.zeros(parts)
-    for segment, assigned in zip(segments, assign_segments(segments, parts)):
+    for segment in segments:
         if segment is FIRST_WINDOW:
             costs = [causal_layers(config, size, config.d_model, causal_pairs(size)).attention]
         else:
@@ -161,5 +160,5 @@ def attention_by_device(config: ModelConfig, length: int, parts: int) -> np.ndar
             shapes = segment_shapes(config, segment, causal, True)
             costs = [window(config, shape, config.d_model).attention for shape in shapes]
         # A device without a window left computes the segment's first one again and drops the result.
-        loads += np.asarray(costs)[np.maximum(assigned, 0)].sum(axis=0)
+        loads += np.asarray(costs)[np.maximum(assign_windows(segment.count, parts), 0)].sum(axis=0)
     return loads

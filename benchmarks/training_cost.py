@@ -196,7 +196,7 @@ def main() -> None:
 def _made(folder: pathlib.Path | None) -> Row:
     """Returns a new record; its file is written after each row."""
     if not all(text.isdecimal() for text in WINDOWS.value) or not WINDOWS.value + ARCHITECTURES.value:
-        raise UserError(f"--windows={','.join(WINDOWS.value)}: must be integers of 0 or more with commas between")
+        raise UserError(f"--windows={','.join(WINDOWS.value)}: must be integers >= 0, separated by commas")
     if unknown := set(ARCHITECTURES.value) - set(ALL_ARCHITECTURES):
         raise ConfigError("--architectures", ",".join(sorted(unknown)), f"must be among {', '.join(ALL_ARCHITECTURES)}")
     lengths, batches = integers("--lengths", LENGTHS.value), integers("--batch_tokens", BATCH_TOKENS.value)

@@ -58,7 +58,7 @@ def test_figures_are_those_of_hand_and_nothing_is_written(tmp_path):
 
 def test_epochs_are_counted_once_the_text_is_tokenised(tmp_path):
     config = config_of(tmp_path, train={"steps": "3epochs"})
-    assert "3 epochs, steps of 256 tokens; their number is known when the text is tokenised" in check_run(config)
+    assert "3 epochs, steps of 256 tokens; their number will be known when the text is tokenised" in check_run(config)
     load_split(config.data, "train", ByteTokenizer())
     before = sorted(path.name for path in tmp_path.rglob("*"))
     text = check_run(config)
@@ -100,7 +100,7 @@ MISTAKES = {
     "tokenizer": ({"model": {"vocab_size": 256}}, "model.vocab_size = 256"),
     "no tokenizer": ({"data": {"tokenizer": "/none.json"}}, "data.tokenizer = '/none.json'"),
     "batch": ({"train": {"batch_size": 12}}, "train.batch_size = 12: must be divisible by 8"),
-    "mesh": ({"mesh": {"fsdp": 3}}, "must multiply to a divisor of the 8 devices"),
+    "mesh": ({"mesh": {"fsdp": 3}}, "must have a product that divides 8, the number of devices"),
     "fsdp": ({"model": {"d_model": 12}, "mesh": {"fsdp": 8}}, "mesh.fsdp = 8"),
     "length": ({"data": {"dataset": "pydoc", "sequence_length": 10**7}}, "data.sequence_length = 10000000"),
 }
@@ -127,7 +127,7 @@ def test_the_command_needs_no_workdir_and_writes_nothing(tmp_path, monkeypatch):
         assert line.rpartition(", ")[0] in shown
     assert os.listdir(tmp_path) == []
     wrong = command("tlinformer_jax.main", "--check", "--config=configs/tiny.py", "--config.mesh.fsdp=3")
-    check_refusal(wrong, "must multiply to a divisor of the 1 devices")
+    check_refusal(wrong, "must have a product that divides 1, the number of devices")
 
 
 def test_a_split_that_is_too_short_is_found_before_training(tmp_path):

@@ -158,8 +158,8 @@ FAULTS = {
     "unknown": ({"rotary.inv_freq": np.zeros(3, np.float32)}, "unknown rotary.inv_freq"),
     "shape": ({QKV: np.zeros((71, 24), np.float32)}, f"{QKV} has shape [71, 24], must be [72, 24]"),
     "integers": ({NORM: np.zeros(24, np.int64)}, f"{NORM} has dtype int64"),
-    "not finite": ({NORM: np.full(24, np.nan, np.float32)}, f"{NORM} holds values that are no finite"),
-    "too large": ({NORM: np.full(24, 1e300)}, f"{NORM} holds values that are no finite"),
+    "not finite": ({NORM: np.full(24, np.nan, np.float32)}, f"{NORM} has values that are not finite"),
+    "too large": ({NORM: np.full(24, 1e300)}, f"{NORM} has values that are not finite"),
     "untied": ({"transformer.lm_head.weight": np.zeros((257, 24), np.float32)}, "but the model ties them"),
 }
 

@@ -322,7 +322,7 @@ def test_data_in_its_own_order_is_refused(tmp_path):
     data = dataclasses.replace(DATA, dataset="tokens", tokenizer="ids:256")
     run = RunConfig(dataclasses.replace(WINDOWED, vocab_size=257), TrainConfig(steps=1), data, MeshConfig())
     documents = [[1, 2, 3] * 20, [4, 5] * 20]
-    refused = r"data\.document_masking = True: must be False where train_data is an iterable"
+    refused = r"data\.document_masking = True: must be False if train_data is an iterable"
     with pytest.raises(ConfigError, match=refused):
         train_and_evaluate(run, tmp_path, train_data=documents, validation_data=documents)
 

@@ -82,7 +82,7 @@ def test_settings_of_jax_that_change_what_is_computed_are_named_and_not_used():
     settings |= {"JAX_DEFAULT_PRNG_IMPL": "rbg", "JAX_THREEFRY_PARTITIONABLE": "0", "JAX_TRANSFER_GUARD": "disallow"}
     done = asks(**settings)
     assert (done.returncode, done.stdout) == (0, f"float32 {jax.random.normal(jax.random.key(0), 3)}\n"), done.stderr
-    told = [f"{name}={value} is not used: the run's configuration says" for name, value in settings.items()]
+    told = [f"{name}={value} is ignored: the run's configuration says" for name, value in settings.items()]
     assert [line.split(" what")[0] for line in done.stderr.splitlines()] == told
 
 
@@ -105,7 +105,7 @@ def test_a_device_that_is_not_there_is_one_line(platform, option):
     done = asks(option, JAX_PLATFORMS=platform)
     assert (done.returncode, done.stdout) == (2, "")
     assert len(done.stderr.splitlines()) == 1
-    assert done.stderr.startswith(f"error: JAX_PLATFORMS={platform}: must name devices that are here")
+    assert done.stderr.startswith(f"error: JAX_PLATFORMS={platform}: must name devices of this machine")
 
 
 def test_a_number_that_debug_nans_finds_is_one_line():

@@ -286,7 +286,7 @@ def test_what_cannot_be_sharded_is_named():
     with pytest.raises(ValueError, match="no rule matches"):
         parameter_spec("a/unheard_of", (8, 8), mesh)
     for sizes in ({"fsdp": 3}, {"fsdp": 16}, {"tensor": 4, "context": 4}):
-        with pytest.raises(ValueError, match="must multiply to a divisor of the 8 devices"):
+        with pytest.raises(ValueError, match="must have a product that divides 8, the number of devices"):
             build_mesh(MeshConfig(**sizes))
 
 

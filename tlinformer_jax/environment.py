@@ -1,4 +1,4 @@
-"""Handles standard streams that are closed or lose their reader, JAX's settings, and missing devices.
+"""Handles closed standard streams, JAX's settings and missing devices; describes errors that end a command.
 
 Every command calls `settle` first, so this module imports nothing heavy.
 """
@@ -6,11 +6,12 @@ Every command calls `settle` first, so this module imports nothing heavy.
 import errno
 import io
 import os
+import signal
 import sys
 import traceback
 from typing import Any
 
-from tlinformer_jax.errors import first_line
+from tlinformer_jax.errors import UserError, first_line
 
 INTERRUPTED = 130  # exit status of a process that Ctrl-C has ended, as shells report it
 # JAX settings, with their defaults, that would change or break a run: only its configuration decides what is computed.
@@ -77,12 +78,32 @@ def settle() -> None:
         if value is not None:
             if "jax" in sys.modules:
                 sys.modules["jax"].config.update(name.lower(), default)
-            print(f"{name}={value} is not used: the run's configuration says what is computed", file=sys.stderr)
+            print(f"{name}={value} is ignored: the run's configuration says what is computed", file=sys.stderr)
 
 
 def reader_is_gone() -> bool:
     """Returns whether output to stdout was lost."""
     return getattr(sys.stdout, "lost", False)
+
+
+class Terminated(BaseException):
+    """The exception for SIGTERM and SIGHUP. A BaseException, so that code that handles failures does not catch it."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
+def status_and_message(error: BaseException) -> tuple[int, str | None]:
+    """Returns the exit status of a command that `error` ends, and its last line; None for a traceback instead."""
+    if isinstance(error, UserError):
+        return error.status, str(error)
+    if isinstance(error, Terminated):
+        return 128 + error.number, f"ended by {error}"
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED, "interrupted"
+    message = describe_failure(error)
+    return 1 if message is None or isinstance(error, FloatingPointError) else 2, message
 
 
 def describe_failure(error: BaseException) -> str | None:
@@ -92,22 +113,13 @@ def describe_failure(error: BaseException) -> str | None:
     if isinstance(error, FloatingPointError):
         ours = [frame for frame in traceback.extract_tb(error.__traceback__) if "tlinformer_jax" in frame.filename]
         place = f" in {ours[-1].filename}, line {ours[-1].lineno}" if ours else ""
-        return f"{first_line(error)}{place} (JAX_DEBUG_NANS or JAX_DEBUG_INFS asks for this)"
+        return f"{first_line(error)}{place} (JAX_DEBUG_NANS or JAX_DEBUG_INFS is set)"
     asked = os.environ.get("JAX_PLATFORMS", "")
     if "jax" in sys.modules and (asked or "Unable to initialize backend" in str(error)):
-        return _missing_device(asked)
-    return None
-
-
-def _missing_device(asked: str) -> str | None:
-    """Says what is wrong with the requested devices; returns None if they exist.
-
-    Asks JAX again, since its first error about a missing device may describe another problem.
-    """
-    try:
-        sys.modules["jax"].devices()
-    except Exception as error:
-        refused = str(error).startswith("Unable to initialize backend")
-        why = f" ({str(error).split(' (set JAX_PLATFORMS')[0].splitlines()[0]})" if refused else ""
-        return f"JAX_PLATFORMS={asked}: must name devices that are here, or be unset for those that are{why}"
+        try:  # again, since JAX's first error about a missing device may describe another problem
+            sys.modules["jax"].devices()
+        except Exception as missing:
+            refused = str(missing).startswith("Unable to initialize backend")
+            why = f" ({str(missing).split(' (set JAX_PLATFORMS')[0].splitlines()[0]})" if refused else ""
+            return f"JAX_PLATFORMS={asked}: must name devices of this machine, or be unset to use those that exist{why}"
     return None

@@ -57,7 +57,7 @@ def plain_path(folder: pathlib.Path) -> Iterator[pathlib.Path]:
         yield folder
         return
     if not OPEN_FILES.is_dir():
-        raise OSError(errno.EINVAL, "its path may hold letters, digits, spaces and /.,:+=@_- only on this system")
+        raise OSError(errno.EINVAL, "on this system its path may only have letters, digits, spaces and /.,:+=@_-")
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         yield OPEN_FILES / str(descriptor)
@@ -77,7 +77,7 @@ def open_own(path: pathlib.Path, mode: str = "r", buffering: int = -1) -> Any:
             raise
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             os.close(descriptor)
-            raise OSError(errno.EINVAL, "it is no regular file", name)
+            raise OSError(errno.EINVAL, "it is not a regular file", name)
         return descriptor
 
     return open(path, mode, buffering, encoding=None if "b" in mode else "utf-8", opener=opener)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 cli.define_config_flag()
 WORKDIR = flags.DEFINE_string("workdir", "", "Directory of the run: configuration, metrics, checkpoints.")
 CHECK = flags.DEFINE_bool("check", False, "Check the configuration, print what the run needs, write nothing.")
-CHECK_COMPILE = flags.DEFINE_bool("check_compile", False, "Like --check, and compile a step to tell its memory.")
+CHECK_COMPILE = flags.DEFINE_bool("check_compile", False, "Like --check, but also compile a step and print its memory.")
 INIT_FROM = flags.DEFINE_string("init_from", None, "Working directory whose parameters a new run starts from.")
 THEN = flags.DEFINE_list(
     "then",
@@ -72,7 +72,7 @@ def _train(config: RunConfig, workdir: pathlib.Path, profile: pathlib.Path | Non
             train_and_evaluate(config, workdir, profile, INIT_FROM.value)
         return
     if cluster is not None:
-        raise UserError(f"--then={','.join(THEN.value)}: is for one process")
+        raise UserError(f"--then={','.join(THEN.value)}: works only with one process")
     from tlinformer_jax.experiments.driver import run_job
     from tlinformer_jax.experiments.job import Job
 

@@ -8,13 +8,12 @@ trained. With --width=28, images of 28 x 28 pixels are read by columns: the cont
 import numpy as np
 from absl import flags
 
-from tlinformer_jax.analysis.ngram import BYTE_VOCABULARY, BYTES, by_columns, kneser_ney_bits
 from tlinformer_jax.commands import cli
 from tlinformer_jax.errors import UserError
 
 cli.define_config_flag()
 SPLIT = flags.DEFINE_enum("split", "validation", ["validation", "test"], "Split to predict.")
-CONTEXT = flags.DEFINE_integer("context", None, f"Most tokens of context; {BYTES} of bytes, else 3.", lower_bound=0)
+CONTEXT = flags.DEFINE_integer("context", None, "Most tokens of context; default: 6 bytes, or 3 others.", lower_bound=0)
 WIDTH = flags.DEFINE_integer("width", None, "Of square images, to read them by columns.", lower_bound=1)
 
 
@@ -24,6 +23,7 @@ def main() -> None:
     from tlinformer_jax.data.sources import load_split
     from tlinformer_jax.data.streams import TokenStream
     from tlinformer_jax.data.tokenizers import build_tokenizer
+    from tlinformer_jax.training.evaluation import BYTE_VOCABULARY, BYTES, by_columns, kneser_ney_bits
 
     config = run_config(cli.config_values()).data
     if config.is_task:

@@ -389,7 +389,7 @@ MISTAKES = {
     ),
     "an int8 cache of what does not grow": (
         ["--cache_dtype=int8", "--architectures=transformer,tconstformer"],
-        "--cache_dtype = 'int8': is for caches that grow, which those of model.architecture = 'tconstformer' do not",
+        "--cache_dtype = 'int8': needs a cache that grows; model.architecture = 'tconstformer' has none",
     ),
     "a missing config file": (["--config=configs/none.py"], "configs/none.py"),
     "a directory that cannot be written": (["--out=/proc/none"], "--out=/proc/none"),

@@ -13,7 +13,6 @@ import pytest
 from tests.support.commands import check_refusal, command
 from tests.test_configs import CONFIGS, load
 from tests.training.test_resume import assert_same_parameters, events
-from tlinformer_jax.analysis.ngram import by_columns
 from tlinformer_jax.commands.prepare import prepare
 from tlinformer_jax.config.data import DataConfig
 from tlinformer_jax.config.run import run_config
@@ -157,10 +156,6 @@ def test_images_are_drawn_ten_beside_each_other():
     assert pixels_of(domains.images_png(samples[:1], 16)).shape == (4, 4)
 
 
-def test_images_by_columns_have_the_pixel_above_before_each():
-    assert by_columns(np.array([9, 1, 2, 3, 4, 5, 6, 7, 8, 0]), 2).tolist() == [9, 1, 3, 2, 4, 5, 7, 6, 8]
-
-
 # ---- Splits that share files
 
 
@@ -233,7 +228,7 @@ def test_records_that_share_letters_are_in_one_split(tmp_path):
 
 def test_too_few_documents_to_share(tmp_path):
     config = config_for(tmp_path, "idx", write(tmp_path / "all", idx_bytes(images_of(18))))
-    with pytest.raises(DataError, match=r"validation: there is no text at all in .*one document or family of 20"):
+    with pytest.raises(DataError, match=r"validation: no text in .*every 20th document"):
         split_of(config, "validation")
 
 
@@ -271,10 +266,10 @@ BAD = {
         struct.pack(">HBB3I", 0, 8, 3, 1, 1 << 20, 1 << 20),
         "truncated: its header says 1 images of 1,099,511,627,776 bytes",
     ),
-    "no record": ("fasta", b"ACGT\n", "line 1: a FASTA file begins with a line that begins with '>'"),
-    "no line": ("fasta", b"", "holds no FASTA record"),
-    "another letter": ("fasta", b">x\nACGT\nACNT\n", "line 3: 'N' is none of the letters ACGT; see data.tokenizer"),
-    "no text": ("fasta", b">x\n\xff\n", "line 2: 'ÿ' is none of the letters"),
+    "no record": ("fasta", b"ACGT\n", "line 1: a FASTA file must begin with a line that starts with '>'"),
+    "no line": ("fasta", b"", "contains no FASTA record"),
+    "another letter": ("fasta", b">x\nACGT\nACNT\n", "line 3: 'N' is not one of the letters ACGT; see data.tokenizer"),
+    "no text": ("fasta", b">x\n\xff\n", "line 2: 'ÿ' is not one of the letters"),
     "another rate": (
         "wav",
         wav_bytes([1], rate=16000),
@@ -316,9 +311,9 @@ def test_a_gz_that_is_cut_off_is_refused(tmp_path, dataset):
     [
         ("idx", "bytes", "must be 'ids:256' for data.dataset = 'idx'"),
         ("wav", "ids:255", "must be 'ids:256' for data.dataset = 'wav'"),
-        ("fasta", "ids:256", "is for data.dataset = 'tokens', 'idx', 'wav'"),
-        ("fasta", "numbers:64", "is for data.dataset"),
-        ("text", "letters:ACGT", "is for data.dataset = 'fasta'"),
+        ("fasta", "ids:256", "is only for data.dataset = 'tokens', 'idx', 'wav'"),
+        ("fasta", "numbers:64", "is only for data.dataset"),
+        ("text", "letters:ACGT", "is only for data.dataset = 'fasta'"),
         ("fasta", "letters:ACA", "must be letters: and some of A-Z, * and -, each once"),
         ("fasta", "letters:", "must be letters: and some of"),
         ("fasta", "letters:acgt", "must be letters: and some of"),

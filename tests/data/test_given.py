@@ -163,7 +163,7 @@ def test_reading_goes_on_where_a_run_has_stopped(tmp_path, monkeypatch, capfd, k
     capfd.readouterr()
     assert_same(taken(batches, count, start), expected_batches(start + count)[start:])
     told = capfd.readouterr().err
-    assert ("goes on at item" in told) == (start > 0 and kind in SEEKING)
+    assert ("continues at item" in told) == (start > 0 and kind in SEEKING)
     assert ("cannot seek" in told) == (kind not in SEEKING)
     if kind == "list" and start == 30:
         assert min(seen) > 0.5 * 30 * N * ROWS / 3000 * len(DOCUMENTS)  # not from the beginning
@@ -175,7 +175,7 @@ def test_other_data_than_before_is_said(tmp_path, capfd):
     taken(ordered((document for document in DOCUMENTS), positions), 5, start=3)
     assert "changed" not in capfd.readouterr().err
     taken(ordered((document for document in DOCUMENTS[::-1]), positions), 5, start=3)
-    assert "train_data: changed since the last run here, or in another order" in capfd.readouterr().err
+    assert "train_data: has changed or was reordered since the last run here" in capfd.readouterr().err
 
 
 TOKENS = IDS[: ROWS * (N + 1)].reshape(ROWS, N + 1).astype(np.int64)
@@ -234,7 +234,7 @@ BAD = {
     "no iterable": (3, "train_data: must be token ids, a .npy or .bin file or an iterable of .*, not int"),
     "a dict of splits": ({"train": [[1]]}, "train_data: must be token ids, .*, not dict"),
     "bytes": (b"abc", "train_data: must be token ids, .*, not bytes"),
-    "only None": ([None] * 5, "train_data: must hold more than None; it has 5 items"),
+    "only None": ([None] * 5, "train_data: all of its 5 items are None"),
     "nothing": ([], "train_data: ends after 0 items"),
     "an empty generator": (iter(()), "train_data: ends after 0 items"),
     "text": (["some text"], "train_data, item 0: must be token ids, not text; data.dataset = 'text' reads text"),
@@ -247,10 +247,10 @@ BAD = {
     ),
     "negative": ([[1, -1]], "train_data, item 0: token id -1 is outside the vocabulary"),
     "other names": ([{"ids": [1]}], r"train_data, item 0: must have 'input_ids', .* it has \['ids'\]"),
-    "no labels": ([{"inputs": TOKENS}], "train_data, item 0: has 'inputs', and must have 'labels' too"),
+    "no labels": ([{"inputs": TOKENS}], "train_data, item 0: has 'inputs', so it must have 'labels' too"),
     "a short batch": (
         [TOKENS[:2]],
-        r"train_data, item 0: a batch must be \[8, 9\] or \[8, 8\], by train.batch_size and",
+        r"train_data, item 0: a batch must be \[8, 9\] or \[8, 8\], because of train.batch_size and",
     ),
     "labels of another length": (
         [{"inputs": TOKENS[:, 1:], "labels": TOKENS[:, 2:]}],
@@ -309,13 +309,16 @@ def test_a_position_that_cannot_be_kept_is_said(tmp_path):
         def set_state(self, state):
             pass
 
-    with pytest.raises(DataError, match="train_data: get_state must return bytes, or what JSON can hold"):
+    with pytest.raises(DataError, match="train_data: get_state must return bytes, or a value that JSON can store"):
         taken(ordered(Reader(), tmp_path / "positions.jsonl"), 2)
     assert not (tmp_path / "positions.jsonl").exists() or not (tmp_path / "positions.jsonl").read_text()
 
 
 def test_a_late_item_is_named_by_its_number():
-    for item, message in (([99], "item 2: token id 99"), (TOKENS, "item 2: is a batch; items before it are documents")):
+    for item, message in (
+        ([99], "item 2: token id 99"),
+        (TOKENS, "item 2: is a batch; items before it are documents"),
+    ):
         with pytest.raises(DataError, match=message):
             taken(ordered([[1] * 40, [2] * 40, item]), 20)
 
@@ -329,7 +332,7 @@ def test_a_late_item_is_named_by_its_number():
             r"a.bin': cannot be read \(Size of available data is not a multiple of the data-type size",
         ),
         ("a.bin", b"", r"a.bin': cannot be read \(cannot mmap an empty file"),
-        ("a.bin", np.arange(50, dtype="<u4").tobytes(), "every second uint16 is 0, as in a file of uint32"),
+        ("a.bin", np.arange(50, dtype="<u4").tobytes(), "every second uint16 is 0, as in uint32 files"),
         ("a.npy", b"nonsense", "a.npy': cannot be read"),
         ("a.npy", b"PK\5\6" + bytes(18), "a.npy': cannot be read"),  # an empty .npz
         ("a.npy", None, "a.npy': cannot be read .No such file"),
@@ -416,7 +419,7 @@ def test_a_run_that_cannot_be_is_refused_with_nothing_written(tmp_path, config, 
 
 def test_epochs_of_an_iterable_are_not_known(tmp_path):
     for train, message in (
-        ({"steps": "1epoch"}, "epochs are not known"),
+        ({"steps": "1epoch"}, "epochs are unknown"),
         ({"eval_every": "epoch"}, "in updates"),
     ):
         config = run_config()
@@ -464,7 +467,7 @@ def test_killed_runs_go_on_bit_by_bit(tmp_path):
     assert done.returncode == 0, done.stderr
     for kind, told in zip(KINDS, done.stderr.split("next kind")[1:], strict=True):
         assert "continuing from step" in told, (kind, told)
-        assert ("train_data: goes on at item" in told) == (kind in SEEKING), (kind, told)
+        assert ("train_data: continues at item" in told) == (kind in SEEKING), (kind, told)
     *parts, array, documents = [line.split()[-1] for line in done.stdout.splitlines()]
     assert parts == [array, *[documents] * 4]
     assert array != documents

@@ -350,11 +350,11 @@ def test_splits_and_numbers_as_tokens(tmp_path):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"dataset": "recall", "num_items": 13}, "data.sequence_length = 48: must be at least 52, 4 for"),
+        ({"dataset": "recall", "num_items": 13}, "data.sequence_length = 48: must be at least 52, that is 4 for"),
         ({"dataset": "recall", "num_items": 32}, "data.num_items = 32: must be at most 31"),
         ({"dataset": "copy", "sequence_length": 7}, "data.sequence_length = 7: must be even"),
         ({"dataset": "recall", "tokenizer": "numbers:x"}, "data.tokenizer = 'numbers:x': must be numbers:V"),
-        ({"dataset": "text", "tokenizer": "numbers:9"}, "data.tokenizer = 'numbers:9': is for data.dataset"),
+        ({"dataset": "text", "tokenizer": "numbers:9"}, "data.tokenizer = 'numbers:9': is only for data.dataset"),
         (
             {"dataset": "passkey", "tokenizer": "bytes"},
             "data.sequence_length = 48: must be at least 384 for data.num_items = 4",
@@ -363,7 +363,7 @@ def test_splits_and_numbers_as_tokens(tmp_path):
         ({"dataset": "pydoc", "tokenizer": "bytes", "curriculum": "8:1"}, "data.curriculum = '8:1': must be ''"),
         (
             {"dataset": "recall", "sequence_length": 16, "curriculum": "2:1"},
-            "data.curriculum = '2:1': has samples of 2 tokens, and data.sequence_length must be at least 4, 4 for each",
+            "data.curriculum = '2:1': has samples of 2 tokens, and data.sequence_length must be at least 4, that is 4",
         ),
         ({"dataset": "passkey", "tokenizer": "bytes", "curriculum": "9:1"}, "data.curriculum = '9:1': must be LENGTH"),
         ({"dataset": "passkey", "tokenizer": "bytes", "curriculum": "8"}, "data.curriculum = '8': must be LENGTH"),
@@ -379,7 +379,10 @@ def test_splits_and_numbers_as_tokens(tmp_path):
             {"dataset": "niah-3", "tokenizer": "bytes", "num_items": 1},
             "data.sequence_length = 48: must be at least 423",
         ),
-        ({"dataset": "recall-gap", "num_items": 10}, "data.sequence_length = 48: must be at least 50, 5 for each"),
+        (
+            {"dataset": "recall-gap", "num_items": 10},
+            "data.sequence_length = 48: must be at least 50, that is 5 for each",
+        ),
         ({"dataset": "s5"}, "data.tokenizer = 'numbers:64': must have at least 240 ids"),
     ],
 )

@@ -187,7 +187,7 @@ def test_globs_find_each_file_once_and_sorted(tmp_path, monkeypatch):
     [
         ("*.txt,nothing*.txt", r"data\.train_files: no file matches 'nothing\*\.txt'"),
         ("a.txt,missing.txt", "no file matches 'missing.txt'"),
-        ("table.csv", r"table\.csv is not read; files end in \.txt or \.jsonl"),
+        ("table.csv", r"table\.csv is not read; its name must end in \.txt or \.jsonl"),
         (" , ", "must hold a path or glob"),
     ],
 )

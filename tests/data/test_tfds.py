@@ -54,7 +54,7 @@ def test_every_record_is_a_document(builder, tmp_path):
 def test_mistakes_are_one_line(builder, tmp_path):
     for changes, split, kind, message in (
         ({"dataset": "tfds:no_such_books"}, "train", ConfigError, "data.dataset = 'tfds:no_such_books'"),
-        ({"text_field": "year"}, "train", ConfigError, "it has text, year"),
+        ({"text_field": "year"}, "train", ConfigError, "whose fields are text, year"),
         ({}, "test", DataError, "has no split 'test'; it has train, validation"),
     ):
         with pytest.raises(kind) as caught:

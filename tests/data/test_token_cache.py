@@ -216,7 +216,7 @@ def test_a_damaged_cache_is_noticed_and_made_again(tmp_path, capsys, damage):
 
 def test_files_without_any_text_are_refused(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": ""}\n\n')
-    with pytest.raises(DataError, match="no text at all"):
+    with pytest.raises(DataError, match="no text in"):
         load_split(config_for(tmp_path), "train", BYTES)
     assert caches(tmp_path) == []
 
@@ -399,7 +399,7 @@ def test_a_document_that_a_library_cannot_take_is_named(tmp_path, monkeypatch, e
 
     (tmp_path / "a.jsonl").write_text('{"text": "A table of 5"}\n')
     monkeypatch.setattr(ByteTokenizer, "encode", fail)
-    with pytest.raises(DataError, match=r"bytes: .* 12 characters of a document from 'A table of 5' on \(stack size\)"):
+    with pytest.raises(DataError, match=r"12 characters of a document that begin with 'A table of 5' \(stack size\)"):
         load_split(config_for(tmp_path), "train", BYTES)
 
 

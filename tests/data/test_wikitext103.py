@@ -237,7 +237,7 @@ def test_no_network_says_in_three_lines_what_to_do(tmp_path, monkeypatch):
     with serving(b"") as (url, _):
         pass  # the port is closed again
     expect_zip(monkeypatch, b"", url=url)
-    with pytest.raises(DataError, match=r"wikitext103 is not here: .*Connection refused") as caught:
+    with pytest.raises(DataError, match=r"wikitext103 is missing: .*Connection refused") as caught:
         load_split(config_for(tmp_path), "train", ByteTokenizer())
     _assert_three_helpful_lines(str(caught.value))
     assert _is_nothing_prepared(tmp_path)

@@ -332,7 +332,7 @@ MISTAKES = {
     "unknown option": (
         [[1]],
         {"temprature": 1},
-        "generation.temprature = 1: no such option; there are cache_dtype, chunk, logprobs",
+        "generation.temprature = 1: no such option; the options are cache_dtype, chunk, logprobs",
     ),
     "chunk": ([[1]], {"chunk": 0}, "generation.chunk = 0: must be an integer from 1 to 256"),
     "stop token": (

@@ -239,7 +239,7 @@ def test_what_does_not_grow_has_no_int8_cache(architecture):
     if architecture in ("tlinformer", "transformer", "gated_deltanet_hybrid"):
         generator.stream([[1, 2]], cache_dtype="int8")
         return
-    with pytest.raises(ConfigError, match=r"generation\.cache_dtype = 'int8': is for caches that grow"):
+    with pytest.raises(ConfigError, match=r"generation\.cache_dtype = 'int8': needs a cache that grows"):
         generator.stream([[1, 2]], cache_dtype="int8")
     with pytest.raises(ConfigError, match=r"generation\.cache_dtype = 'int4': must be one of auto, int8"):
         generator.stream([[1, 2]], cache_dtype="int4")

@@ -62,11 +62,11 @@ def test_sounds_are_prompt_and_continuation_without_the_ends(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("data", "name", "message"),
     [
-        (("fasta", "letters:ACGT"), "x.png", "is for runs on data.dataset = 'idx' or 'wav', not 'fasta'"),
+        (("fasta", "letters:ACGT"), "x.png", "works only for runs with data.dataset = 'idx' or 'wav', not 'fasta'"),
         (("idx", "ids:256"), "x.wav", "must end in .png for data.dataset = 'idx'"),
         (("wav", "ids:256"), "x.png", "must end in .wav for data.dataset = 'wav'"),
-        (("idx", "ids:256", 20), "x.png", "draws square images, but data.sequence_length = 20"),
-        (("idx", "ids:256"), "none/x.png", "there is no folder"),
+        (("idx", "ids:256", 20), "x.png", "needs square images, but data.sequence_length = 20"),
+        (("idx", "ids:256"), "none/x.png", "does not exist"),
     ],
 )
 def test_what_cannot_be_saved_is_refused_before_anything_is_drawn(tmp_path, capsys, data, name, message):

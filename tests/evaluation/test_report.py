@@ -126,7 +126,7 @@ def test_each_length_is_compiled_once(report):
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"length": 68}, "evaluation.length = 68: must be at most 67, what the validation split can fill"),
+        ({"length": 68}, "evaluation.length = 68: must be at most 67 for the validation split"),
         ({"lengths": (8, 100)}, "evaluation.lengths = 100: must be at most 67"),
         ({"lengths": (0,)}, "evaluation.lengths = 0: must be an integer from 1"),
         ({"length": 2**31}, "evaluation.length = 2147483648"),

@@ -62,7 +62,7 @@ def test_texts_that_cannot_be_evaluated():
         text_perplexity(trained(), [1, 2])
     with pytest.raises(UserError, match=r"evaluation\.length = 0"):
         text_perplexity(trained(), "a", length=0)
-    with pytest.raises(UserError, match=r"evaluation\.lengths = 99: must be at most 9, what b.txt can fill"):
+    with pytest.raises(UserError, match=r"evaluation\.lengths = 99: must be at most 9 for b.txt"):
         evaluate_text(trained(), SHORT, EvaluationOptions(lengths=(99,)), text_file="b.txt")
 
 

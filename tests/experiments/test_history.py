@@ -108,4 +108,4 @@ def test_a_training_and_the_command_measure_the_same(tmp_path):
     assert {f"history_{kind}.{ending}" for kind in kinds for ending in ("csv", "png")} <= names
     for given in ("4,x", "-1,4"):
         wrong = command("history", f"--workdir={workdir}", f"--distances={given}")
-        check_refusal(wrong, f"--distances={given}: must be integers of 0 or more with commas between")
+        check_refusal(wrong, f"--distances={given}: must be integers >= 0, separated by commas")

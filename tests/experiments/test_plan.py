@@ -69,7 +69,7 @@ def test_flags_change_the_base_of_all_points():
         ({"model": 7}, "point bad: model = 7: must be a section of fields"),
         ({"train.seed": -1}, "point bad: train.seed = -1"),
         ({"train.seed": ()}, "point bad: train.seed must hold"),
-        ({"train.seed": (1, 1)}, "point bad-seed1: is there twice"),
+        ({"train.seed": (1, 1)}, "point bad-seed1: occurs twice"),
     ],
 )
 def test_a_bad_point_is_named(overrides, says):

@@ -173,7 +173,7 @@ def test_text_in_a_block_stays_there():
 def test_what_is_no_record_is_named(tmp_path):
     with pytest.raises(DataError, match="at least one record"):
         read_records(tmp_path)
-    for text, says in (("{", "is no JSON"), ("[]", "is no record"), ('{"format": "other"}', "'format' must be")):
+    for text, says in (("{", "is not JSON"), ("[]", "is not a record"), ('{"format": "other"}', "'format' must be")):
         (tmp_path / "x.json").write_text(text)
         with pytest.raises(DataError, match=f"x.json: .*{says}"):
             read_records(tmp_path)

@@ -120,7 +120,7 @@ def test_another_configuration_is_refused_before_anything_runs(tmp_path):
     first, other = job(tmp_path, "first", "finish"), job(tmp_path, "other", "finish")
     other.workdir.mkdir()
     write_result(other.workdir / "result.json", made_result("other", 20.0, train={"steps": 7}))
-    with pytest.raises(UserError, match=r"other/result.json: is of another configuration \(train.steps: 7 -> 100\)"):
+    with pytest.raises(UserError, match=r"/result.json: belongs to another configuration \(train.steps: 7 -> 100\)"):
         run_each([first, other], retries=0)
     assert calls(first, other) == [0, 0]
     # Where the data are kept is no part of what a run is.

@@ -86,9 +86,9 @@ def test_a_sweep_that_is_killed_goes_on_where_it_was(sweep, tmp_path):
     assert done.returncode == 1, done.stderr
     error = done.stderr.strip().splitlines()[-1]
     assert error.startswith("error: 1 of 4 points failed: wrong-seed0 (status 2: ")
-    assert "must multiply to a divisor of the 1 devices" in error
+    assert "must have a product that divides 1, the number of devices" in error
     assert "Traceback" not in done.stderr
-    assert "point 1 of 4, first-seed0: finished before" in done.stderr
+    assert "point 1 of 4, first-seed0: already finished" in done.stderr
     assert times(out / "first-seed0") == finished
     assert f"continuing from step {saved} in {out}/long-seed0" in done.stderr
     result = read_result(out / "long-seed0" / "result.json")

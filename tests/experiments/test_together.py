@@ -145,7 +145,7 @@ def test_the_command_trains_groups_in_processes_of_their_own(tmp_path):
     done = command(*asked)
     assert done.returncode == 0, done.stderr
     assert "point 1 of 2, one-seed0 and 3 more: starting" in done.stderr
-    assert "point 2 of 2, other-seed0 and 1 more: finished before" in done.stderr
+    assert "point 2 of 2, other-seed0 and 1 more: already finished" in done.stderr
     records = [json.loads(path.read_text()) for path in tmp_path.glob("out/*/result.json")]
     assert sorted(record["together"] for record in records) == [2, 2, 4, 4, 4, 4]
     assert all("evaluate" in record["then"] for record in records)

@@ -69,7 +69,7 @@ def test_damaged_safetensors(tmp_path):
         with pytest.raises(DataError):
             read_weights(part)
     part.write_bytes(struct.pack("<Q", 2**62) + b"{}")  # a header that promises too much
-    with pytest.raises(DataError, match="not a sound safetensors file"):
+    with pytest.raises(DataError, match="not a valid safetensors file"):
         read_weights(part)
 
 
@@ -79,7 +79,7 @@ def test_files_of_no_weights(tmp_path):
     for name, message in (
         ("none.pt", "cannot be read"),
         ("folder.safetensors", "cannot be read"),
-        ("text.safetensors", "not a sound safetensors file"),
+        ("text.safetensors", "not a valid safetensors file"),
         ("model.bin", "must end in"),
     ):
         with pytest.raises(DataError, match=message):

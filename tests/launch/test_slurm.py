@@ -79,7 +79,7 @@ def test_a_job_whose_time_is_nearly_over_saves_and_goes_on_after_the_queue(clust
     cluster.command("scancel", "--batch", "--signal=USR1", job)  # what --signal=B:USR1@300 does
     wait_until(cluster, tmp_path, lambda: "into the queue again" in told(tmp_path), "the requeue")
     (saved,) = saved_steps(workdir)
-    assert f"stopped after step {saved}, as asked" in told(tmp_path)
+    assert f"stopped after step {saved}, as requested" in told(tmp_path)
     wait_until(cluster, tmp_path, lambda: f"continuing from step {saved} " in told(tmp_path), "the second start")
     wait_until(cluster, tmp_path, lambda: logged_steps(workdir)[-1] > saved + 2, "further steps")
     # A preemption as SLURM does it: SIGTERM to the steps, and time to end.

@@ -323,5 +323,5 @@ def test_what_has_no_answers_cannot_wait_for_them():
         changed(train={"stop_at_accuracy": 2})
     with pytest.raises(ConfigError, match=r"data\.curriculum = '256:3': must be '' for train\.schedule = 'paper'"):
         changed(train={"schedule": "paper", "steps": "1epoch"}, data=grown)
-    with pytest.raises(ConfigError, match=r"data\.curriculum = '256:3': must end before train.steps = 3, and has 3"):
+    with pytest.raises(ConfigError, match=r"data\.curriculum = '256:3': must end before train.steps = 3, but has 3"):
         changed(train={"steps": 3}, data=grown)

@@ -106,7 +106,7 @@ def test_a_step_that_is_asked_for_is_that_or_an_error(sound, tmp_path):
     step, params = restore_params(workdir, shape, 1)
     assert step == 1
     jax.tree.map(np.testing.assert_array_equal, params, state_of(1).params)
-    with pytest.raises(DataError, match=r"no checkpoint of step 3; there are 1, 2"):
+    with pytest.raises(DataError, match=r"no checkpoint of step 3, only of 1, 2"):
         restore_params(workdir, shape, 3)
     flip(0.5)(workdir / "checkpoints" / "2" / "state" / "_METADATA")
     with pytest.raises(DataError, match=r"checkpoint of step 2 cannot be used"):
@@ -121,7 +121,7 @@ def test_an_empty_folder_or_another_steps_is_no_checkpoint(sound, tmp_path, capf
     assert_params(workdir, 2)
     told = capfd.readouterr().err
     assert "checkpoints/9: has no readable manifest.json" in told
-    assert "checkpoints/8: manifest.json is of step 1" in told
+    assert "checkpoints/8: manifest.json belongs to step 1" in told
 
 
 def test_where_no_checkpoint_is_good_nothing_is_used_renamed_or_begun_anew(sound, tmp_path):

@@ -88,7 +88,7 @@ def test_what_is_no_curriculum_is_refused_in_one_line(text):
 
 def test_a_stage_of_open_end_needs_the_number_of_updates():
     assert changed(data={"curriculum": "6:5@.5"}).data.stages == (Stage(6, 5, 0.5),)
-    with pytest.raises(ConfigError, match=r"'6:5@.5': must have no @ACCURACY where train.steps are epochs"):
+    with pytest.raises(ConfigError, match=r"'6:5@.5': must have no @ACCURACY if train.steps is in epochs"):
         changed(data={"curriculum": "6:5@.5"}, train={"steps": "3epochs"})
 
 

@@ -101,7 +101,7 @@ def test_a_text_of_other_content_is_named_and_a_copy_of_the_same_is_not(tmp_path
         file.write("more")
     begin(config, workdir)
     said = [line for line in capfd.readouterr().err.splitlines() if "the text of" in line]
-    assert said == ["changed since the last run here: the text of the train split; its samples are others now"]
+    assert said == ["changed since the last run here: the text of the train split; it has other samples now"]
     begin(config, workdir)  # it is the run's text from now on
     assert "the text of" not in capfd.readouterr().err
     (workdir / TEXTS_FILE).write_text("[" * 100_000)

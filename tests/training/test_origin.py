@@ -106,7 +106,7 @@ def test_what_does_not_fit_is_refused_in_a_line(trained, tmp_path):
         train_and_evaluate(deeper, tmp_path / "run", init_from=source)
     with pytest.raises(DataError, match=r"nothing: no readable config.json"):
         train_and_evaluate(config, tmp_path / "run", init_from=tmp_path / "nothing")
-    with pytest.raises(ConfigError, match="must be another directory"):
+    with pytest.raises(ConfigError, match="must not be workdir itself"):
         train_and_evaluate(config, tmp_path / "run", init_from=tmp_path / "run")
     assert not (tmp_path / "run").exists()
     # A directory that holds a run from scratch, and one that came from elsewhere.

@@ -66,7 +66,9 @@ def test_where_open_folders_have_no_path_such_a_name_is_refused_before_training(
     monkeypatch.setattr("tlinformer_jax.files.OPEN_FILES", tmp_path / "none")
     write(tmp_path, 1)
     (tmp_path / "a[1]").mkdir()
-    with pytest.raises(DataError, match=r"checkpoints cannot be written \(its path may hold letters"):
+    with pytest.raises(
+        DataError, match=r"checkpoints cannot be written \(on this system its path may only have letters"
+    ):
         Checkpoints(tmp_path / "a[1]", 1)
 
 
@@ -203,7 +205,7 @@ def test_loading_follows_no_link_and_waits_for_no_pipe(sound, tmp_path, capfd):
             read(workdir)
         (workdir / name).unlink()
         os.mkfifo(workdir / name)
-        with pytest.raises(DataError, match="it is no regular file"):
+        with pytest.raises(DataError, match="it is not a regular file"):
             read(workdir)
     os.mkfifo(workdir / ORIGIN_FILE)
     with pytest.raises(DataError, match=r"init_from\.json: cannot be read"):
@@ -216,8 +218,8 @@ def test_loading_follows_no_link_and_waits_for_no_pipe(sound, tmp_path, capfd):
 
 
 LOOKALIKES = {
-    "file": (lambda path: path.write_text("x"), "is no folder"),
-    "pipe": (os.mkfifo, "is no folder"),
+    "file": (lambda path: path.write_text("x"), "is not a folder"),
+    "pipe": (os.mkfifo, "is not a folder"),
     "link to a folder": (lambda path: path.symlink_to(path.parent / "2"), "is a link, which is not followed"),
     "loop": (lambda path: path.symlink_to(path), "is a link, which is not followed"),
 }

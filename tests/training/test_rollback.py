@@ -69,7 +69,7 @@ def test_a_rollback_leaves_out_what_came_after_the_checkpoint_and_goes_on_past_t
     samples = TrainingBatches(load_split(config.data, "train", ByteTokenizer()), 8, 16, 0).indices(6)
     named = ", ".join(map(str, samples[:8]))
     assert "at step 7 the gradient of blocks_0/" in told
-    going_on = "going on from the parameters of step 3, with the batches after 7"
+    going_on = "continuing from the parameters of step 3, with batches after 7"
     assert f"; its batch holds samples {named} and 8 more of the train split; {going_on}" in told
     state = last_state(config, tmp_path / "whole")
     assert int(state.skips.rollbacks) == 1
@@ -111,7 +111,7 @@ def test_when_no_rollback_is_left_it_stops_and_the_first_may_go_to_the_beginning
     spoil(1, 4)
     with pytest.raises(DivergedError, match=r"at step 5 .* holds samples .*, after 1 rollbacks; lower train\.learning"):
         train_and_evaluate(config, tmp_path / "run")
-    assert "going on from the parameters of step 0, with the batches after 3" in capfd.readouterr().err
+    assert "continuing from the parameters of step 0, with batches after 3" in capfd.readouterr().err
     # The steps that came after it, before it was noticed, changed nothing and are not logged.
     assert [event["step"] for event in events(tmp_path / "run")] == [1, 4]
     # What was noticed at a regular step was rolled back before that was saved.
@@ -129,12 +129,12 @@ def test_when_no_rollback_is_left_it_stops_and_the_first_may_go_to_the_beginning
 
 
 def test_rollbacks_need_checkpoints():
-    said = r"^train\.max_skipped_updates = '0\+1': must name no return where train.checkpoint_every = "
+    said = r"^train\.max_skipped_updates = '0\+1': must allow no return while train.checkpoint_every = "
     with pytest.raises(ConfigError, match=said + "'10min'"):
         TrainConfig(max_skipped_updates="0+1")
     with pytest.raises(ConfigError, match=said + "0"):
         TrainConfig(max_skipped_updates="0+1", checkpoint_every=0)
-    with pytest.raises(ConfigError, match=r"train\.max_skipped_updates = '0\+': must be an integer >= 0, or such as"):
+    with pytest.raises(ConfigError, match=r"train\.max_skipped_updates = '0\+': must be an integer >= 0, or e.g."):
         TrainConfig(max_skipped_updates="0+")
 
 

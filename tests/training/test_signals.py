@@ -44,10 +44,10 @@ def test_one_interrupt_asks_and_a_second_ends_at_once():
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=20)
     assert (process.returncode, out) == (0, "ended True\n")
-    assert err == "SIGINT: saving after the running step; once more stops at once\n"
+    assert err == "SIGINT: saving after the running step; a second one stops at once\n"
     with waiting("twice") as process:
         process.send_signal(signal.SIGINT)
-        assert "once more stops at once" in process.stderr.readline()
+        assert "a second one stops at once" in process.stderr.readline()
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=20)
     assert process.returncode == 130
@@ -120,7 +120,7 @@ def test_a_terminated_training_command_saves_and_exits_0_and_its_directory_takes
         assert process.wait(timeout=60) == 0
         drain.join()
     (saved,) = (int(path.name) for path in (tmp_path / "checkpoints").iterdir())
-    assert f"stopped after step {saved}, as asked" in rest[-1]
+    assert f"stopped after step {saved}, as requested" in rest[-1]
     steps = [json.loads(text)["step"] for text in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert steps == list(range(1, saved + 1))
     evaluated = command("evaluate", f"--workdir={tmp_path}", "--json")

@@ -103,7 +103,7 @@ def test_files_that_would_never_end_are_not_waited_for(workdir):
     check_refused(workdir, "none of its checkpoints can be used")
     (workdir / "config.json").unlink()
     os.mkfifo(workdir / "config.json")
-    check_refused(workdir, r"no readable config\.json \(it is no regular file\)")
+    check_refused(workdir, r"no readable config\.json \(it is not a regular file\)")
 
 
 def test_a_split_is_tokenised_in_this_users_cache_only(workdir, tmp_path, monkeypatch):

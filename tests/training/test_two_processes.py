@@ -104,5 +104,7 @@ def test_when_one_is_killed_the_other_ends_with_a_clear_line_and_the_same_comman
     # The notice reaches one process alone; both save the same step.
     processes[1].send_signal(signal.SIGTERM)
     last = run(*processes)[0].strip().splitlines()[-1]
-    assert last == f"stopped after step {saved_steps(tmp_path)[-1]}, as asked; the same command goes on from there"
+    assert (
+        last == f"stopped after step {saved_steps(tmp_path)[-1]}, as requested; the same command continues from there"
+    )
     assert [event["step"] for event in events(tmp_path)] == list(range(1, saved_steps(tmp_path)[-1] + 1))

@@ -1,1 +1,1 @@
-"""Measures of models and texts."""
+"""Measures of models."""

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from absl import app, flags, logging
 
 from tlinformer_jax import environment
-from tlinformer_jax.config.named import load_python
-from tlinformer_jax.config.run import add_defaults, unknown_field
+from tlinformer_jax.config.named import add_defaults, load_python
+from tlinformer_jax.config.run import unknown_field
 from tlinformer_jax.errors import ConfigError, DataError, UserError, file_errors_as, first_line
 from tlinformer_jax.files import local_path
 
@@ -43,17 +43,13 @@ def run(main: Callable[[], None]) -> NoReturn:
         std_logging.getLogger("asyncio").setLevel(std_logging.CRITICAL)  # its errors are reported as one line
         try:
             main()
-        except UserError as error:
-            fail(str(error), error.status)
-        except _Terminated as ended:
-            fail(f"ended by {ended}", 128 + ended.number)
-        except KeyboardInterrupt:
-            fail("interrupted", 128 + signal.SIGINT)
-        except Exception as error:
-            message = environment.describe_failure(error)
+        except SystemExit:
+            raise
+        except BaseException as error:
+            status, message = environment.status_and_message(error)
             if message is None:
                 raise
-            fail(message, 1 if isinstance(error, FloatingPointError) else 2)
+            fail(message, status)
 
     environment.settle()
     app.run(guarded, flags_parser=_parse_flags)
@@ -65,17 +61,9 @@ def _not_reported_otherwise(record: Any) -> bool:
     return not (record.exc_info and "orbax" in record.pathname)
 
 
-class _Terminated(BaseException):
-    """The exception for SIGTERM and SIGHUP. A BaseException, so that code that handles failures does not catch it."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(signal.Signals(number).name)
-        self.number = number
-
-
 def _terminate(number: int, _: Any) -> None:
     signal.signal(number, signal.SIG_IGN)  # a second signal must not interrupt the clean-up
-    raise _Terminated(number)
+    raise environment.Terminated(number)
 
 
 def _send_again(lost: Any) -> None:

@@ -27,10 +27,10 @@ if TYPE_CHECKING:
 WORKDIR, STEP = cli.run_flags()
 PROMPT = flags.DEFINE_string("prompt", None, "Text to continue.")
 PROMPT_FILE = flags.DEFINE_string(
-    "prompt_file", None, "UTF-8 file whose whole text is continued, its last line end too."
+    "prompt_file", None, "UTF-8 file with the text to continue, including its last line end."
 )
 MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 256, "Most new tokens per sample.")
-TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 takes the likeliest token, 1 draws as the model says.")
+TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 takes the likeliest token; 1 draws by probability.")
 TOP_K = flags.DEFINE_integer("top_k", None, "Draw only from the k likeliest tokens.")
 TOP_P = flags.DEFINE_float("top_p", None, "Draw only from the likeliest tokens with this total probability.")
 MIN_P = flags.DEFINE_float("min_p", None, "Draw only from tokens at least this likely relative to the likeliest.")
@@ -121,14 +121,14 @@ def _saver(workdir: pathlib.Path) -> Callable[[list[np.ndarray]], None] | None:
     path, data = local_path(SAVE.value, "--save"), load_config(workdir).data
     kinds = {"idx": (".png", domains.images_png), "wav": (".wav", domains.sounds_wav)}
     if data.dataset not in kinds:
-        raise UserError(f"--save={path}: is for runs on data.dataset = 'idx' or 'wav', not {data.dataset!r}")
+        raise UserError(f"--save={path}: works only for runs with data.dataset = 'idx' or 'wav', not {data.dataset!r}")
     ending, content = kinds[data.dataset]
     if path.suffix != ending:
         raise UserError(f"--save={path}: must end in {ending} for data.dataset = {data.dataset!r}")
     if data.dataset == "idx" and math.isqrt(data.sequence_length) ** 2 != data.sequence_length:
-        raise UserError(f"--save={path}: draws square images, but data.sequence_length = {data.sequence_length}")
+        raise UserError(f"--save={path}: needs square images, but data.sequence_length = {data.sequence_length}")
     if not path.parent.is_dir():
-        raise UserError(f"--save={path}: there is no folder {path.parent}")
+        raise UserError(f"--save={path}: the folder {path.parent} does not exist")
     return lambda samples: write_bytes(path, content(samples, data.sequence_length))
 
 

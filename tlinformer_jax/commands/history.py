@@ -16,10 +16,10 @@ from tlinformer_jax.errors import UserError
 from tlinformer_jax.files import writing
 
 WORKDIR, STEP = cli.run_flags()
-OUT = flags.DEFINE_string("out", "", "Directory for history.json, CSV files and figures; made if it is missing.")
+OUT = flags.DEFINE_string("out", "", "Directory for history.json, CSV files and figures; created if it is missing.")
 SPLIT = flags.DEFINE_enum("split", "validation", ["train", "validation", "test"], "Split to measure on.")
 SAMPLES = flags.DEFINE_integer("samples", 64, "Samples, spread evenly over the split.", lower_bound=1)
-LENGTH = flags.DEFINE_integer("length", None, "Tokens of a sample; as trained if not given.", lower_bound=1)
+LENGTH = flags.DEFINE_integer("length", None, "Tokens per sample; as in training if not given.", lower_bound=1)
 DISTANCES = flags.DEFINE_list("distances", [], "Distances at which to cut; 0 and powers of 4 from 16 if not given.")
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 1, "Samples at a time.", lower_bound=1)
 
@@ -35,7 +35,7 @@ def main() -> None:
     workdir = cli.given_path(WORKDIR, "the directory of a run")
     out = cli.writable_workdir(OUT.value, "--out") if OUT.value else None
     if not all(text.isdecimal() for text in DISTANCES.value):
-        raise UserError(f"--distances={','.join(DISTANCES.value)}: must be integers of 0 or more with commas between")
+        raise UserError(f"--distances={','.join(DISTANCES.value)}: must be integers >= 0, separated by commas")
     distances = sorted({int(text) for text in DISTANCES.value})
     use_compilation_cache()
     trained = load_run(workdir, STEP.value)
@@ -77,4 +77,4 @@ def _write(report: dict[str, Any], out: pathlib.Path) -> None:
                 table.to_csv(out / f"{name}.csv", index=False)
             plot_history([("", report)], out)
     except ImportError as error:
-        print(f"no CSV files or figures: {error}; pip install 'tlinformer-jax[report]' has it", file=sys.stderr)
+        print(f"no CSV files or figures: {error}; pip install 'tlinformer-jax[report]'", file=sys.stderr)

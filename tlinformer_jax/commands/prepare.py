@@ -34,12 +34,12 @@ def prepare(config: DataConfig, vocab_size: int | None = None) -> Iterator[str]:
         stream, found = open_split(config, split, tokenizer)
         seconds = max(time.monotonic() - start, 1e-9)
         if isinstance(stream, TaskSplit):
-            yield f"{split}: {stream.count:,} samples of {config.dataset!r}, made as they are read"
+            yield f"{split}: {stream.count:,} samples of {config.dataset!r}, generated as they are read"
             continue
         check_token_ids(stream, tokenizer.vocab_size, split)
         tokens = len(stream.tokens)
         if config.dataset == TOKENS:
-            yield f"{split}: {tokens:,} tokens, read where they lie"
+            yield f"{split}: {tokens:,} tokens, read in place"
             continue
         speed = f"{tokens / seconds:,.0f} tokens/s, {stream.num_bytes / 1e6 / seconds:.2f} MB/s"
         how = f"found in the cache in {seconds:.2f} s" if found else f"tokenised in {seconds:.1f} s: {speed}"

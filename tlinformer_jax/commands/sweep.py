@@ -27,7 +27,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from tlinformer_jax.commands import cli
-from tlinformer_jax.config.run import add_defaults
+from tlinformer_jax.config.named import add_defaults
 from tlinformer_jax.errors import UserError
 from tlinformer_jax.experiments.actions import checked_actions
 from tlinformer_jax.experiments.job import STOPPED, Job, Record, finished_result, run_jobs, write_result
@@ -49,7 +49,7 @@ SWEEP = flags.DEFINE_string(
 OUT = flags.DEFINE_string("out", "", "Directory of the sweep: a working directory for each point, tables, plots.")
 POINT = flags.DEFINE_integer("point", None, "Number of this job in a job array, from 0.")
 POINTS = flags.DEFINE_integer("points", None, "Jobs in the job array; as many as points if not given.")
-SEEDS = flags.DEFINE_list("seeds", None, "Seeds of points without seeds of their own; the file's if not given.")
+SEEDS = flags.DEFINE_list("seeds", None, "Seeds of the points that set none; those of the file if not given.")
 TOGETHER = flags.DEFINE_bool(
     "together",
     False,
@@ -102,7 +102,7 @@ def main() -> None:
         try:
             plot_sweep(frame_of(done), out)
         except ImportError as error:
-            print(f"no plots: {error}; pip install 'tlinformer-jax[report]' has matplotlib", file=sys.stderr)
+            print(f"no plots: {error}; pip install 'tlinformer-jax[report]'", file=sys.stderr)
     if failures:
         reasons = "; ".join(f"{name} ({reason})" for name, reason in failures.items())
         cli.fail(f"{len(failures)} of {sum(map(len, chosen))} points failed: {reasons}", 1)
@@ -114,7 +114,7 @@ def define_flags() -> None:
     This comes before the flags are parsed, because the sweep decides which fields there are.
     """
     if any(re.match(r"--?config(=|$)", argument) for argument in sys.argv[1:]):
-        cli.fail("--config: the configuration is the sweep's own; --config.SECTION.FIELD=VALUE changes its fields")
+        cli.fail("--config: must be left out; --config.SECTION.FIELD=VALUE changes the sweep's own configuration")
     if not any(re.match(r"--?config\.", argument) for argument in sys.argv[1:]):
         return
     named = [argument.partition("=")[2] for argument in sys.argv if re.match(r"--?sweep=", argument)]

@@ -121,7 +121,7 @@ class DataConfig:
             raise ConfigError("data.tokenizer", self.tokenizer, "must be 'bytes', 'gpt2' or a tokenizer.json's path")
         for prefix, datasets in ONLY_FOR.items():
             if self.tokenizer.startswith(prefix) and self.dataset not in datasets:
-                allowed = f"is for data.dataset = {', '.join(map(repr, datasets))}"
+                allowed = f"is only for data.dataset = {', '.join(map(repr, datasets))}"
                 raise ConfigError("data.tokenizer", self.tokenizer, allowed)
         if self.dataset in ("idx", "wav") and self.tokenizer != IDS_256:
             allowed = f"must be {IDS_256!r} for data.dataset = {self.dataset!r}"
@@ -134,7 +134,7 @@ class DataConfig:
         if self.shingle and self.dataset != "fasta":
             raise ConfigError("data.shingle", self.shingle, f"must be 0 for data.dataset = {self.dataset!r}")
         if self.curriculum and not self.is_task:
-            allowed = f"must be '' where data.dataset is not one of {', '.join(map(repr, TASKS))}"
+            allowed = f"must be '' unless data.dataset is one of {', '.join(map(repr, TASKS))}"
             raise ConfigError("data.curriculum", self.curriculum, allowed)
         if self.document_masking and self.is_task:
             allowed = f"must be False for data.dataset = {self.dataset!r}, each sample of which is one document"

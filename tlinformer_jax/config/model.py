@@ -99,7 +99,7 @@ RULES = {
     **dict.fromkeys(("hidden_depth", "num_experts", "window_overlap"), integer(0)),
     "d_ff": Rule(integer(1).allowed, lambda size: size is None or integer(1).holds(size)),
     "longest_wavelength": Rule(
-        f"must be 0, or an integer >= {SHORTEST_WAVELENGTH} as the shortest has 2 pi tokens",
+        f"must be 0, or an integer >= {SHORTEST_WAVELENGTH}, because the shortest wavelength is 2 pi",
         lambda longest: integer(0).holds(longest) and not 0 < longest < SHORTEST_WAVELENGTH,
     ),
     "history_window": integer(1, pattern="auto", also=" or 'auto'"),
@@ -185,7 +185,7 @@ class ModelConfig:
             allowed = "must be 0 for model.architecture = 'gated_deltanet', which has no rotary positions"
             raise ConfigError("model.longest_wavelength", self.longest_wavelength, allowed)
         if self.attention in ("cudnn", "splash") and self.dropout > 0:
-            allowed = "has no attention dropout; take 'auto', or model.dropout = 0"
+            allowed = "has no attention dropout; use 'auto', or model.dropout = 0"
             raise ConfigError("model.attention", self.attention, allowed)
         if self.d_model % self.num_heads:
             raise ConfigError("model.num_heads", self.num_heads, f"must divide model.d_model = {self.d_model}")
@@ -196,7 +196,7 @@ class ModelConfig:
             raise ConfigError("model.history_window", "auto", "must be an integer for architecture 'sliding_window'")
         if self.recurrent and self.delta.feed_forward < 1:
             least = self.feed_forward_dim + 1 - self.delta.feed_forward
-            allowed = f"must be at least {least} for architecture {self.architecture!r}, whose mixer takes from it"
+            allowed = f"must be at least {least} for architecture {self.architecture!r}, whose mixer is larger"
             raise ConfigError("model.d_ff", self.d_ff, allowed)
         if self.recurrent and self.token_shift:
             allowed = f"must be False for architecture {self.architecture!r}, whose keys have a convolution"

@@ -4,10 +4,13 @@ import pathlib
 import re
 import runpy
 import traceback
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tlinformer_jax.errors import UserError, did_you_mean, first_line
 from tlinformer_jax.files import local_path
+
+if TYPE_CHECKING:
+    from ml_collections import ConfigDict
 
 PACKAGE = pathlib.Path(__file__).parents[1]
 # A wheel contains the files inside the package, a checkout beside it.
@@ -55,6 +58,33 @@ def load_python(given: str, flag: str, function: str) -> Any:
         else:
             message = f"{type(error).__name__} in {last.filename}, line {last.lineno}: {first_line(error)}"
         raise UserError(f"{what}: {message}") from None
+
+
+def add_defaults(config: "ConfigDict") -> None:
+    """Adds the defaults of fields that a config file leaves out, so that flags can override them.
+
+    A field whose value is not of its default's type then accepts any type; `run_config` checks it later.
+    """
+    from ml_collections import FieldReference
+
+    from tlinformer_jax.config.run import SMALL_MODEL, default_config_dict
+
+    whole = default_config_dict()
+    if not config.get("model"):
+        whole.model.update(SMALL_MODEL)
+    with config.unlocked():
+        for name, defaults in whole.items():
+            section = config.get(name)
+            if section is None:
+                config[name] = defaults
+            elif hasattr(section, "items"):
+                for field, default in defaults.items(preserve_field_references=True):
+                    if field not in section:
+                        section[field] = default
+                    elif section.get_type(field) != defaults.get_type(field):
+                        value = section[field]
+                        del section[field]
+                        section[field] = FieldReference(value, field_type=object)
 
 
 def _files() -> dict[str, pathlib.Path]:

@@ -62,10 +62,12 @@ RULES = {
     "eval_every": integer(0, pattern=EPOCH, also=f", or {EPOCH!r}"),
     "checkpoint_every": integer(0, pattern=DURATION.pattern, also=", or a time such as '30s', '10min' or '1.5h'"),
     "keep_checkpoints": integer(
-        1, pattern=r"[1-9]\d*(\+\d+)?", also=", or such as '2+1': the latest two and the best one"
+        1, pattern=r"[1-9]\d*(\+\d+)?", also=", or e.g. '2+1': the latest two and the best one"
     ),
     "max_skipped_updates": integer(
-        0, pattern=AND_MORE.pattern, also=", or such as '3+1': after more than three, one return to a checkpoint"
+        0,
+        pattern=AND_MORE.pattern,
+        also=", or e.g. '3+1': after more than three, one return to a checkpoint",
     ),
     "stop_at_accuracy": number("must be a number from 0 to 1", lambda share: 0 <= share <= 1),
     "deterministic": TRUE_OR_FALSE,
@@ -145,9 +147,9 @@ class TrainConfig:
     def __post_init__(self) -> None:
         check_fields("train", self, RULES)
         if self.schedule == "paper" and not self.epochs:
-            raise ConfigError("train.steps", self.steps, "must be epochs, '10epochs', for train.schedule = 'paper'")
+            raise ConfigError("train.steps", self.steps, "must be like '10epochs' for train.schedule = 'paper'")
         if self.rollbacks and not (isinstance(self.checkpoint_every, int) and self.checkpoint_every):
-            allowed = f"must name no return where train.checkpoint_every = {self.checkpoint_every!r} is no number"
+            allowed = f"must allow no return while train.checkpoint_every = {self.checkpoint_every!r} is not a number"
             raise ConfigError("train.max_skipped_updates", self.max_skipped_updates, f"{allowed} of updates")
         if self.batch_size % self.accumulation:
             allowed = f"must divide train.batch_size = {self.batch_size}"
@@ -258,9 +260,9 @@ class RunConfig:
         elif not train.equal_updates:
             allowed = f"must be '' for train.schedule = {train.schedule!r}"
         elif 0 < train.updates <= updates:
-            allowed = f"must end before train.steps = {train.steps}, and has {updates} updates"
+            allowed = f"must end before train.steps = {train.steps}, but has {updates} updates"
         elif train.epochs and any(stage.accuracy for stage in stages):
-            allowed = "must have no @ACCURACY where train.steps are epochs: their updates would not be known"
+            allowed = "must have no @ACCURACY if train.steps is in epochs, because their updates would be unknown"
         if allowed:
             raise ConfigError("data.curriculum", self.data.curriculum, allowed)
 
@@ -280,11 +282,20 @@ def run_config(values: Mapping[str, Any]) -> RunConfig:
     """
     if not hasattr(values, "items"):
         raise ConfigError("config", values, "must be a mapping of the sections model, train, data and mesh")
-    for name in values:
+    for name, section in values.items():
         if missing := unknown_field(name):
             raise ConfigError(name, "...", missing)
-    sections = {name: _section(name, kind, values.get(name, {})) for name, kind in SECTIONS.items() if name != "model"}
-    return RunConfig(model=_section("model", ModelConfig, _model_fields(values, sections["data"])), **sections)
+        if not hasattr(section, "items"):
+            raise ConfigError(name, section, "must be a section of fields")
+        for field, value in section.items():
+            if missing := unknown_field(f"{name}.{field}"):
+                raise ConfigError(f"{name}.{field}", value, missing)
+    fields = {name: dict(values.get(name, {}).items()) for name in SECTIONS}
+    data, model = DataConfig(**fields["data"]), fields["model"] or dict(SMALL_MODEL)
+    if model.get("vocab_size", AUTO) == AUTO:
+        entries = build_tokenizer(data.tokenizer).vocab_size
+        model["vocab_size"] = entries + -entries % VOCABULARY_MULTIPLE
+    return RunConfig(ModelConfig(**model), TrainConfig(**fields["train"]), data, MeshConfig(**fields["mesh"]))
 
 
 def default_config_dict() -> "ConfigDict":
@@ -302,31 +313,6 @@ def default_config_dict() -> "ConfigDict":
     return config
 
 
-def add_defaults(config: "ConfigDict") -> None:
-    """Adds the defaults of fields that a config file leaves out, so that flags can override them.
-
-    A field whose value is not of its default's type then accepts any type; `run_config` checks it later.
-    """
-    from ml_collections import FieldReference
-
-    whole = default_config_dict()
-    if not config.get("model"):
-        whole.model.update(SMALL_MODEL)
-    with config.unlocked():
-        for name, defaults in whole.items():
-            section = config.get(name)
-            if section is None:
-                config[name] = defaults
-            elif hasattr(section, "items"):
-                for field, default in defaults.items(preserve_field_references=True):
-                    if field not in section:
-                        section[field] = default
-                    elif section.get_type(field) != defaults.get_type(field):
-                        value = section[field]
-                        del section[field]
-                        section[field] = FieldReference(value, field_type=object)
-
-
 def unknown_field(name: str) -> str | None:
     """Returns what is wrong with the name of a field ('model.width') or section, with a hint; None if it exists."""
     fields = {section: sorted(field.name for field in dataclasses.fields(kind)) for section, kind in SECTIONS.items()}
@@ -342,8 +328,8 @@ def unknown_field(name: str) -> str | None:
     if close:
         return f"no such {'field' if field else 'section'}; did you mean {close[0]}?"
     if section in fields:
-        return f"no such field; there are {', '.join(fields[section])}"
-    return f"no such section; there are {', '.join(fields)}"
+        return f"no such field; the fields are {', '.join(fields[section])}"
+    return f"no such section; the sections are {', '.join(fields)}"
 
 
 def save_config(config: RunConfig, workdir: pathlib.Path) -> None:
@@ -357,7 +343,7 @@ def load_config(workdir: pathlib.Path) -> RunConfig:
     try:
         values = read_json(path)
         if not isinstance(values, dict):
-            raise ValueError("it holds no sections")
+            raise ValueError("it has no sections")
     except (OSError, ValueError) as error:
         why = getattr(error, "strerror", None) or error
         advice = "; train into it first" if isinstance(error, FileNotFoundError | NotADirectoryError) else ""
@@ -384,21 +370,3 @@ def differences(old: RunConfig, new: RunConfig) -> list[str]:
         for name, value in fields.items()
         if before[section][name] != value
     ]
-
-
-def _model_fields(values: Mapping[str, Any], data: DataConfig) -> Any:
-    """Returns the fields of the section `model`, with a vocab_size of "auto" replaced by a number."""
-    fields = values.get("model") or SMALL_MODEL
-    if not hasattr(fields, "items") or fields.get("vocab_size", AUTO) != AUTO:
-        return fields
-    entries = build_tokenizer(data.tokenizer).vocab_size
-    return {**dict(fields.items()), "vocab_size": entries + -entries % VOCABULARY_MULTIPLE}
-
-
-def _section(name: str, kind: Any, values: Any) -> Any:
-    if not isinstance(values, Mapping) and not hasattr(values, "items"):
-        raise ConfigError(name, values, "must be a section of fields")
-    for key, value in values.items():
-        if missing := unknown_field(f"{name}.{key}"):
-            raise ConfigError(f"{name}.{key}", value, missing)
-    return kind(**dict(values.items()))

@@ -86,7 +86,7 @@ def exclusive(path: pathlib.Path) -> Iterator[bool]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            print(f"waiting for another process that holds {path}", file=sys.stderr)
+            print(f"waiting for another process, which has locked {path}", file=sys.stderr)
             fcntl.flock(file, fcntl.LOCK_EX)
         except OSError:
             locked = False

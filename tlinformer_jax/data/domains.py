@@ -118,7 +118,7 @@ def read_idx(path: pathlib.Path, _: object) -> Iterator[np.ndarray]:
         raise DataError(f"{path}: an image has {' x '.join(map(str, sides))} values; must be at least 1")
     if len(data) != start + count * size:
         kind = "truncated" if len(data) < start + count * size else "too long"
-        fault = f"its header says {count:,} images of {size:,} bytes, which is not what follows"
+        fault = f"its header says {count:,} images of {size:,} bytes, but other data follow"
         raise DataError(f"{path}: {kind}: {fault}")
     yield from np.frombuffer(data, np.uint8, offset=start).reshape(count, size)
 
@@ -163,14 +163,14 @@ def read_fasta(path: pathlib.Path, config: DataConfig) -> Iterator[str]:
                 yield "".join(record)
             record, begun = [], True
         elif line and not begun:
-            raise DataError(f"{path}, line {number}: a FASTA file begins with a line that begins with '>'")
+            raise DataError(f"{path}, line {number}: a FASTA file must begin with a line that starts with '>'")
         elif wrong := line.translate(allowed):
-            fault = f"{wrong[0]!r} is none of the letters {letters}; see data.tokenizer"
+            fault = f"{wrong[0]!r} is not one of the letters {letters}; see data.tokenizer"
             raise DataError(f"{path}, line {number}: {fault}")
         elif line:
             record.append(line.upper())
     if not begun:
-        raise DataError(f"{path}: holds no FASTA record, which begins with a line that begins with '>'")
+        raise DataError(f"{path}: contains no FASTA record, which begins with a line that starts with '>'")
     if record:
         yield "".join(record)
 

@@ -55,7 +55,7 @@ def find_files(patterns: str, field: str, any_name: bool = False) -> list[pathli
             raise DataError(f"{field}: no file matches {pattern!r}{hint}")
         for match in matches:
             if not any_name and file_kind(match) is None:
-                allowed = "files end in .txt or .jsonl, or those with .gz, .xz, .zst; or in .parquet or .arrow"
+                allowed = "its name must end in .txt or .jsonl, also with .gz, .xz or .zst, or in .parquet or .arrow"
                 raise DataError(f"{field}: {match} is not read; {allowed}")
             found[match.resolve()] = None
     if not found:

@@ -68,7 +68,7 @@ class TokenFile:
         except (OSError, ValueError, EOFError) as error:
             raise DataError(f"{where}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
         if self.dtype == "uint16" and len(ids) > 1 and not ids[1 : 1 << 20 : 2].any():
-            raise DataError(f"{where}: every second uint16 is 0, as in a file of uint32: TokenFile(path, 'uint32')")
+            raise DataError(f"{where}: every second uint16 is 0, as in uint32 files; use TokenFile(path, 'uint32')")
         return ids
 
 
@@ -86,9 +86,9 @@ def with_given_files(config: DataConfig, data: Mapping[str, TokenData | None]) -
     """Returns the section `data` of a run on the caller's data; it names the data's files, for later commands."""
     missing = [f"{split}_data" for split, given in data.items() if given is None]
     if missing:
-        raise DataError(f"{missing[0]}: must be given too where the other of train_data and validation_data is")
+        raise DataError(f"{missing[0]}: must be given too; train_data and validation_data belong together")
     if config.dataset != TOKENS:
-        allowed = f"must be {TOKENS!r} where train_data and validation_data are given"
+        allowed = f"must be {TOKENS!r} if train_data and validation_data are given"
         raise ConfigError("data.dataset", config.dataset, allowed)
     train, validation = (str(token_file(data[split]) or "") for split in ("train", "validation"))
     return dataclasses.replace(config, train_files=train, validation_files=validation)
@@ -98,7 +98,7 @@ def load_token_file(config: DataConfig, split: str) -> TokenStream:
     """Loads a split of data.dataset = 'tokens' from the file that its configuration names."""
     name = getattr(config, f"{split}_files")
     if not name:
-        needed = "must name a .npy or .bin file: data given in Python is not kept; load_run takes it again"
+        needed = "must name a .npy or .bin file: data given in Python is not stored; pass it to load_run again"
         raise DataError(f"data.{split}_files = '': {needed}")
     field = f"data.{split}_files"
     return array_stream(TokenFile.parse(name).open(field), field, name)

@@ -139,7 +139,7 @@ class Needles:
         hidden, asked, _ = self.phrases.sizes()
         least = (self.needles + 2) * hidden + self.questions * asked
         if self.needles > len(self.phrases.names):
-            allowed = f"must be at most {len(self.phrases.names)}, the names that data.tokenizer writes at one length"
+            allowed = f"must be at most {len(self.phrases.names)}: only so many names have equally many tokens"
             raise ConfigError("data.num_items", self.needles, allowed)
         if length < least:
             allowed = f"must be at least {least} for data.num_items = {self.needles}"

@@ -82,7 +82,7 @@ class Items:
         elif not self._once:
             self._begin(position["item"])
         elif self._item > position["item"]:
-            raise DataError(f"{self._name}: cannot be read again; give a new iterator to each training")
+            raise DataError(f"{self._name}: cannot be read again; pass a new iterator to each training run")
         if not self.seeks:
             for _ in range(position["item"] - self._item):
                 next(self._iterator, None)
@@ -92,12 +92,12 @@ class Items:
         for item in self.rest():
             return item
         if self._once or not self._item:
-            raise DataError(f"{self._name}: ends after {self._item} items, before the training does")
+            raise DataError(f"{self._name}: ends after {self._item} items, before the training ends")
         self._epoch += 1
         self._begin(0)
         for item in self.rest():
             return item
-        raise DataError(f"{self._name}: must hold more than None; it has {self._item} items, all of them None")
+        raise DataError(f"{self._name}: all of its {self._item} items are None")
 
     def rest(self) -> Iterator[Any]:
         """Yields the remaining items of this epoch; skips None, which grain's filters leave behind."""
@@ -149,7 +149,7 @@ class Shape:
         if ids.dtype.kind not in "iu":
             raise DataError(f"{where}: must be integers, token ids; its dtype is {ids.dtype}")
         if ids.ndim not in (1, 2):
-            found = f"it is {list(ids.shape)}" if ids.ndim else "one row of ids is an array"
+            found = f"it is {list(ids.shape)}" if ids.ndim else "it is a single number"
             raise DataError(f"{where}: must be a document [length] or a batch [batch, length]; {found}")
         for wrong in ids[(ids < 0) | (ids >= self.vocab_size)][:1]:
             raise outside_vocabulary(where, int(wrong), self.vocab_size)
@@ -159,7 +159,7 @@ class Shape:
         length, rows = self.sequence_length, self.batch_size
         if "inputs" in item:
             if "labels" not in item:
-                raise DataError(f"{where}: has 'inputs', and must have 'labels' too")
+                raise DataError(f"{where}: has 'inputs', so it must have 'labels' too")
             inputs, labels = np.asarray(item["inputs"]), self._ids(item["labels"], f"{where}, 'labels'")
             _check_shape(labels, inputs, f"{where}, 'labels'")
             weights = _weights(item, "weights", inputs, where)
@@ -175,7 +175,7 @@ class Shape:
         if inputs.shape != whole:
             fields = "train.batch_size and data.sequence_length" if rows else "data.sequence_length"
             shape = list(np.shape(item.get("tokens", inputs)))
-            raise DataError(f"{where}: a batch must be {wanted}, by {fields}; it is {shape}")
+            raise DataError(f"{where}: a batch must be {wanted}, because of {fields}; it is {shape}")
         return {"inputs": inputs.astype(np.int32), "labels": labels.astype(np.int32), "weights": weights}
 
 
@@ -239,13 +239,13 @@ class OrderedBatches(TrainingBatches):
 
     def __post_init__(self) -> None:
         if not self.equal_updates:
-            raise ConfigError("train.schedule", "paper", "needs epochs, and train_data is read in its own order")
+            raise ConfigError("train.schedule", "paper", "needs epochs, but train_data is an iterable")
         self.stream.shape.read(self.stream.items.first(), 0)  # before anything is compiled
 
     def updates_for_epochs(self, epochs: int) -> int:
         """Raises a DataError: the epochs of an iterable are not known."""
         needed = "train.steps, and train.eval_every in updates, must be given"
-        raise DataError(f"train_data is an iterable, whose epochs are not known: {needed}")
+        raise DataError(f"train_data is an iterable, whose epochs are unknown: {needed}")
 
     def indices(self, step: int) -> np.ndarray:
         """Returns the samples of an update, numbered in reading order."""
@@ -261,21 +261,21 @@ class OrderedBatches(TrainingBatches):
         stream = self.stream
         begin = _last_place(stream.positions, start_step)
         if not stream.items.seeks:
-            self._say("cannot seek: a run that goes on needs the same items again, and drops those that it has read")
+            self._say("cannot seek: a run that continues later needs the same items, and skips those that it has used")
         elif start_step:
             at = begin.items or {"epoch": 0, "item": 0}
-            self._say(f"goes on at item {at['item']:,} of its epoch {at['epoch']}")
+            self._say(f"continues at item {at['item']:,} of its epoch {at['epoch']}")
         try:
             stream.items.seek(begin.items)
         except DataError:
             raise
         except Exception as error:  # of any type: raised by the iterator's own code
-            raise DataError(f"{stream.shape.name}: does not take the state that it had in this run ({error})") from None
+            raise DataError(f"{stream.shape.name}: refuses the state that it had in this run ({error})") from None
         written = stream.positions if stream.writes else None
         due = began = time.monotonic()
         for place, batch in self._packed(begin):
             if place.step == begin.step and begin.batch not in ("", _digest(batch)):
-                self._say("changed since the last run here, or in another order: its batches are others now")
+                self._say("has changed or was reordered since the last run here; its batches are different now")
                 if written:
                     written.unlink()
             if place.step < start_step:
@@ -332,7 +332,7 @@ def _add_place(path: pathlib.Path, place: Place) -> None:
     except DataError:
         raise
     except (TypeError, ValueError) as error:
-        raise DataError(f"train_data: get_state must return bytes, or what JSON can hold ({error})") from None
+        raise DataError(f"train_data: get_state must return bytes, or a value that JSON can store ({error})") from None
 
 
 def _last_place(path: pathlib.Path | None, step: int) -> Place:

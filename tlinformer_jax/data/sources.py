@@ -135,9 +135,9 @@ def _checked(
         wikitext103.check_counts(total, config, split)
     if not total.num_documents:
         where = getattr(config, config.field_of_files(split)) or config.dataset
-        share = f", of which it gets one document or family of {domains.EVERY}"
+        share = f", of which this split gets every {domains.EVERY}th document or family"
         dealt = share if split in domains.held_out(config, split) else ""
-        raise DataError(f"{split}: there is no text at all in {where}{dealt}")
+        raise DataError(f"{split}: no text in {where}{dealt}")
     if _identity(config, split, tokenizer) != identity:
         raise DataError("a file of the text changed while it was read; prepare again when it is complete")
 

@@ -72,7 +72,7 @@ def parts_of(tokens: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
 
 def outside_vocabulary(where: str, token: int, vocab_size: int) -> DataError:
     """Returns the error for a token id outside the model's vocabulary."""
-    allowed = f"model.vocab_size = {vocab_size} allows 0 to {vocab_size - 1}; by default it is that of data.tokenizer"
+    allowed = f"model.vocab_size = {vocab_size} allows 0 to {vocab_size - 1}; the default is that of data.tokenizer"
     return DataError(f"{where}: token id {token} is outside the vocabulary; {allowed}")
 
 
@@ -197,8 +197,8 @@ def _encode(text: str, tokenizer: Tokenizer) -> np.ndarray:
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # raised by libraries in Rust
             raise
-        fault = f"tokenizer {tokenizer.name}: it cannot encode the {len(text):,} characters of a document from"
-        raise DataError(f"{fault} {text[:40]!r} on ({error})") from None
+        fault = f"tokenizer {tokenizer.name}: it cannot encode {len(text):,} characters of a document that begin with"
+        raise DataError(f"{fault} {text[:40]!r} ({error})") from None
 
 
 def _count(piece: Piece) -> Counts:

@@ -258,7 +258,7 @@ def sentencepiece_tokenizer(model: bytes, path: pathlib.Path) -> SentencePieceTo
     except Exception as error:
         raise DataError(f"{path}: not a sentencepiece model ({first_line(error)})") from None
     if end < 0:
-        raise DataError(f"{path}: its model has no </s>, by which a text could end")
+        raise DataError(f"{path}: its model has no entry </s> to end a text")
     return tokenizer
 
 

@@ -162,7 +162,7 @@ class Copying:
 
     def check(self, length: int) -> None:
         if length < 2 or length % 2:
-            raise ConfigError("data.sequence_length", length, "must be even, two halves, for data.dataset = 'copy'")
+            raise ConfigError("data.sequence_length", length, "must be even for data.dataset = 'copy'")
 
     def make(self, numbers: np.ndarray, length: int) -> Samples:
         size = length // 2
@@ -192,7 +192,7 @@ class Recall:
 
     def __post_init__(self) -> None:
         if self.vocabulary // 2 - 1 < self.pairs:
-            allowed = f"must be at most {self.vocabulary // 2 - 1}, the keys of the vocabulary"
+            allowed = f"must be at most {self.vocabulary // 2 - 1}, the number of keys in the vocabulary"
             raise ConfigError("data.num_items", self.pairs, allowed)
 
     def chance(self, length: int) -> float:
@@ -202,7 +202,7 @@ class Recall:
         pairs = pairs_of(length, self.pairs, self.full_length)
         least = self.pair_size + 2
         if length < least * pairs:
-            allowed = f"must be at least {least * pairs}, {least} for each of its pairs"
+            allowed = f"must be at least {least * pairs}, that is {least} for each pair"
             raise ConfigError("data.sequence_length", length, allowed)
 
     def make(self, numbers: np.ndarray, length: int) -> Samples:

@@ -28,7 +28,7 @@ def read_documents(config: DataConfig, split: str) -> Iterator[TextPiece]:
     for record in records:
         text = record.get(config.text_field)
         if not isinstance(text, bytes | str):
-            allowed = f"must be a field of text of {config.dataset}; it has {', '.join(sorted(record))}"
+            allowed = f"must be a text field of {config.dataset}, whose fields are {', '.join(sorted(record))}"
             raise ConfigError("data.text_field", config.text_field, allowed)
         yield (text.decode("utf-8") if isinstance(text, bytes) else text), True
 

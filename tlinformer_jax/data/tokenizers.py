@@ -103,7 +103,7 @@ class NumberTokenizer(_Named):
         first, last = (0, self.end_of_text - 1) if self.end_of_text else (1, self.vocab_size - 1)
         wrong = [word for word in words if not word.isdecimal() or len(word) > 10 or not first <= int(word) <= last]
         if wrong:
-            needed = f"must be a number from {first} to {last}; text for it is ids with spaces between, such as '1 2 3'"
+            needed = f"must be a number from {first} to {last}; write ids separated by spaces, such as '1 2 3'"
             raise DataError(f"tokenizer {self.name}: {wrong[0][:40]!r} {needed}")
         return np.array([int(word) for word in words], np.int32)
 

@@ -129,7 +129,7 @@ def _downloaded(facts: Facts) -> bytes:
 
 def _missing(config: DataConfig, facts: Facts, folder: pathlib.Path, reason: str) -> DataError:
     return DataError(
-        f"{config.dataset} is not here: {reason}\n"
+        f"{config.dataset} is missing: {reason}\n"
         f"  Get {facts.zip_name} ({facts.size:,} bytes) from {facts.url}, or the parquet files of "
         f"https://huggingface.co/datasets/Salesforce/wikitext/tree/main/{facts.zip_name.removesuffix('.zip')},\n"
         f"  and put the zip or the parquet files into {folder}"

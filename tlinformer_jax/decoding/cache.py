@@ -243,7 +243,7 @@ def for_chunks(
 def check_cache_dtype(config: ModelConfig, cache_dtype: str) -> None:
     """Raises a ConfigError for an int8 cache if no keys and values grow with a sequence."""
     if cache_dtype == INT8 and not has_growing_rows(config):
-        allowed = f"is for caches that grow, which those of model.architecture = {config.architecture!r} do not"
+        allowed = f"needs a cache that grows; model.architecture = {config.architecture!r} has none"
         raise ConfigError("generation.cache_dtype", cache_dtype, allowed)
 
 

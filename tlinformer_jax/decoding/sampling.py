@@ -79,11 +79,11 @@ RULES = {
     "temperature": number(
         f"must be 0 (greedy) or a number {_BOUNDS}", lambda value: value == 0 or _LEAST <= value <= _MOST
     ),
-    "top_k": _or_none(integer(1, also="; left out, all tokens stay")),
-    "top_p": _or_none(number("must be a number in (0, 1]; left out, all tokens stay", lambda value: 0 < value <= 1)),
-    "min_p": _or_none(
-        number("must be a number in [0, 1]; left out, there is no minimum", lambda value: 0 <= value <= 1)
+    "top_k": _or_none(integer(1, also=", or left out to keep all tokens")),
+    "top_p": _or_none(
+        number("must be a number in (0, 1], or left out to keep all tokens", lambda value: 0 < value <= 1)
     ),
+    "min_p": _or_none(number("must be a number in [0, 1], or left out for no minimum", lambda value: 0 <= value <= 1)),
     "repetition_penalty": number(
         f"must be 1 (no penalty) or another number > 0, {_BOUNDS}", lambda value: _LEAST <= value <= _MOST
     ),
@@ -147,7 +147,7 @@ class GenerationConfig:
         known = sorted(field.name for field in dataclasses.fields(cls))
         for name, value in options.items():
             if name not in known:
-                raise ConfigError(f"generation.{name}", value, f"no such option; there are {', '.join(known)}")
+                raise ConfigError(f"generation.{name}", value, f"no such option; the options are {', '.join(known)}")
         return cls(**options)
 
     def sampler(self) -> Sampler:

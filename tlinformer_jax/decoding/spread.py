@@ -32,7 +32,7 @@ def context_mesh(context: int) -> Mesh | None:
     """
     devices = jax.local_devices()
     if not 1 <= context <= len(devices):
-        allowed = f"must be from 1 to {len(devices)}, as many devices as this machine has"
+        allowed = f"must be from 1 to {len(devices)}, the number of devices of this machine"
         raise ConfigError("mesh.context", context, allowed)
     return None if context == 1 else build_mesh(MeshConfig(context=context), devices[:context])
 

@@ -39,7 +39,7 @@ from tlinformer_jax.training.cross_entropy import LOSS_CHUNK, token_losses_and_h
 from tlinformer_jax.training.setup import TrainedRun
 
 SAMPLES = 64
-MASKED = "history: data.document_masking = True: must be False: the history is that of one text"
+MASKED = "history: data.document_masking = True: must be False, because the history must be that of one text"
 Sums = dict[str, jax.Array]
 
 

@@ -125,7 +125,7 @@ def evaluate_source(trained: TrainedRun, source: Source, options: EvaluationOpti
         if length is not None and not may_be_short and num_samples(source.stream, length) < 1:
             assert not isinstance(source.stream, TaskSplit)  # a task has samples of any length
             most = len(source.stream.tokens) - 1
-            raise ConfigError(f"evaluation.{name}", length, f"must be at most {most}, what {source.name} can fill")
+            raise ConfigError(f"evaluation.{name}", length, f"must be at most {most} for {source.name}")
     length, every = options.length or trained.run.config.data.sequence_length, source.whole or bool(options.length)
     report = _at_length(trained, source, length, every, options)
     if (load := expert_load(trained.run, trained.params, source.stream)) is not None:

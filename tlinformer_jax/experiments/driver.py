@@ -38,7 +38,7 @@ def run_job(
     with sole_run(job.workdir, LOCK_FILE), memory_advice(job.config):
         done = finished_result(job)
         if done is not None:
-            say(f"{job.name}: finished before")
+            say(f"{job.name}: already finished")
             return done
         with timed_attempt(job.workdir):
             trained = train_run(job.config, job.workdir, profile, init_from)

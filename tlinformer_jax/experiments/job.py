@@ -91,9 +91,9 @@ def read_result(path: pathlib.Path) -> Record:
         with file_errors_as(f"{path}: cannot be read"):
             result = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise DataError(f"{path}: is no JSON ({error})") from None
+        raise DataError(f"{path}: is not JSON ({error})") from None
     if not isinstance(result, dict) or result.get("format") != FORMAT:
-        raise DataError(f"{path}: is no record of a run; its 'format' must be {FORMAT!r}")
+        raise DataError(f"{path}: is not a record of a run; its 'format' must be {FORMAT!r}")
     for name, kind in PARTS.items():
         if not isinstance(result.get(name), kind):
             raise DataError(f"{path}: {name!r} must be {kind.__name__}")
@@ -135,7 +135,7 @@ def finished_result(job: Job) -> Record | None:
     different = [name for name in found | wanted if found.get(name) != wanted.get(name)]
     if different:
         changed = "; ".join(f"{name}: {found.get(name)!r} -> {wanted.get(name)!r}" for name in different)
-        raise UserError(f"{path}: is of another configuration ({changed}); take another directory")
+        raise UserError(f"{path}: belongs to another configuration ({changed}); use another directory")
     return result if set(job.actions) <= set(result["then"]) else None
 
 

@@ -48,7 +48,7 @@ def load_sweep(where: str) -> Sweep:
     for name, overrides in sweep.points.items():
         if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][\w.+-]*", name, re.ASCII):
             raise UserError(
-                f"{what}: point {name!r}: must be letters, digits, '.', '_', '+' and '-', as a folder's name"
+                f"{what}: point {name!r}: must be letters, digits, '.', '_', '+' and '-', because it names a folder"
             )
         if not isinstance(overrides, Mapping):
             raise UserError(f"{what}: point {name}: must be a dictionary of fields, not {type(overrides).__name__}")
@@ -77,7 +77,7 @@ def plan_points(sweep: Sweep, base: Mapping[str, Any] | None = None) -> list[Job
             points.append(Job(f"{name}-seed{seed}", config, study=sweep.study, point=name, overrides=fields))
     (name, times), *_ = collections.Counter(point.name for point in points).most_common(1)
     if times > 1:
-        raise UserError(f"point {name}: is there twice; names and seeds must differ")
+        raise UserError(f"point {name}: occurs twice; names and seeds must differ")
     return points
 
 

@@ -48,7 +48,7 @@ def write_safetensors(path: pathlib.Path, arrays: Mapping[str, np.ndarray], mode
     if path.exists():
         raise DataError(f"{path}: exists; name a new file")
     if not path.parent.is_dir():
-        raise DataError(f"{path}: cannot be written; there is no directory {path.parent}")
+        raise DataError(f"{path}: cannot be written; the directory {path.parent} does not exist")
     metadata = {"format": "pt"}  # matrices are [out, in], as readers for PyTorch expect them
     if model is not None:
         shape = {name: getattr(model, name) for name in SHAPE} | {"d_ff": model.feed_forward_dim}
@@ -80,7 +80,7 @@ def _read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
     try:
         return numpy.load_file(path)
     except Exception as error:  # the package's error type is a direct subclass of Exception
-        raise DataError(f"{path}: not a sound safetensors file ({error})") from None
+        raise DataError(f"{path}: not a valid safetensors file ({error})") from None
 
 
 def _read_torch(path: pathlib.Path) -> dict[str, np.ndarray]:
@@ -99,7 +99,7 @@ def _read_torch(path: pathlib.Path) -> dict[str, np.ndarray]:
     except DataError:
         raise
     except zipfile.BadZipFile as error:
-        raise DataError(f"{path}: not a sound zip archive, as torch.save writes since version 1.6 ({error})") from None
+        raise DataError(f"{path}: not a valid zip archive, as torch.save writes since version 1.6 ({error})") from None
     except Exception as error:  # a damaged file can raise anything
         why = next((line for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
         raise DataError(

@@ -297,7 +297,7 @@ def from_safetensors(path: str | pathlib.Path, config: Config | None = None) -> 
     metadata, arrays = read_safetensors(path)
     if config is None:
         if "tlinformer" not in metadata:
-            raise ValueError(f"{path}: does not say what model it is of; give config=Config(...)")
+            raise ValueError(f"{path}: does not contain the model's configuration; give config=Config(...)")
         shape = json.loads(metadata["tlinformer"])
         if (experts := shape.pop("num_experts", 0)) > 1:
             raise ValueError(f"{path}: num_experts = {experts}: must be 0, this module has no experts")

@@ -122,4 +122,4 @@ def _fault(array: np.ndarray, shape: tuple[int, ...]) -> str:
         return f"has dtype {array.dtype}, must be floating point"
     with np.errstate(over="ignore"):
         finite = bool(np.isfinite(array.astype(np.float32)).all())
-    return "" if finite else "holds values that are no finite float32"
+    return "" if finite else "has values that are not finite in float32"

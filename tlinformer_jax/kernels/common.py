@@ -59,7 +59,7 @@ def is_half(dtype: Any) -> bool:
 def serving() -> str:
     """Returns a line that says which kernels compute which operations on this machine."""
     if not is_nvidia_gpu():
-        return "kernels: none of our own here, plain JAX"
+        return "kernels: plain JAX, because this is not an NVIDIA GPU"
     reason = why_no_triton()
     if reason is not None:
         return f"kernels: Pallas's Triton back end does not work here ({reason}); plain JAX instead"

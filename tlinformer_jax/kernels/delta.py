@@ -28,9 +28,9 @@ def why_plain(dtype: Any, width: int, partitioned: bool) -> str | None:
     if importlib.util.find_spec("jla") is None:
         return "jax-linear-attention is not installed: pip install 'tlinformer-jax[linear-attention]'"
     if not is_half(dtype):
-        return f"the kernels take half precision, not {dtype}"
+        return f"the kernels need half precision, not {dtype}"
     if width not in WIDTHS:
-        return f"the kernels take heads of 64 or 128 features, not {width}"
+        return f"the kernels need heads of 64 or 128 features, not {width}"
     return "the kernels cannot be partitioned over mesh.fsdp or mesh.tensor" if partitioned else None
 
 

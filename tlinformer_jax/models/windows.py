@@ -10,7 +10,7 @@ import numpy as np
 
 from tlinformer_jax.config.model import ExecutionPlan, ModelConfig
 from tlinformer_jax.models.recompute import in_chunks
-from tlinformer_jax.parallel.sharding import WHOLE, SequenceSplit, assign_windows
+from tlinformer_jax.parallel.sharding import WHOLE, SequenceSplit
 
 # A position or length: a number for all windows, or int32 [g] for g windows that run together.
 PerWindow = Any
@@ -139,12 +139,6 @@ def plan_segments(
     if alone:
         segments = [(np.arange(first, first + alone), alone), *segments]
     return tuple(_segment(config, part, size, plan.chunk, split.row_parts) for part, size in segments)
-
-
-def assign_segments(segments: tuple[Segment, ...], parts: int) -> list[np.ndarray]:
-    """Applies `assign_windows` to each segment, long windows first, so that short ones balance the load at the end."""
-    loads = np.zeros(parts)
-    return [assign_windows(segment.count, parts, loads, segment.first) for segment in reversed(segments)][::-1]
 
 
 def padded_length(config: ModelConfig, windows: int, segments: tuple[Segment, ...], row_parts: int = 1) -> int:

@@ -41,7 +41,7 @@ class MeshConfig:
         sizes = dataclasses.asdict(self)
         data, left = divmod(num_devices, math.prod(sizes.values()))
         if left or not data:
-            raise ConfigError("mesh", sizes, f"must multiply to a divisor of the {num_devices} devices of this machine")
+            raise ConfigError("mesh", sizes, f"must have a product that divides {num_devices}, the number of devices")
         return {"data": data, **sizes}
 
 

@@ -19,7 +19,7 @@ import traceback
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from tlinformer_jax.environment import INTERRUPTED, describe_failure
+from tlinformer_jax.environment import status_and_message
 from tlinformer_jax.errors import UserError, first_line
 
 # Seconds. The join timeout is long because processes start, tokenise and read their files at different speeds.
@@ -29,7 +29,7 @@ HEARTBEAT_TIMEOUT = 30
 LEAVES_LAST = 3
 
 LOST = "another process of this run has ended, or cannot be reached"
-AGAIN = "start all processes again; training goes on from the last checkpoint"
+AGAIN = "start all processes again; training continues from the last checkpoint"
 LOST_SIGNS = re.compile(
     r"gloo|nccl|connection (closed|reset|refused)|socket closed|broken pipe|heartbeat|coordination|unavailable:", re.I
 )
@@ -116,7 +116,7 @@ def _check_flags(values: Mapping[str, Any]) -> None:
     if missing:
         raise UserError(
             f"{', '.join(missing)}: missing; give --coordinator_address, --num_processes and --process_id together, "
-            "or none of them where SLURM, Open MPI, Kubernetes or a TPU tells"
+            "or none of them if SLURM, Open MPI, Kubernetes or a TPU provides them"
         )
     address, count, number = values["coordinator_address"], values["num_processes"], values["process_id"]
     port = re.fullmatch(r"\S+:(\d{1,5})", address)
@@ -146,9 +146,9 @@ def _join(cluster: Cluster) -> None:
     except Exception as error:
         raise UserError(
             f"{who} cannot be joined ({first_line(error)}); --coordinator_address, --num_processes and "
-            "--process_id tell them by hand, --num_processes=1 runs this one alone"
+            "--process_id name them by hand; --num_processes=1 runs this one alone"
         ) from error
-    _say_at_abort(f"{LOST}; JAX says more above; {AGAIN}")
+    _say_at_abort(f"{LOST}; see JAX's messages above; {AGAIN}")
 
 
 def _check_free(address: str) -> None:
@@ -184,22 +184,13 @@ def _say_at_abort(message: str) -> None:
 
 def _report(error: BaseException) -> int:
     """Prints an error on stderr; returns the exit status."""
-    status, message = 1, ""
-    if _is_loss(error):
-        message = f"{LOST} ({first_line(error)}); {AGAIN}"
-    elif isinstance(error, UserError):
-        status, message = error.status, str(error)
-    elif isinstance(error, KeyboardInterrupt):
-        status, message = INTERRUPTED, "interrupted"
-    elif isinstance(error, SystemExit):
+    if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else int(error.code is not None)
-    elif not isinstance(error, Exception):  # `cli` raises it at SIGTERM and SIGHUP
-        status, message = getattr(error, "number", signal.SIGTERM) + 128, f"ended by {error}"
-    elif message := describe_failure(error) or "":
-        status = 2
-    else:
+    lost = 1, f"{LOST} ({first_line(error)}); {AGAIN}"
+    status, message = lost if _is_loss(error) else status_and_message(error)
+    if message is None:
         traceback.print_exception(error)
-    if message:
+    else:
         print(f"error: {message}", file=sys.stderr)
     sys.stderr.flush()
     return status

@@ -283,21 +283,13 @@ class BatchSplit:
 UNSPLIT = BatchSplit()
 
 
-def assign_windows(count: int, parts: int, loads: np.ndarray, first: int = 0) -> np.ndarray:
-    """Assigns `count` windows to `parts` devices, in rounds of neighbouring windows, which have similar shapes.
+def assign_windows(count: int, parts: int) -> np.ndarray:
+    """Assigns windows 0 .. count - 1 to `parts` devices, in rounds of neighbouring windows, which have similar shapes.
 
-    Within a round the device with the least load so far gets the longest window. `loads` (float64 [parts]) is updated.
-    Returns window numbers 0 .. count - 1, int32 [rounds, parts]. If the first round is not full, it contains NO_WINDOW.
+    Every other round is reversed, so that all devices get as much work: a later window has a longer history.
+    Returns int32 [rounds, parts]. If the first round is not full, it contains NO_WINDOW.
     """
-    rounds = -(-count // parts)
-    assigned = np.full((rounds, parts), NO_WINDOW, np.int32)
-    places = np.arange(rounds * parts, dtype=np.int32) - (rounds * parts - count)
-    for number in reversed(range(rounds)):
-        for place in reversed(places[number * parts : (number + 1) * parts]):
-            if place < 0:
-                break
-            free = np.flatnonzero(assigned[number] == NO_WINDOW)
-            device = free[np.argmin(loads[free])]
-            assigned[number, device] = place
-            loads[device] += first + place + 1
+    missing = -count % parts
+    assigned = np.append(np.full(missing, NO_WINDOW), np.arange(count)).astype(np.int32).reshape(-1, parts)
+    assigned[::-2] = assigned[::-2, ::-1]
     return assigned

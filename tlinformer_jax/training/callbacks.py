@@ -249,7 +249,7 @@ class StopRequest:
             os._exit(INTERRUPTED)
         if self._together:
             os.kill(os.getpid(), signal.SIGTERM)  # JAX handles it, and tells the other processes
-        again = "; once more stops at once" if number == signal.SIGINT else ""
+        again = "; a second one stops at once" if number == signal.SIGINT else ""
         _tell(f"{signal.Signals(number).name}: saving after the running step{again}")
 
 

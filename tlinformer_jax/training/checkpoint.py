@@ -85,7 +85,7 @@ def read_manifest(folder: pathlib.Path) -> Manifest:
     except (ValueError, TypeError, KeyError, AttributeError):
         raise DataError(f"checkpoint {folder}: {MANIFEST_FILE} is damaged") from None
     if folder.name != str(manifest.step):
-        raise DataError(f"checkpoint {folder}: {MANIFEST_FILE} is of step {manifest.step}")
+        raise DataError(f"checkpoint {folder}: {MANIFEST_FILE} belongs to step {manifest.step}")
     return manifest
 
 
@@ -179,7 +179,7 @@ def _checkpoint_of(workdir: pathlib.Path, step: int) -> Manifest:
     steps, _ = list_steps(folder)
     if step not in steps:
         there = ", ".join(map(str, reversed(steps))) or "none"
-        raise DataError(f"workdir {workdir}: holds no checkpoint of step {step}; there are {there}")
+        raise DataError(f"workdir {workdir}: holds no checkpoint of step {step}, only of {there}")
     if not is_usable(folder / str(step)):
         raise DataError(f"workdir {workdir}: the checkpoint of step {step} cannot be used; see the line above")
     return read_manifest(folder / str(step))
@@ -263,7 +263,7 @@ def _fault_of_step(path: pathlib.Path) -> str:
     if path.is_symlink():
         return "is a link, which is not followed"
     if not path.is_dir():
-        return "is no folder"
+        return "is not a folder"
     valid = STEP.fullmatch(path.name) and int(path.name) <= LAST_STEP
     return "" if valid else "has no valid step number as its name"
 
@@ -323,11 +323,11 @@ def stored_shapes(folder: pathlib.Path) -> dict[tuple[str, ...], tuple[int, ...]
     """Returns path -> shape of the parameters in a checkpoint that has not been verified."""
     for path in folder.rglob("*"):
         if path.is_symlink() or not (path.is_file() or path.is_dir()):
-            raise DataError(f"checkpoint {folder}: {path.name} is no regular file")  # Orbax would wait for a pipe
+            raise DataError(f"checkpoint {folder}: {path.name} is not a regular file")  # Orbax would wait for a pipe
     try:
         stored = _stored_arrays(folder)
     except Exception as error:  # of many types, if files are missing, damaged or not Orbax's
-        raise DataError(f"checkpoint {folder}: its arrays cannot be told ({first_line(error)})") from None
+        raise DataError(f"checkpoint {folder}: its arrays cannot be listed ({first_line(error)})") from None
     return {path: leaf.shape for path, leaf in stored.items() if path[0] == "params" and hasattr(leaf, "shape")}
 
 

@@ -15,7 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from tlinformer_jax.analysis.flops import active_parameters
-from tlinformer_jax.analysis.ngram import BYTE_VOCABULARY, byte_floor
 from tlinformer_jax.config.data import TOKENS, Stage
 from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.config.run import RunConfig
@@ -32,11 +31,12 @@ from tlinformer_jax.models.layers import Dropout
 from tlinformer_jax.models.windows import num_windows, trained_tokens
 from tlinformer_jax.parallel.mesh import device_kind
 from tlinformer_jax.parallel.sharding import PARTITIONED
+from tlinformer_jax.training.evaluation import BYTE_VOCABULARY, byte_floor
 from tlinformer_jax.training.optimizer import Horizon
 from tlinformer_jax.training.setup import Run, flops_per_token
 from tlinformer_jax.training.step import WINDOW, Competence, TrainState
 
-MORE = "or a device with more memory may do (of a GPU's, XLA_PYTHON_CLIENT_MEM_FRACTION says how much JAX takes)"
+MORE = "or a device with more memory may help (on a GPU, XLA_PYTHON_CLIENT_MEM_FRACTION sets JAX's share)"
 NAMED_SAMPLES = 8  # samples of a bad batch that a message names
 # Prefix of a parameter's name -> the part of a layer that it belongs to.
 PARTS = {"qkv": "attention", "out": "attention", "gate_up": "feed-forward", "down": "feed-forward", "norm": "norms"}
@@ -138,7 +138,7 @@ def length_lines(run: Run, horizon: Horizon | None, train: Split | None) -> list
     lines = [f"model FLOPs per trained token, forward and backward: {flops_per_token(run, length):,.0f}"]
     if horizon is None:
         known = "known when the text is tokenised: python -m tlinformer_jax prepare"
-        return [*lines, f"{config.train.epochs:,} epochs, steps of {step:,} tokens; their number is {known}"]
+        return [*lines, f"{config.train.epochs:,} epochs, steps of {step:,} tokens; their number will be {known}"]
     text = f"{horizon.steps:,} steps of {step:,} tokens, {horizon.steps * step:,} tokens in all"
     if train is not None and not isinstance(train, OrderedStream):
         seen = config.data.samples_before(horizon.steps, config.train.batch_size)
@@ -160,7 +160,7 @@ def split_line(name: str, split: Split | None, length: int) -> str:
     if isinstance(split, OrderedStream):
         return f"{name} split: an iterable, read in its own order"
     if isinstance(split, TaskSplit):
-        return f"{name} split: {split.count:,} samples of {length:,}, made as they are read"
+        return f"{name} split: {split.count:,} samples of {length:,}, generated as they are read"
     text = f"{name} split: {len(split.tokens):,} tokens, {num_samples(split, length):,} samples of {length:,}"
     if isinstance(split, DocumentStream):
         text += f" of packed documents, {split.packing(length).padding:.1%} of them padding"
@@ -177,7 +177,7 @@ def describe_stage(stage: Stage, step: int, competence: Competence | None) -> st
         return f"{text}, as configured"
     if step in competence.ends.tolist():
         return f"{text}: training accuracy has reached {stage.accuracy:g} over {WINDOW} updates, {LAG} updates ago"
-    return f"{text}, the most that it may take"
+    return f"{text}, its largest number"
 
 
 def describe_end_of_run(run: Run, workdir: pathlib.Path, figures: Mapping[str, float], goal: str | None) -> None:
@@ -221,7 +221,7 @@ class OutOfMemoryError(UserError):
 
 def memory_advice(config: RunConfig) -> contextlib.AbstractContextManager[None]:
     """Returns the context manager `advised` with advice for training."""
-    text = "a step holds less with {} (--check_compile tells what it takes)"
+    text = "a step holds less with {} (--check_compile prints how much memory it needs)"
     return advised(lambda: text.format(", or ".join(memory_savers(config, jax.device_count()))))
 
 

@@ -159,7 +159,7 @@ def train_run(
     if finished:
         console.describe_end_of_run(run, workdir, figures, goal)
     else:
-        console.say(f"stopped after step {view.step}, as asked; the same command goes on from there")
+        console.say(f"stopped after step {view.step}, as requested; the same command continues from there")
     return TrainedRun(run, view.params, view.step, figures if finished else None)
 
 
@@ -281,7 +281,7 @@ def roll_back(session: Session, view: TrainingView, error: DivergedError) -> Tra
         left = f"no checkpoint at a multiple of train.checkpoint_every = {train.checkpoint_every} is left"
         raise DivergedError(f"{error}; {left}") from None
     older = restored[0]
-    console.say(f"{error}; going on from the parameters of step {int(older.step)}, with the batches after {view.step}")
+    console.say(f"{error}; continuing from the parameters of step {int(older.step)}, with batches after {view.step}")
     skipped = view.step - int(older.step) + int(older.skips.total)
     # Keep the arrays' sharding, or the next step would be compiled again.
     in_a_row, total, rollbacks, step = (

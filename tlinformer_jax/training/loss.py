@@ -29,7 +29,7 @@ from tlinformer_jax.models.model import (
 from tlinformer_jax.models.recompute import add_wide, rounded, wide_zeros
 from tlinformer_jax.models.streams import History, Stream
 from tlinformer_jax.models.tlinformer import PreparedSequence, place_in_segment, prepare_sequence, window_states
-from tlinformer_jax.models.windows import Segment, assign_segments, num_windows
+from tlinformer_jax.models.windows import Segment, num_windows
 from tlinformer_jax.parallel.sharding import UNSPLIT, WHOLE, BatchSplit, SequenceSplit, assign_windows
 from tlinformer_jax.training.cross_entropy import (
     LOSS_CHUNK,
@@ -275,10 +275,10 @@ def window_loops(
     rows = jax.tree.map(lambda array: pad_rows(array, padding), rows)
     parts, segments = split.window_parts, sequence.segments
     if windows is None:
-        for segment, assigned in zip(segments, assign_segments(segments, parts)):
+        for segment in segments:
             own, indices = sequence.windows(config, segment, segment.overlap(config)), jnp.asarray(segment.windows)
             loop = WindowLoop((segment,), sequence.reach(config, segment), own, indices, segment.rows(config, rows))
-            yield loop.on_device(assigned)
+            yield loop.on_device(assign_windows(segment.count, parts))
         return
     every = Segment(0, (0,) * sequence.count, 0, 0)  # only its range of windows is used
     arrays = sequence.windows(config, every, config.window_overlap), every.rows(config, rows)
@@ -287,7 +287,7 @@ def window_loops(
     firsts = jnp.asarray([segment.first for segment in segments[1:]], jnp.int32)
     which = jnp.sum(windows[:, None] >= firsts, axis=1, dtype=jnp.int32)
     loop = WindowLoop(segments, sequence.history, own, windows, taken, which)
-    yield loop.on_device(assign_windows(windows.shape[0], parts, np.zeros(parts)))
+    yield loop.on_device(assign_windows(windows.shape[0], parts))
 
 
 def pad_rows(array: Array, count: int) -> Array:

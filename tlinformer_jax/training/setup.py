@@ -54,7 +54,7 @@ from tlinformer_jax.training.step import TrainState, compiler_options, init_stat
 UNTRAINED = Horizon(steps=0, decay_end=0)  # a run that does not train
 PENDING = Horizon(steps=0, decay_end=1)  # a run whose length is known only once its data is read
 LoadSplit = Callable[[DataConfig, str, Tokenizer], Split]
-MASKED_ITERABLE = "must be False where train_data is an iterable, or validation_data holds batches"
+MASKED_ITERABLE = "must be False if train_data is an iterable or validation_data contains batches"
 COMPILATION_CACHE = "~/.cache/tlinformer_jax/xla"
 
 
@@ -261,7 +261,7 @@ def training_batches(config: RunConfig, train: Split) -> TrainingBatches:
         if data.document_masking:
             raise ConfigError("data.document_masking", True, MASKED_ITERABLE)
         if how.eval_every == EPOCH:
-            raise ConfigError("train.eval_every", EPOCH, "must be in updates where train_data is an iterable")
+            raise ConfigError("train.eval_every", EPOCH, "must be in updates if train_data is an iterable")
         return OrderedBatches(train, *sizes, how.seed, how.equal_updates)
     return TrainingBatches(train, *sizes, how.seed, how.equal_updates, how.micro_batch_size, data.stages)
 

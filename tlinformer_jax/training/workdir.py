@@ -129,7 +129,7 @@ def tell_changed_texts(splits: Mapping[str, Split], workdir: pathlib.Path) -> No
         raise DataError(f"{path}: cannot be read ({why}); without this file no texts are compared") from None
     for name, text in _text_hashes(splits).items():
         if recorded.get(name, text) != text:
-            say(f"changed since the last run here: the text of the {name} split; its samples are others now")
+            say(f"changed since the last run here: the text of the {name} split; it has other samples now")
 
 
 def _text_hashes(splits: Mapping[str, Split]) -> dict[str, str]:
@@ -167,7 +167,7 @@ def find_origin(config: RunConfig, workdir: pathlib.Path, asked: str | pathlib.P
     if asked is not None:
         wanted, allowed = local_path(asked, "init_from"), None
         if wanted == workdir.absolute():
-            allowed = "must be another directory than workdir"
+            allowed = "must not be workdir itself"
         elif origin is not None and origin.workdir != wanted:
             allowed = f"must be {origin.workdir}, from which the run in {workdir} started"
         elif origin is None and begun:
@@ -217,7 +217,7 @@ def initial_params(origin: Origin, run: Run, fresh: Any) -> tuple[int, Any]:
     """Returns the origin's step and its parameters; a parameter that the origin lacks is taken from `fresh`."""
     name = load_tokenizer(origin.workdir).name
     if name != run.tokenizer.name:
-        say(f"init_from: tokenizer {name!r} there, {run.tokenizer.name!r} here; equal ids may mean different texts")
+        say(f"init_from: its tokenizer is {name!r}, that of this run {run.tokenizer.name!r}; ids may differ in meaning")
     abstract, other = run.abstract_state.params, load_config(origin.workdir)
     layers = _same_layers(run.config, other)
     if any(ours != theirs for ours, theirs in layers.items()):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tests.support.commands import command
-from tlinformer_jax.analysis.ngram import kneser_ney_bits
+from tlinformer_jax.training.evaluation import by_columns, kneser_ney_bits
 
 
 def dictionary_bits(train: list[int], test: list[int], vocab_size: int, context: int) -> float:
@@ -63,3 +63,7 @@ def test_the_command_prints_every_order():
     assert figures == sorted(figures, reverse=True)
     task = command("tools.ngram_floor", "--config=configs/recall.py")
     assert (task.returncode, task.stderr) == (2, "error: data.dataset = 'recall': must be a text for n-grams\n")
+
+
+def test_images_by_columns_have_the_pixel_above_before_each():
+    assert by_columns(np.array([9, 1, 2, 3, 4, 5, 6, 7, 8, 0]), 2).tolist() == [9, 1, 3, 2, 4, 5, 7, 6, 8]
