@@ -6,6 +6,7 @@ The built-in callbacks come first, so that a user's callback sees their results.
 """
 
 import bisect
+import concurrent.futures
 import contextlib
 import dataclasses
 import functools
@@ -24,7 +25,6 @@ from jax.experimental import multihost_utils
 from tlinformer_jax.config.run import EPOCH, RunConfig, seconds
 from tlinformer_jax.data.batches import StagedReader
 from tlinformer_jax.data.tasks import Split
-from tlinformer_jax.environment import INTERRUPTED
 from tlinformer_jax.errors import UserError
 from tlinformer_jax.training.console import describe_divergence, describe_stage, say
 from tlinformer_jax.training.evaluation import summary
@@ -181,40 +181,24 @@ class Stopped(Exception):
 class StopRequest:
     """A context manager that notices SIGTERM, SIGHUP and SIGINT; a second SIGINT ends the process at once.
 
-    An ignored SIGHUP, as under nohup, stays ignored. Python runs no signal handler while the main thread compiles, so a
-    thread answers. If `jax.distributed` is initialised, JAX handles SIGTERM, and the other signals are passed on as
-    SIGTERM: all processes stop at the same call of `poll`, and must make the same calls.
+    An ignored SIGHUP, as under nohup, stays ignored. If `jax.distributed` is initialised, JAX handles SIGTERM, and the
+    other signals are passed on as SIGTERM: all processes stop at the same call of `poll`, and must make the same calls.
     """
 
     def __init__(self) -> None:
-        self._noticed, self._together = False, jax.distributed.is_initialized()
-        self._polls = self._interrupts = 0
+        self._noticed, self._together, self._polls = False, jax.distributed.is_initialized(), 0
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopRequest":
-        if threading.current_thread() is not threading.main_thread():
-            return self
-        self._reading, self._writing = os.pipe()
-        os.set_blocking(self._writing, False)
-        self._wakeup_before = signal.set_wakeup_fd(self._writing, warn_on_full_buffer=False)
-        self._listener = threading.Thread(target=self._listen, name="signals", daemon=True)
-        self._listener.start()
-        others = {signal.SIGTERM} if self._together else set()
-        if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
-            others.add(signal.SIGHUP)
-        for number in SIGNALS - others:
-            self._before[number] = signal.signal(number, self._handle)
+        if threading.current_thread() is threading.main_thread():
+            ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+            others = ({signal.SIGTERM} if self._together else set()) | ({signal.SIGHUP} if ignored else set())
+            self._before = {number: signal.signal(number, self._handle) for number in SIGNALS - others}
         return self
 
     def __exit__(self, *_: object) -> None:
-        if not self._before:
-            return
         for number, handler in self._before.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
-        signal.set_wakeup_fd(self._wakeup_before)
-        os.close(self._writing)
-        self._listener.join()
-        os.close(self._reading)
 
     def __bool__(self) -> bool:
         """Returns whether a stop was asked for, and all processes have agreed on it."""
@@ -234,29 +218,18 @@ class StopRequest:
                 raise Stopped
             yield item
 
-    def _handle(self, *_: Any) -> None:
-        self._noticed = self._noticed or not self._together
-
-    def _listen(self) -> None:
-        while numbers := os.read(self._reading, 64):
-            for number in filter(SIGNALS.__contains__, numbers):
-                self._answer(number)
-
-    def _answer(self, number: int) -> None:
-        self._interrupts += number == signal.SIGINT
-        if self._interrupts > 1:
-            _tell("stopped at once; what was not saved is lost")
-            os._exit(INTERRUPTED)
+    def _handle(self, number: int, _: object) -> None:
+        again = ""
+        if number == signal.SIGINT:
+            again = "; once more stops at once, and what was not saved is lost"
+            signal.signal(number, signal.SIG_DFL)  # which also ends a process that is busy outside of Python
         if self._together:
             os.kill(os.getpid(), signal.SIGTERM)  # JAX handles it, and tells the other processes
-        again = "; once more stops at once" if number == signal.SIGINT else ""
-        _tell(f"{signal.Signals(number).name}: saving after the running step{again}")
-
-
-def _tell(message: str) -> None:
-    """Writes to stderr without Python's buffers, which another thread may hold locked."""
-    with contextlib.suppress(OSError):  # stderr is closed
-        os.write(2, f"{message}\n".encode())
+        else:
+            self._noticed = True
+        message = f"{signal.Signals(number).name}: saving after the running step{again}\n"
+        with contextlib.suppress(OSError):  # stderr is closed
+            os.write(2, message.encode())  # past Python's buffer, which the interrupted code may be filling
 
 
 # ---- The built-in callbacks
@@ -267,6 +240,7 @@ class Session:
     """The objects that the loop and the built-in callbacks share."""
 
     run: Run
+    compiler: concurrent.futures.Executor
     validation: Split
     reader: StagedReader
     checkpoints: Checkpoints
