@@ -36,7 +36,6 @@ from tlinformer_jax.training.step import TrainState
 SIGNALS = {signal.SIGTERM, signal.SIGHUP, signal.SIGINT}
 T = TypeVar("T")
 METRICS = ("loss", "grad_norm", "learning_rate", "tokens", "accuracy")
-LOOKS = 20  # a timer reads the clock about this often in its interval; each reading waits for the devices
 WARMUP, TRACED = 10, 3  # steps before the trace, not counting the first, and traced steps
 
 
@@ -132,43 +131,37 @@ def as_callbacks(given: Sequence[Callback | Callable[[TrainingView], Any]]) -> l
     return found
 
 
-def due_callbacks(callbacks: Sequence[Callback], step: int, outputs: object) -> list[Callback]:
+def due_callbacks(callbacks: Sequence[Callback], step: int, agree_every: int) -> list[Callback]:
     """Returns the callbacks to call after update `step`, in order; all processes must ask once after every update."""
-    timed = [callback.timer.due(outputs) for callback in callbacks]
+    timed = [callback.timer.due(step, agree_every) for callback in callbacks]
     return [callback for callback, now in zip(callbacks, timed) if now or callback.is_due(step)]
 
 
 class Timer:
-    """A timer that tells when about `seconds` have passed (0: never). Process 0 decides and tells the others."""
+    """A timer that tells when `seconds` have passed (0: never)."""
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
-        self._left, self._gap = 1, 1  # steps until the next reading of the clock, and between the last and the next
         self.restart()
 
     def restart(self) -> None:
         """Starts to measure the time anew."""
-        self._began = self._looked = time.monotonic()
+        self._began = time.monotonic()
 
-    def due(self, result: object) -> bool:
-        """Returns whether the time has passed; all processes must ask after every step."""
-        if not self._seconds:
+    def due(self, step: int, agree_every: int) -> bool:
+        """Returns whether the time has passed, and then starts anew.
+
+        Several processes ask process 0, which waits for the devices, so they do it only every `agree_every` updates.
+        """
+        several = jax.process_count() > 1
+        if not self._seconds or (several and step % agree_every):
             return False
-        self._left -= 1
-        if self._left:
-            return False
-        jax.block_until_ready(result)
-        now = time.monotonic()
-        step_seconds = max(now - self._looked, 1e-9) / self._gap
-        between = self._seconds / LOOKS
-        gap = max(1, min(2 * self._gap, int(between / step_seconds)))
-        late = int(now - self._began + max(between, gap * step_seconds) >= self._seconds)
-        if jax.process_count() > 1:
-            late, gap = map(int, multihost_utils.broadcast_one_to_all(np.array([late, gap], np.int32)))
-        self._looked, self._left, self._gap = now, gap, gap
+        late = time.monotonic() - self._began >= self._seconds
+        if several:
+            late = bool(multihost_utils.broadcast_one_to_all(np.bool_(late)))
         if late:
             self.restart()
-        return bool(late)
+        return late
 
 
 # ---- Requests to stop, by a user or a scheduler

@@ -104,7 +104,7 @@ def describe(run: Run, splits: Mapping[str, Split]) -> str | None:
         partitioned = any(run.mesh.shape[axis] > 1 for axis in PARTITIONED)
         say(delta_kernel.serving(model.compute_dtype, model.delta.width, partitioned))
     every = config.train.checkpoint_every
-    unit = " updates" if isinstance(every, int) else " or less"
+    unit = " updates" if isinstance(every, int) else ""
     say(f"checkpoints: {f'every {every}{unit}, ' if every else ''}at the end")
     for line in (*length_lines(run, run.horizon, train), *(split_line(*item, length) for item in splits.items())):
         say(line)

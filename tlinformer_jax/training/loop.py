@@ -228,7 +228,7 @@ def train_steps(
         # ---- The callbacks after it
         view = dataclasses.replace(view, step=step, state=state, outputs=outputs, compiled=compiled)
         ended = False
-        for callback in due_callbacks(callbacks, step, outputs):
+        for callback in due_callbacks(callbacks, step, config.train.log_every):
             try:
                 ended |= asks_to_end(callback(dataclasses.replace(view, evaluation=evaluate.figures)))
             except DivergedError as error:
