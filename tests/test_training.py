@@ -389,7 +389,7 @@ def test_throughput_reports_model_flops_and_their_share_of_the_peak():
     assert figures["tflops"] == pytest.approx(figures["tokens_per_second"] * 3e-3)
     assert figures["mfu"] == pytest.approx(figures["tflops"] / 1e3)
     assert figures["save_wait"] == 0
-    with throughput.saving():
+    with throughput.spent_on("save"):
         time.sleep(0.02)
     assert 0.5 < throughput.report(step=2)["save_wait"] <= 1
     assert "mfu" not in Throughput(10, 3e9, None).report(step=1)

@@ -86,13 +86,8 @@ class Callback:
         """Performs the action; the run ends after this update if the result is `True`."""
         raise NotImplementedError
 
-    @functools.cached_property
-    def timer(self) -> "Timer":
-        """The timer that decides when the callback is due if `every` is a time."""
-        return Timer(seconds(self.every))
-
     def is_due(self, step: int) -> bool:
-        """Returns whether update `step` is a multiple of `every`; if `every` is a time, `timer` decides instead."""
+        """Returns whether update `step` is a multiple of `every`; if that is a time, a `Timer` of the loop decides."""
         return isinstance(self.every, int) and self.every > 0 and step > 0 and step % self.every == 0
 
     def finish(self, view: TrainingView) -> None:
@@ -131,25 +126,14 @@ def as_callbacks(given: Sequence[Callback | Callable[[TrainingView], Any]]) -> l
     return found
 
 
-def due_callbacks(callbacks: Sequence[Callback], step: int, agree_every: int) -> list[Callback]:
-    """Returns the callbacks to call after update `step`, in order; all processes must ask once after every update."""
-    timed = [callback.timer.due(step, agree_every) for callback in callbacks]
-    return [callback for callback, now in zip(callbacks, timed) if now or callback.is_due(step)]
-
-
 class Timer:
-    """A timer that tells when `seconds` have passed (0: never)."""
+    """A timer that tells when `seconds` have passed since it was made or was last due (0: never)."""
 
     def __init__(self, seconds: float) -> None:
-        self._seconds = seconds
-        self.restart()
-
-    def restart(self) -> None:
-        """Starts to measure the time anew."""
-        self._began = time.monotonic()
+        self._seconds, self._began = seconds, time.monotonic()
 
     def due(self, step: int, agree_every: int) -> bool:
-        """Returns whether the time has passed, and then starts anew.
+        """Returns whether the time has passed; to be asked after every update.
 
         Several processes ask process 0, which waits for the devices, so they do it only every `agree_every` updates.
         """
@@ -160,7 +144,7 @@ class Timer:
         if several:
             late = bool(multihost_utils.broadcast_one_to_all(np.bool_(late)))
         if late:
-            self.restart()
+            self._began = time.monotonic()
         return late
 
 
@@ -279,19 +263,15 @@ class Save(Callback):
     every: int | str
     session: Session
 
-    def is_due(self, step: int) -> bool:
-        return super().is_due(step) and step != self.session.run.horizon.steps
-
     def __call__(self, view: TrainingView) -> None:
         if view.step != view.last_step:  # `finish` saves the last step
-            with self.session.throughput.saving():
+            with self.session.throughput.spent_on("save"):
                 self.finish(view)
 
     def finish(self, view: TrainingView) -> None:
         self.session.check_finite(view)
         self.session.log.sync()
         self.session.checkpoints.save(view.state)
-        self.timer.restart()
 
 
 @dataclasses.dataclass

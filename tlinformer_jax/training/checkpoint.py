@@ -185,11 +185,8 @@ def _checkpoint_of(workdir: pathlib.Path, step: int) -> Manifest:
     return read_manifest(folder / str(step))
 
 
-def load_params(
-    workdir: pathlib.Path, config: ModelConfig, step: int | None = None, best: bool = False
-) -> tuple[int, Any]:
-    """Loads parameters by `restore_params` to the first device; with `best`, those with the lowest validation loss."""
-    step = best_step(workdir) if best else step
+def load_params(workdir: pathlib.Path, config: ModelConfig, step: int | None = None) -> tuple[int, Any]:
+    """Loads parameters by `restore_params` to the first device."""
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     abstract = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), parameter_shapes(config)
@@ -257,14 +254,6 @@ def validation_losses(folder: pathlib.Path) -> dict[int, float]:
     """Maps step -> validation loss, for the checkpoints in `folder` that have one."""
     losses = {step: manifest.validation_loss for step, manifest in manifests(folder)}
     return {step: loss for step, loss in losses.items() if loss is not None and math.isfinite(loss)}
-
-
-def best_step(workdir: pathlib.Path) -> int:
-    """Returns the step with the lowest validation loss."""
-    losses = validation_losses(existing_folder(workdir))
-    if not losses:
-        raise DataError(f"workdir {workdir}: holds no checkpoint that has been evaluated")
-    return min(losses, key=lambda step: (losses[step], step))
 
 
 def is_usable(path: pathlib.Path) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from tlinformer_jax.config.run import RunConfig, fingerprint, run_config
+from tlinformer_jax.config.run import RunConfig, fingerprint, run_config, seconds
 from tlinformer_jax.data.batches import StagedReader, TrainingBatches
 from tlinformer_jax.data.given import TokenData
 from tlinformer_jax.data.sources import load_split
@@ -31,11 +31,11 @@ from tlinformer_jax.training.callbacks import (
     Save,
     Session,
     StopRequest,
+    Timer,
     Trace,
     TrainingView,
     as_callbacks,
     asks_to_end,
-    due_callbacks,
 )
 from tlinformer_jax.training.console import memory_advice
 from tlinformer_jax.training.metrics import MetricsLog, Throughput
@@ -191,7 +191,7 @@ def first_state(
         if jax.process_index() == 0:
             directory.remember_origin(dataclasses.replace(origin, step=step), workdir)
     if origin is not None or run.config.train.rollbacks:
-        checkpoints.save(state, overlap=False)
+        checkpoints.save(state)
     console.say(console.parameter_table(state.params))
     return state
 
@@ -204,9 +204,7 @@ def train_steps(
     predicted = trained_tokens(config.model, reader.batches.sequence_length, config.train.sampled_windows)
     first, state = view.step, view.state
     throughput.restart()
-    for callback in callbacks:
-        vars(callback).pop("timer", None)  # left from an earlier training
-        callback.timer.restart()
+    timers = [Timer(seconds(callback.every)) for callback in callbacks]
     for step in range(first + 1, view.last_step + 1):
         if session.stop.poll():
             break
@@ -214,7 +212,7 @@ def train_steps(
         # ---- The update
         length = reader.batches.length(step - 1)
         compiled = step == first + 1 or length != reader.batches.length(step - 2)
-        with throughput.waiting():
+        with throughput.spent_on("input"):
             batch = put_batch(next(reader), run.mesh)
         with console.compilation(step, length) if compiled else contextlib.nullcontext():
             if compiled:  # in a thread, since Python answers no signal while its main thread compiles
@@ -227,8 +225,10 @@ def train_steps(
 
         # ---- The callbacks after it
         view = dataclasses.replace(view, step=step, state=state, outputs=outputs, compiled=compiled)
-        ended = False
-        for callback in due_callbacks(callbacks, step, config.train.log_every):
+        ended, timed = False, [timer.due(step, config.train.log_every) for timer in timers]
+        for callback, now in zip(callbacks, timed):
+            if not now and not callback.is_due(step):
+                continue
             try:
                 ended |= asks_to_end(callback(dataclasses.replace(view, evaluation=evaluate.figures)))
             except DivergedError as error:

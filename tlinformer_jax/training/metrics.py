@@ -154,28 +154,22 @@ class Throughput:
     def __init__(self, total_steps: int, flops_per_token: float = 0.0, peak_flops: float | None = None) -> None:
         self._total = total_steps
         self.flops_per_token, self._peak_flops = flops_per_token, peak_flops
-        self._all_steps, self._all_seconds, self._saved = 0, 0.0, 0.0
+        self._all_steps, self._all_seconds = 0, 0.0
+        self._spent: dict[str, float] = {}
         self.restart()
 
     def restart(self, keep_saving: bool = False) -> None:
         """Discards the time since the last report; with `keep_saving`, except the time spent on saving."""
-        self._saved = self._saved if keep_saving else 0.0
-        self._since = time.perf_counter() - self._saved
-        self._steps, self._tokens, self._waited = 0, 0.0, 0.0
+        saved = self._spent["save"] if keep_saving else 0.0
+        self._since = time.perf_counter() - saved
+        self._steps, self._tokens, self._spent = 0, 0.0, {"input": 0.0, "save": saved}
 
     @contextlib.contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Counts the time inside as waiting for input."""
+    def spent_on(self, what: str) -> Iterator[None]:
+        """Counts the time inside as spent on 'input' or 'save'."""
         started = time.perf_counter()
         yield
-        self._waited += time.perf_counter() - started
-
-    @contextlib.contextmanager
-    def saving(self) -> Iterator[None]:
-        """Counts the time inside as spent on a checkpoint."""
-        started = time.perf_counter()
-        yield
-        self._saved += time.perf_counter() - started
+        self._spent[what] += time.perf_counter() - started
 
     def count(self, tokens: float) -> None:
         """Counts one dispatched step of `tokens` tokens."""
@@ -193,8 +187,7 @@ class Throughput:
         figures = {
             "tokens_per_second": self._tokens / elapsed,
             "tflops": speed / 1e12,
-            "input_wait": self._waited / elapsed,
-            "save_wait": self._saved / elapsed,
+            **{f"{what}_wait": spent / elapsed for what, spent in self._spent.items()},
             "eta": (self._total - step) * self._all_seconds / max(self._all_steps, 1),
         }
         if self._peak_flops is not None:
