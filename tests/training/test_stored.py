@@ -90,6 +90,15 @@ def test_parameters_of_other_shapes_are_named(workdir, fields, message):
             load(workdir)
 
 
+def test_a_model_with_fewer_layers_than_the_stored_one_is_refused(tmp_path):
+    """Its layers would all be found, and give wrong figures."""
+    config = run_config({"model": MODEL | {"num_blocks": 2, "history_window": 8, "generation_window": 8}, "data": DATA})
+    write_safetensors(tmp_path / "x.safetensors", golden.random_weights(config.model))
+    weights_to_workdir(tmp_path / "x.safetensors", config, tmp_path / "run")
+    change(tmp_path / "run", "model", num_blocks=1)
+    check_refused(tmp_path / "run", r"array params/blocks_1/\S+ is not in the model of config\.json", LOADERS)
+
+
 @pytest.mark.parametrize(("text", "message"), [
     ("[" * 100_000, r"no readable config\.json \(nested too deeply\)"),
     ('{"data": ' + '{"a": ' * 100_000, r"no readable config\.json \(nested too deeply\)"),

@@ -282,15 +282,21 @@ def set_aside_damaged(path: pathlib.Path) -> None:
 
 
 def misfit(folder: pathlib.Path, tree: dict[str, Any], attributes: Sequence[str] = ("shape",)) -> str | None:
-    """Names the first array of `tree` that is missing from a checkpoint or differs there; None if all fit."""
-    stored = _stored_arrays(folder)
-    for path, leaf in ocp.tree.to_flat_dict(tree).items():
+    """Names the first array of `tree` that is missing from a checkpoint or differs there; None if all fit.
+
+    All stored parameters must be in `tree`: those of a deeper model would fit too.
+    """
+    stored, wanted = _stored_arrays(folder), ocp.tree.to_flat_dict(tree)
+    for path, leaf in wanted.items():
         if path not in stored:
             return f"array {'/'.join(path)} is missing"
         for name in attributes:
             found, expected = getattr(stored[path], name, None), getattr(leaf, name)
             if found != expected:
                 return f"array {'/'.join(path)} has {name} {found} instead of {expected}"
+    for path in stored:
+        if path[0] in ("params", "ema") and path[0] in tree and path not in wanted:
+            return f"array {'/'.join(path)} is not in the model of {CONFIG_FILE}"
     return None
 
 
