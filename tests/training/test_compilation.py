@@ -59,7 +59,7 @@ def test_the_short_update_of_a_paper_epoch_is_the_same_program(tmp_path, caplog)
 def test_a_step_is_compiled_for_each_length_of_a_curriculum(tmp_path, caplog):
     threads = compilations(caplog, tmp_path, RECALL | {"curriculum": "8:2"}, steps=4)
     assert len(threads) == 2
-    assert not any(thread.startswith("compilation") for thread in threads), "the first length is that of the state"
+    assert all(thread.startswith("compilation") for thread in threads), "the main thread answers signals"
 
 
 # ---- train.deterministic

@@ -120,12 +120,14 @@ def test_an_array_that_is_missing_or_of_another_shape_or_type_is_named(sound):
     folder = sound / "checkpoints" / "2"
     params = abstract(state_of(2).params)
     assert misfit(folder, {"params": params}, ("shape", "dtype")) is None
-    wrong = {"embedding": jax.ShapeDtypeStruct((7, 6), np.float32, sharding=params["embedding"].sharding)}
+    wrong = params | {"embedding": jax.ShapeDtypeStruct((7, 6), np.float32, sharding=params["embedding"].sharding)}
     with pytest.raises(DataError, match=r"array params/embedding has shape \(7, 5\) instead of \(7, 6\)"):
         restore_params(sound, wrong)
     with pytest.raises(DataError, match=r"array params/bias is missing"):
-        restore_params(sound, {"bias": params["embedding"]})
-    other = {"params": {"embedding": jax.ShapeDtypeStruct((7, 5), np.float16)}}
+        restore_params(sound, params | {"bias": params["embedding"]})
+    with pytest.raises(DataError, match=r"array params/block/bias is not in the model of config.json"):
+        restore_params(sound, {"embedding": params["embedding"]})
+    other = {"params": params | {"embedding": jax.ShapeDtypeStruct((7, 5), np.float16)}}
     assert "has dtype float32 instead of float16" in misfit(folder, other, ("shape", "dtype"))
 
 

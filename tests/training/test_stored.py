@@ -42,43 +42,61 @@ def change(workdir: pathlib.Path, section: str, **fields) -> None:
     (workdir / "config.json").write_text(json.dumps(values))
 
 
-def check_refused(workdir: pathlib.Path, message: str) -> None:
-    """By everything that loads a working directory."""
+def read_configuration(workdir: pathlib.Path) -> None:
     here = run_config({"model": MODEL | {"history_window": 8, "generation_window": 8}, "data": DATA})
-    for load in (
-        load_run,
-        Generator.from_workdir,
-        lambda path: workdir_to_weights(path, path.parent / "x.safetensors"),
-        lambda path: check_origin(Origin(path), here),
-    ):
+    check_origin(Origin(workdir), here)
+
+
+def convert(workdir: pathlib.Path) -> None:
+    workdir_to_weights(workdir, workdir.parent / "x.safetensors")
+
+
+LOADERS = (load_run, Generator.from_workdir, convert)
+
+
+def check_refused(workdir: pathlib.Path, message: str, loaders=(*LOADERS, read_configuration)) -> None:
+    for load in loaders:
         with pytest.raises(DataError, match=message) as caught:
             load(workdir)
         assert "\n" not in str(caught.value)
 
 
-SIZES = {"num_blocks": 10**6, "hidden_depth": 10**6, "vocab_size": 10**9, "d_model": 10**12, "d_ff": 10**15}
-
-
-@pytest.mark.parametrize("field", SIZES)
-def test_sizes_past_the_stored_ones_are_refused_before_a_model_is_built(workdir, monkeypatch, field):
-    change(workdir, "model", **{field: SIZES[field]})
+@pytest.mark.parametrize("field", ["num_blocks", "hidden_depth"])
+def test_a_million_layers_are_refused_before_a_model_is_built(workdir, monkeypatch, field):
+    change(workdir, "model", **{field: 10**6})
     monkeypatch.setattr(jax, "eval_shape", lambda *_: pytest.fail("a model is built"))
-    check_refused(workdir, rf"model\.{field} = {SIZES[field]} in its config\.json does not fit its checkpoints")
+    check_refused(workdir, r"its config\.json does not fit this version: model\.num_blocks = .* makes \d{7} layers")
+
+
+def test_a_damaged_description_of_the_arrays_is_noticed(workdir):
     for path in workdir.rglob("_METADATA"):
         os.truncate(path, 9)
-    check_refused(workdir, "none of its checkpoints can be used")
+    check_refused(workdir, "none of its checkpoints can be used", LOADERS)
 
 
 @pytest.mark.parametrize(("fields", "message"), [
     ({"d_ff": 16}, r"down_kernel has shape \(24, 16\) instead of \(16, 16\)"),
     ({"num_heads": 1}, r"out_kernel has shape \(2, 8, 16\) instead of \(1, 16, 16\)"),
     ({"architecture": "transformer"}, r"layers_0/\w+ is missing"),
+    ({"num_blocks": 9}, r"blocks_1/.* is missing"),
+    ({"vocab_size": 10**9}, r"embedding has shape \(257, 16\) instead of \(1000000000, 16\)"),
+    ({"d_model": 10**12}, r"has shape .*16\) instead of .*1000000000000\)"),
+    ({"d_ff": 10**15}, r"down_kernel has shape \(24, 16\) instead of \(1000000000000000, 16\)"),
 ])  # fmt: skip
 def test_parameters_of_other_shapes_are_named(workdir, fields, message):
     change(workdir, "model", **fields)
-    for load in (load_run, Generator.from_workdir):
+    for load in LOADERS:
         with pytest.raises(DataError, match=rf"^checkpoint .*checkpoints/0: array params/.*{message}"):
             load(workdir)
+
+
+def test_a_model_with_fewer_layers_than_the_stored_one_is_refused(tmp_path):
+    """Its layers would all be found, and give wrong figures."""
+    config = run_config({"model": MODEL | {"num_blocks": 2, "history_window": 8, "generation_window": 8}, "data": DATA})
+    write_safetensors(tmp_path / "x.safetensors", golden.random_weights(config.model))
+    weights_to_workdir(tmp_path / "x.safetensors", config, tmp_path / "run")
+    change(tmp_path / "run", "model", num_blocks=1)
+    check_refused(tmp_path / "run", r"array params/blocks_1/\S+ is not in the model of config\.json", LOADERS)
 
 
 @pytest.mark.parametrize(("text", "message"), [
@@ -100,7 +118,7 @@ def test_files_that_would_never_end_are_not_waited_for(workdir):
     (description,) = workdir.rglob("_METADATA")
     description.unlink()
     os.mkfifo(description)
-    check_refused(workdir, "none of its checkpoints can be used")
+    check_refused(workdir, "none of its checkpoints can be used", LOADERS)
     (workdir / "config.json").unlink()
     os.mkfifo(workdir / "config.json")
     check_refused(workdir, r"no readable config\.json \(it is not a regular file\)")

@@ -41,7 +41,7 @@ def main() -> None:
     """Restores a checkpoint's parameters, evaluates a split or a text, and prints the figures."""
     from tlinformer_jax.evaluation.report import EvaluationOptions
     from tlinformer_jax.parallel.processes import joined
-    from tlinformer_jax.training.console import advised, evaluation_advice
+    from tlinformer_jax.training.console import EVALUATION_ADVICE, memory_advice
     from tlinformer_jax.training.setup import use_compilation_cache
 
     workdir = cli.given_path(WORKDIR, "the directory of a run")
@@ -54,16 +54,14 @@ def main() -> None:
             raise UserError("--split, --text_file: give one of the two")
         text = cli.text_of_file(TEXT_FILE.value, "--text_file")
     cluster = cli.cluster()
-    config = load_config(workdir)
-    length = config.data.sequence_length
-    batch_size = BATCH_SIZE.value or config.train.evaluation_batch_size(length, length)
+    load_config(workdir)  # refuses a wrong directory before JAX is imported
     use_compilation_cache()
     if cluster is not None:
         import jax
 
         # That service would keep SIGTERM for a training loop; this command ends at once.
         jax.config.update("jax_enable_preemption_service", False)
-    with joined(cluster), advised(lambda: evaluation_advice(batch_size)), cli.errors_by_flag():
+    with joined(cluster), memory_advice(EVALUATION_ADVICE), cli.errors_by_flag():
         _evaluate(workdir, text, options)
 
 

@@ -82,10 +82,10 @@ def _generate() -> bool:
     from tlinformer_jax.decoding.generator import Generator
     from tlinformer_jax.decoding.sampling import GenerationConfig
     from tlinformer_jax.decoding.spread import context_mesh
-    from tlinformer_jax.training.console import advised, generation_advice
+    from tlinformer_jax.training.console import GENERATION_ADVICE, memory_advice
     from tlinformer_jax.training.setup import use_compilation_cache
 
-    with advised(lambda: generation_advice(NUM_SAMPLES.value, MAX_NEW_TOKENS.value)):
+    with memory_advice(GENERATION_ADVICE):
         with cli.errors_by_flag():
             GenerationConfig.of(options)  # checks the options before anything is loaded
             use_compilation_cache()

@@ -29,7 +29,7 @@ def main() -> None:
     from tlinformer_jax.evaluation.history import measure_history
     from tlinformer_jax.evaluation.report import describe
     from tlinformer_jax.training.checkpoint import load_run
-    from tlinformer_jax.training.console import advised, evaluation_advice
+    from tlinformer_jax.training.console import EVALUATION_ADVICE, memory_advice
     from tlinformer_jax.training.setup import use_compilation_cache
 
     workdir = cli.given_path(WORKDIR, "the directory of a run")
@@ -40,7 +40,7 @@ def main() -> None:
     use_compilation_cache()
     trained = load_run(workdir, STEP.value)
     stream = trained.run.split(SPLIT.value, LENGTH.value)
-    with advised(lambda: evaluation_advice(BATCH_SIZE.value)):
+    with memory_advice(EVALUATION_ADVICE):
         measured = measure_history(
             trained, stream, LENGTH.value, samples=SAMPLES.value, distances=distances, batch_size=BATCH_SIZE.value
         )

@@ -32,6 +32,8 @@ FEW_WINDOWS = 8
 SHORT_SEQUENCE = 1024
 # More layers than this are compiled once and looped over, in one segment; otherwise libtpu compiles for an hour.
 MOST_UNROLLED = 20
+# The parameters of a model are described layer by layer before they are compared with a checkpoint: 8 s at this number.
+MOST_LAYERS = 1000
 # With memory 'low', a history of more than WHOLE_HISTORY rows is restored in chunks of CHUNK rows, since the
 # intermediate values of more rows do not fit beside it on one device.
 WHOLE_HISTORY, CHUNK = 1 << 20, 1 << 16
@@ -187,6 +189,11 @@ class ModelConfig:
         if self.attention in ("cudnn", "splash") and self.dropout > 0:
             allowed = "has no attention dropout; use 'auto', or model.dropout = 0"
             raise ConfigError("model.attention", self.attention, allowed)
+        if self.num_layers > MOST_LAYERS:
+            allowed = (
+                f"makes {self.num_layers} layers with model.hidden_depth = {self.hidden_depth}, over {MOST_LAYERS}"
+            )
+            raise ConfigError("model.num_blocks", self.num_blocks, allowed)
         if self.d_model % self.num_heads:
             raise ConfigError("model.num_heads", self.num_heads, f"must divide model.d_model = {self.d_model}")
         if self.head_dim % 2:

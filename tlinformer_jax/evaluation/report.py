@@ -25,7 +25,7 @@ from tlinformer_jax.models.feed_forward import with_tallies
 from tlinformer_jax.models.model import LanguageModel, embed, hidden_states, prepare_params
 from tlinformer_jax.parallel.sharding import EVALUATION_AXES, process_rows, put_batch, replicated
 from tlinformer_jax.training.checkpoint import load_run
-from tlinformer_jax.training.console import advised, evaluation_advice
+from tlinformer_jax.training.console import EVALUATION_ADVICE, memory_advice
 from tlinformer_jax.training.evaluation import Answers, Evaluation, summary
 from tlinformer_jax.training.loss import DeviceBatch, weighted_loss
 from tlinformer_jax.training.setup import Run, TrainedRun
@@ -143,7 +143,7 @@ def _at_length(trained: TrainedRun, source: Source, length: int, rest: bool, opt
         # Pad a short text to a power of two, so that texts of all lengths compile few programs.
         padded, length = min(length, 1 << (labels - 1).bit_length()), min(length, labels)
     batch_size = run.evaluation_batch_size(padded, num_samples(source.stream, padded, rest), options.batch_size)
-    with advised(lambda: evaluation_advice(batch_size)):
+    with memory_advice(EVALUATION_ADVICE):
         result = run.evaluate(trained.params, source.stream, length=padded, batch_size=batch_size, rest=rest)
     result = dataclasses.replace(result, losses=result.losses[:length], weights=result.weights[:length])
     window = run.config.model.generation_window

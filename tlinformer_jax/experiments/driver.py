@@ -35,7 +35,7 @@ def run_job(
     Rewrites result.json after each part. Returns the record; None if a signal stopped the training.
     """
     check_possible(checked_actions(job.actions), job.config)
-    with sole_run(job.workdir, LOCK_FILE), memory_advice(job.config):
+    with sole_run(job.workdir, LOCK_FILE), memory_advice():
         done = finished_result(job)
         if done is not None:
             say(f"{job.name}: already finished")

@@ -120,7 +120,7 @@ def train_together(jobs: Sequence[Job]) -> list[Record]:
         for job in jobs:
             job.workdir.mkdir(parents=True, exist_ok=True)
             stack.enter_context(sole_run(job.workdir, LOCK_FILE))
-        stack.enter_context(memory_advice(config))
+        stack.enter_context(memory_advice())
         run, splits = _prepared(config)
         stack.enter_context(jax.set_mesh(run.mesh))
         copies, evaluations, speed = _trained(run, splits, jobs)

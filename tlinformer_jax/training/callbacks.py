@@ -6,6 +6,7 @@ The built-in callbacks come first, so that a user's callback sees their results.
 """
 
 import bisect
+import concurrent.futures
 import contextlib
 import dataclasses
 import functools
@@ -24,7 +25,6 @@ from jax.experimental import multihost_utils
 from tlinformer_jax.config.run import EPOCH, RunConfig, seconds
 from tlinformer_jax.data.batches import StagedReader
 from tlinformer_jax.data.tasks import Split
-from tlinformer_jax.environment import INTERRUPTED
 from tlinformer_jax.errors import UserError
 from tlinformer_jax.training.console import describe_divergence, describe_stage, say
 from tlinformer_jax.training.evaluation import summary
@@ -36,7 +36,6 @@ from tlinformer_jax.training.step import TrainState
 SIGNALS = {signal.SIGTERM, signal.SIGHUP, signal.SIGINT}
 T = TypeVar("T")
 METRICS = ("loss", "grad_norm", "learning_rate", "tokens", "accuracy")
-LOOKS = 20  # a timer reads the clock about this often in its interval; each reading waits for the devices
 WARMUP, TRACED = 10, 3  # steps before the trace, not counting the first, and traced steps
 
 
@@ -87,13 +86,8 @@ class Callback:
         """Performs the action; the run ends after this update if the result is `True`."""
         raise NotImplementedError
 
-    @functools.cached_property
-    def timer(self) -> "Timer":
-        """The timer that decides when the callback is due if `every` is a time."""
-        return Timer(seconds(self.every))
-
     def is_due(self, step: int) -> bool:
-        """Returns whether update `step` is a multiple of `every`; if `every` is a time, `timer` decides instead."""
+        """Returns whether update `step` is a multiple of `every`; if that is a time, a `Timer` of the loop decides."""
         return isinstance(self.every, int) and self.every > 0 and step > 0 and step % self.every == 0
 
     def finish(self, view: TrainingView) -> None:
@@ -132,43 +126,26 @@ def as_callbacks(given: Sequence[Callback | Callable[[TrainingView], Any]]) -> l
     return found
 
 
-def due_callbacks(callbacks: Sequence[Callback], step: int, outputs: object) -> list[Callback]:
-    """Returns the callbacks to call after update `step`, in order; all processes must ask once after every update."""
-    timed = [callback.timer.due(outputs) for callback in callbacks]
-    return [callback for callback, now in zip(callbacks, timed) if now or callback.is_due(step)]
-
-
 class Timer:
-    """A timer that tells when about `seconds` have passed (0: never). Process 0 decides and tells the others."""
+    """A timer that tells when `seconds` have passed since it was made or was last due (0: never)."""
 
     def __init__(self, seconds: float) -> None:
-        self._seconds = seconds
-        self._left, self._gap = 1, 1  # steps until the next reading of the clock, and between the last and the next
-        self.restart()
+        self._seconds, self._began = seconds, time.monotonic()
 
-    def restart(self) -> None:
-        """Starts to measure the time anew."""
-        self._began = self._looked = time.monotonic()
+    def due(self, step: int, agree_every: int) -> bool:
+        """Returns whether the time has passed; to be asked after every update.
 
-    def due(self, result: object) -> bool:
-        """Returns whether the time has passed; all processes must ask after every step."""
-        if not self._seconds:
+        Several processes ask process 0, which waits for the devices, so they do it only every `agree_every` updates.
+        """
+        several = jax.process_count() > 1
+        if not self._seconds or (several and step % agree_every):
             return False
-        self._left -= 1
-        if self._left:
-            return False
-        jax.block_until_ready(result)
-        now = time.monotonic()
-        step_seconds = max(now - self._looked, 1e-9) / self._gap
-        between = self._seconds / LOOKS
-        gap = max(1, min(2 * self._gap, int(between / step_seconds)))
-        late = int(now - self._began + max(between, gap * step_seconds) >= self._seconds)
-        if jax.process_count() > 1:
-            late, gap = map(int, multihost_utils.broadcast_one_to_all(np.array([late, gap], np.int32)))
-        self._looked, self._left, self._gap = now, gap, gap
+        late = time.monotonic() - self._began >= self._seconds
+        if several:
+            late = bool(multihost_utils.broadcast_one_to_all(np.bool_(late)))
         if late:
-            self.restart()
-        return bool(late)
+            self._began = time.monotonic()
+        return late
 
 
 # ---- Requests to stop, by a user or a scheduler
@@ -181,40 +158,24 @@ class Stopped(Exception):
 class StopRequest:
     """A context manager that notices SIGTERM, SIGHUP and SIGINT; a second SIGINT ends the process at once.
 
-    An ignored SIGHUP, as under nohup, stays ignored. Python runs no signal handler while the main thread compiles, so a
-    thread answers. If `jax.distributed` is initialised, JAX handles SIGTERM, and the other signals are passed on as
-    SIGTERM: all processes stop at the same call of `poll`, and must make the same calls.
+    An ignored SIGHUP, as under nohup, stays ignored. If `jax.distributed` is initialised, JAX handles SIGTERM, and the
+    other signals are passed on as SIGTERM: all processes stop at the same call of `poll`, and must make the same calls.
     """
 
     def __init__(self) -> None:
-        self._noticed, self._together = False, jax.distributed.is_initialized()
-        self._polls = self._interrupts = 0
+        self._noticed, self._together, self._polls = False, jax.distributed.is_initialized(), 0
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopRequest":
-        if threading.current_thread() is not threading.main_thread():
-            return self
-        self._reading, self._writing = os.pipe()
-        os.set_blocking(self._writing, False)
-        self._wakeup_before = signal.set_wakeup_fd(self._writing, warn_on_full_buffer=False)
-        self._listener = threading.Thread(target=self._listen, name="signals", daemon=True)
-        self._listener.start()
-        others = {signal.SIGTERM} if self._together else set()
-        if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
-            others.add(signal.SIGHUP)
-        for number in SIGNALS - others:
-            self._before[number] = signal.signal(number, self._handle)
+        if threading.current_thread() is threading.main_thread():
+            ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+            others = ({signal.SIGTERM} if self._together else set()) | ({signal.SIGHUP} if ignored else set())
+            self._before = {number: signal.signal(number, self._handle) for number in SIGNALS - others}
         return self
 
     def __exit__(self, *_: object) -> None:
-        if not self._before:
-            return
         for number, handler in self._before.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
-        signal.set_wakeup_fd(self._wakeup_before)
-        os.close(self._writing)
-        self._listener.join()
-        os.close(self._reading)
 
     def __bool__(self) -> bool:
         """Returns whether a stop was asked for, and all processes have agreed on it."""
@@ -234,29 +195,18 @@ class StopRequest:
                 raise Stopped
             yield item
 
-    def _handle(self, *_: Any) -> None:
-        self._noticed = self._noticed or not self._together
-
-    def _listen(self) -> None:
-        while numbers := os.read(self._reading, 64):
-            for number in filter(SIGNALS.__contains__, numbers):
-                self._answer(number)
-
-    def _answer(self, number: int) -> None:
-        self._interrupts += number == signal.SIGINT
-        if self._interrupts > 1:
-            _tell("stopped at once; what was not saved is lost")
-            os._exit(INTERRUPTED)
+    def _handle(self, number: int, _: object) -> None:
+        again = ""
+        if number == signal.SIGINT:
+            again = "; a second one stops at once"
+            signal.signal(number, signal.SIG_DFL)  # which also ends a process that is busy outside of Python
         if self._together:
             os.kill(os.getpid(), signal.SIGTERM)  # JAX handles it, and tells the other processes
-        again = "; a second one stops at once" if number == signal.SIGINT else ""
-        _tell(f"{signal.Signals(number).name}: saving after the running step{again}")
-
-
-def _tell(message: str) -> None:
-    """Writes to stderr without Python's buffers, which another thread may hold locked."""
-    with contextlib.suppress(OSError):  # stderr is closed
-        os.write(2, f"{message}\n".encode())
+        else:
+            self._noticed = True
+        message = f"{signal.Signals(number).name}: saving after the running step{again}\n"
+        with contextlib.suppress(OSError):  # stderr is closed
+            os.write(2, message.encode())  # past Python's buffer, which the interrupted code may be filling
 
 
 # ---- The built-in callbacks
@@ -267,6 +217,7 @@ class Session:
     """The objects that the loop and the built-in callbacks share."""
 
     run: Run
+    compiler: concurrent.futures.Executor
     validation: Split
     reader: StagedReader
     checkpoints: Checkpoints
@@ -312,19 +263,15 @@ class Save(Callback):
     every: int | str
     session: Session
 
-    def is_due(self, step: int) -> bool:
-        return super().is_due(step) and step != self.session.run.horizon.steps
-
     def __call__(self, view: TrainingView) -> None:
         if view.step != view.last_step:  # `finish` saves the last step
-            with self.session.throughput.saving():
+            with self.session.throughput.spent_on("save"):
                 self.finish(view)
 
     def finish(self, view: TrainingView) -> None:
         self.session.check_finite(view)
         self.session.log.sync()
         self.session.checkpoints.save(view.state)
-        self.timer.restart()
 
 
 @dataclasses.dataclass

@@ -185,12 +185,8 @@ def _checkpoint_of(workdir: pathlib.Path, step: int) -> Manifest:
     return read_manifest(folder / str(step))
 
 
-def load_params(
-    workdir: pathlib.Path, config: ModelConfig, step: int | None = None, best: bool = False
-) -> tuple[int, Any]:
-    """Loads parameters by `restore_params` to the first device; with `best`, those with the lowest validation loss."""
-    step = best_step(workdir) if best else step
-    check_size(workdir, config, step)
+def load_params(workdir: pathlib.Path, config: ModelConfig, step: int | None = None) -> tuple[int, Any]:
+    """Loads parameters by `restore_params` to the first device."""
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     abstract = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), parameter_shapes(config)
@@ -208,7 +204,6 @@ def load_run(
     workdir = local_path(workdir, "workdir")
     # The mesh of the training does not matter here: use all devices of this machine.
     config = dataclasses.replace(load_config(workdir), mesh=MeshConfig())
-    check_size(workdir, config.model, step)
     load: LoadSplit = load_stored_split
     if validation_data is not None:
         load = given_loader({"validation": validation_data}, config.model.vocab_size)
@@ -221,31 +216,6 @@ def parameter_shapes(config: ModelConfig) -> Any:
     """Returns shape and dtype of each parameter of a model."""
     init = build_model(config).init
     return jax.eval_shape(init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
-
-
-def check_size(workdir: pathlib.Path, model: ModelConfig, step: int | None = None) -> None:
-    """Checks, before a model is built, that it has no more or larger arrays than the checkpoints hold.
-
-    Another person's config.json may ask for a model of any size. Exact shapes are checked when the arrays are read.
-    """
-    folder, shapes = existing_folder(workdir), None
-    for number in [number for number in list_steps(folder)[0] if step in (None, number)]:
-        with contextlib.suppress(DataError):
-            shapes = stored_shapes(folder / str(number))
-            break
-    if shapes is None:
-        restore_params(workdir, {}, step)  # raises the error that says why there is none
-        return
-    largest = max((size for shape in shapes.values() for size in shape), default=0)
-    most = {"hidden_depth": len(shapes), "num_blocks": len(shapes) // model.layers_per_block}
-    most |= dict.fromkeys(("vocab_size", "d_model", "d_ff", "num_experts"), largest)
-    for name, limit in most.items():
-        value = getattr(model, name)
-        if value is not None and value > limit:
-            raise DataError(
-                f"workdir {workdir}: model.{name} = {value} in its {CONFIG_FILE} does not fit its checkpoints, which "
-                f"hold {len(shapes):,} parameters of at most {largest:,} rows or columns"
-            )
 
 
 def list_steps(folder: pathlib.Path) -> tuple[list[int], dict[str, str]]:
@@ -286,14 +256,6 @@ def validation_losses(folder: pathlib.Path) -> dict[int, float]:
     return {step: loss for step, loss in losses.items() if loss is not None and math.isfinite(loss)}
 
 
-def best_step(workdir: pathlib.Path) -> int:
-    """Returns the step with the lowest validation loss."""
-    losses = validation_losses(existing_folder(workdir))
-    if not losses:
-        raise DataError(f"workdir {workdir}: holds no checkpoint that has been evaluated")
-    return min(losses, key=lambda step: (losses[step], step))
-
-
 def is_usable(path: pathlib.Path) -> bool:
     """Returns whether the checkpoint in `path` passes verification; prints why if not."""
     try:
@@ -319,28 +281,22 @@ def set_aside_damaged(path: pathlib.Path) -> None:
 # ---- Orbax's stored arrays
 
 
-def stored_shapes(folder: pathlib.Path) -> dict[tuple[str, ...], tuple[int, ...]]:
-    """Returns path -> shape of the parameters in a checkpoint that has not been verified."""
-    for path in folder.rglob("*"):
-        if path.is_symlink() or not (path.is_file() or path.is_dir()):
-            raise DataError(f"checkpoint {folder}: {path.name} is not a regular file")  # Orbax would wait for a pipe
-    try:
-        stored = _stored_arrays(folder)
-    except Exception as error:  # of many types, if files are missing, damaged or not Orbax's
-        raise DataError(f"checkpoint {folder}: its arrays cannot be listed ({first_line(error)})") from None
-    return {path: leaf.shape for path, leaf in stored.items() if path[0] == "params" and hasattr(leaf, "shape")}
-
-
 def misfit(folder: pathlib.Path, tree: dict[str, Any], attributes: Sequence[str] = ("shape",)) -> str | None:
-    """Names the first array of `tree` that is missing from a checkpoint or differs there; None if all fit."""
-    stored = _stored_arrays(folder)
-    for path, leaf in ocp.tree.to_flat_dict(tree).items():
+    """Names the first array of `tree` that is missing from a checkpoint or differs there; None if all fit.
+
+    All stored parameters must be in `tree`: those of a deeper model would fit too.
+    """
+    stored, wanted = _stored_arrays(folder), ocp.tree.to_flat_dict(tree)
+    for path, leaf in wanted.items():
         if path not in stored:
             return f"array {'/'.join(path)} is missing"
         for name in attributes:
             found, expected = getattr(stored[path], name, None), getattr(leaf, name)
             if found != expected:
                 return f"array {'/'.join(path)} has {name} {found} instead of {expected}"
+    for path in stored:
+        if path[0] in ("params", "ema") and path[0] in tree and path not in wanted:
+            return f"array {'/'.join(path)} is not in the model of {CONFIG_FILE}"
     return None
 
 

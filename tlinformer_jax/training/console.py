@@ -7,7 +7,7 @@ import re
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -17,7 +17,6 @@ import numpy as np
 from tlinformer_jax.analysis.flops import active_parameters
 from tlinformer_jax.config.data import TOKENS, Stage
 from tlinformer_jax.config.model import ModelConfig
-from tlinformer_jax.config.run import RunConfig
 from tlinformer_jax.data.batches import LAG, TrainingBatches, num_samples
 from tlinformer_jax.data.documents import DocumentStream
 from tlinformer_jax.data.ordered import OrderedStream
@@ -36,7 +35,13 @@ from tlinformer_jax.training.optimizer import Horizon
 from tlinformer_jax.training.setup import Run, flops_per_token
 from tlinformer_jax.training.step import WINDOW, Competence, TrainState
 
+TRAINING_ADVICE = (
+    "a step holds less with model.memory = 'low', a larger train.accumulation, a smaller train.batch_size or "
+    "data.sequence_length, or mesh.fsdp over several devices (--check_compile prints how much memory it needs)"
+)
 MORE = "or a device with more memory may help (on a GPU, XLA_PYTHON_CLIENT_MEM_FRACTION sets JAX's share)"
+EVALUATION_ADVICE = f"a smaller --batch_size, {MORE}"
+GENERATION_ADVICE = f"a smaller --num_samples or --max_new_tokens, a shorter prompt, {MORE}"
 NAMED_SAMPLES = 8  # samples of a bad batch that a message names
 # Prefix of a parameter's name -> the part of a layer that it belongs to.
 PARTS = {"qkv": "attention", "out": "attention", "gate_up": "feed-forward", "down": "feed-forward", "norm": "norms"}
@@ -99,7 +104,7 @@ def describe(run: Run, splits: Mapping[str, Split]) -> str | None:
         partitioned = any(run.mesh.shape[axis] > 1 for axis in PARTITIONED)
         say(delta_kernel.serving(model.compute_dtype, model.delta.width, partitioned))
     every = config.train.checkpoint_every
-    unit = " updates" if isinstance(every, int) else " or less"
+    unit = " updates" if isinstance(every, int) else ""
     say(f"checkpoints: {f'every {every}{unit}, ' if every else ''}at the end")
     for line in (*length_lines(run, run.horizon, train), *(split_line(*item, length) for item in splits.items())):
         say(line)
@@ -219,30 +224,8 @@ class OutOfMemoryError(UserError):
     status = 1  # the configuration is a valid one
 
 
-def memory_advice(config: RunConfig) -> contextlib.AbstractContextManager[None]:
-    """Returns the context manager `advised` with advice for training."""
-    text = "a step holds less with {} (--check_compile prints how much memory it needs)"
-    return advised(lambda: text.format(", or ".join(memory_savers(config, jax.device_count()))))
-
-
-def memory_savers(config: RunConfig, devices: int) -> list[str]:
-    """Lists the fields that can still be changed to save memory, cheapest first."""
-    model, train, length = config.model, config.train, config.data.sequence_length
-    advice = []
-    if model.memory == "auto":
-        advice.append("model.memory = 'low' (now 'auto')")
-    if (rows := train.micro_batch_size) > 1:
-        advice.append(f"a larger train.accumulation (now {train.accumulation}, {rows} sequences at a time)")
-    if train.batch_size > 1:
-        advice.append(f"a smaller train.batch_size (now {train.batch_size})")
-    if devices > 1 and config.mesh.fsdp == 1:
-        advice.append(f"mesh.fsdp = {devices} (now 1)")
-    advice.append(f"a smaller data.sequence_length (now {length})")
-    return advice
-
-
 @contextlib.contextmanager
-def advised(advice: Callable[[], str]) -> Iterator[None]:
+def memory_advice(advice: str = TRAINING_ADVICE) -> Iterator[None]:
     """Turns running out of memory into an `OutOfMemoryError` whose message ends in `advice`."""
     try:
         yield
@@ -251,7 +234,7 @@ def advised(advice: Callable[[], str]) -> Iterator[None]:
         if isinstance(error, UserError) or not is_out_of_memory(error):
             raise
         reason = first_line(error).removeprefix("RESOURCE_EXHAUSTED: ").rstrip(". ")
-        raise OutOfMemoryError(f"{reason}; {advice()}") from error
+        raise OutOfMemoryError(f"{reason}; {advice}") from error
 
 
 def is_out_of_memory(error: Exception) -> bool:
@@ -265,17 +248,3 @@ def is_out_of_memory(error: Exception) -> bool:
 def peak_bytes() -> int | None:
     """Returns the peak bytes in use on the first device; None if the device does not count them."""
     return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
-
-
-def evaluation_advice(batch_size: int) -> str:
-    """Says how to save memory in an evaluation of `batch_size` sequences at a time."""
-    return f"{_smaller('batch_size', batch_size)}{MORE}"
-
-
-def generation_advice(num_samples: int, max_new_tokens: int) -> str:
-    """Says how to save memory in a generation."""
-    return f"{_smaller('num_samples', num_samples)}a shorter prompt, {_smaller('max_new_tokens', max_new_tokens)}{MORE}"
-
-
-def _smaller(flag: str, value: int) -> str:
-    return f"a smaller --{flag} (now {value}), " if value > 1 else ""

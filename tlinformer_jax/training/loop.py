@@ -2,17 +2,16 @@
 
 import concurrent.futures
 import contextlib
-import contextvars
 import dataclasses
 import pathlib
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from tlinformer_jax.config.run import RunConfig, fingerprint, run_config
+from tlinformer_jax.config.run import RunConfig, fingerprint, run_config, seconds
 from tlinformer_jax.data.batches import StagedReader, TrainingBatches
 from tlinformer_jax.data.given import TokenData
 from tlinformer_jax.data.sources import load_split
@@ -32,11 +31,11 @@ from tlinformer_jax.training.callbacks import (
     Save,
     Session,
     StopRequest,
+    Timer,
     Trace,
     TrainingView,
     as_callbacks,
     asks_to_end,
-    due_callbacks,
 )
 from tlinformer_jax.training.console import memory_advice
 from tlinformer_jax.training.metrics import MetricsLog, Throughput
@@ -56,8 +55,6 @@ from tlinformer_jax.training.setup import (
 from tlinformer_jax.training.step import TrainState
 
 GivenCallbacks = Sequence[Callback | Callable[[TrainingView], Any]]
-# (state, batch) -> (state after the update, outputs)
-Update = Callable[[TrainState, Any], tuple[TrainState, dict[str, Any]]]
 
 
 def train_and_evaluate(
@@ -116,7 +113,7 @@ def train_run(
     run, splits, batches = prepare(config, workdir, load)
     train, main = config.train, jax.process_index() == 0
     with contextlib.ExitStack() as stack:
-        stack.enter_context(memory_advice(config))
+        stack.enter_context(memory_advice())
         stack.enter_context(directory.sole_run(workdir))
         stop = stack.enter_context(StopRequest())
         regular = int(train.checkpoint_every) if train.rollbacks else 0
@@ -126,7 +123,12 @@ def train_run(
         # ---- Restore or start the state
         restored = checkpoints.restore(run.abstract_state)
         first, last = (0 if restored is None else restored[1].step), run.horizon.steps
-        update = stack.enter_context(compiling_early(run)) if first < last else run.train_step
+        compiler = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="compilation")
+        stack.callback(compiler.shutdown, wait=False)  # XLA cannot be interrupted, and an error need not wait for it
+        if first < last and platform() == "cpu" and not config.data.curriculum:
+            # Compiled beside the program that makes the first state. An accelerator's XLA times kernels, which other
+            # work on the device would disturb. The first length of a curriculum depends on the state.
+            compiler.submit(run.compiled_train_step)
         if restored is None:
             state, evaluated = first_state(run, workdir, checkpoints, origin), False
         else:
@@ -143,7 +145,7 @@ def train_run(
         rows = process_rows(run.mesh, train.batch_size)
         ends = None if state.competence is None else state.competence.ends
         reader = stack.enter_context(StagedReader(batches, ends, first, rows))
-        session = Session(run, splits["validation"], reader, checkpoints, log, Throughput.of(run), stop)
+        session = Session(run, compiler, splits["validation"], reader, checkpoints, log, Throughput.of(run), stop)
         save = Save(train.checkpoint_every, session)
         evaluate = Evaluate(train.eval_every, session, save)
         logging = Log(train.log_every, session, (save, evaluate))
@@ -151,7 +153,7 @@ def train_run(
         every: list[Callback] = [logging, *tracing, save, evaluate, *asked]
         view = TrainingView(config, workdir, first, last, state)
         if evaluated or not evaluate.is_due(first) or not evaluate(view):
-            view = train_steps(session, view, update, every, evaluate)
+            view = train_steps(session, view, every, evaluate)
         for callback in every:
             callback.finish(dataclasses.replace(view, evaluation=evaluate.figures))
     figures = {name: value for name, value in evaluate.figures.items() if name != "step"}
@@ -189,46 +191,20 @@ def first_state(
         if jax.process_index() == 0:
             directory.remember_origin(dataclasses.replace(origin, step=step), workdir)
     if origin is not None or run.config.train.rollbacks:
-        checkpoints.save(state, overlap=False)
+        checkpoints.save(state)
     console.say(console.parameter_table(state.params))
     return state
 
 
-@contextlib.contextmanager
-def compiling_early(run: Run) -> Iterator[Update]:
-    """Yields the training step, compiled by a thread while the caller prepares the run; the first call waits for it.
-
-    XLA compiles without Python's lock, so the program that makes the first state can be compiled at the same time. A
-    curriculum's step is not compiled early, since its length depends on the state; nor is a step for accelerators,
-    where XLA times kernels during compilation and other work on the device would disturb the measurement.
-    """
-    if run.config.data.curriculum or platform() != "cpu":
-        yield run.train_step
-        return
-    thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="compilation")
-    compiled = thread.submit(contextvars.copy_context().run, run.compiled_train_step)
-
-    def update(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Any]]:
-        compiled.result()  # raises the compilation's error, if any
-        return run.train_step(state, batch)
-
-    try:
-        yield update
-    finally:
-        thread.shutdown(wait=False)  # XLA cannot be interrupted; report an error without waiting for it
-
-
 def train_steps(
-    session: Session, view: TrainingView, update: Update, callbacks: Sequence[Callback], evaluate: Evaluate
+    session: Session, view: TrainingView, callbacks: Sequence[Callback], evaluate: Evaluate
 ) -> TrainingView:
     """Makes the updates after `view`, and calls the due callbacks after each; returns the last view."""
     run, reader, throughput, config = session.run, session.reader, session.throughput, view.config
     predicted = trained_tokens(config.model, reader.batches.sequence_length, config.train.sampled_windows)
     first, state = view.step, view.state
     throughput.restart()
-    for callback in callbacks:
-        vars(callback).pop("timer", None)  # left from an earlier training
-        callback.timer.restart()
+    timers = [Timer(seconds(callback.every)) for callback in callbacks]
     for step in range(first + 1, view.last_step + 1):
         if session.stop.poll():
             break
@@ -236,10 +212,12 @@ def train_steps(
         # ---- The update
         length = reader.batches.length(step - 1)
         compiled = step == first + 1 or length != reader.batches.length(step - 2)
-        with throughput.waiting():
+        with throughput.spent_on("input"):
             batch = put_batch(next(reader), run.mesh)
         with console.compilation(step, length) if compiled else contextlib.nullcontext():
-            state, outputs = update(state, batch)
+            if compiled:  # in a thread, since Python answers no signal while its main thread compiles
+                session.compiler.submit(run.compiled_train_step, length).result()
+            state, outputs = run.train_step(state, batch)
             if compiled:
                 jax.block_until_ready(outputs)
         throughput.count(config.train.batch_size * predicted)
@@ -247,8 +225,10 @@ def train_steps(
 
         # ---- The callbacks after it
         view = dataclasses.replace(view, step=step, state=state, outputs=outputs, compiled=compiled)
-        ended = False
-        for callback in due_callbacks(callbacks, step, outputs):
+        ended, timed = False, [timer.due(step, config.train.log_every) for timer in timers]
+        for callback, now in zip(callbacks, timed):
+            if not now and not callback.is_due(step):
+                continue
             try:
                 ended |= asks_to_end(callback(dataclasses.replace(view, evaluation=evaluate.figures)))
             except DivergedError as error:

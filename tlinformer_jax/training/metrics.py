@@ -39,36 +39,6 @@ TENSORBOARD_FOLDER = "tensorboard"
 # ---- Files
 
 
-class TensorBoardWriter:
-    """A writer of TensorBoard events without TensorFlow; events of an earlier run after `step` are hidden.
-
-    tensorboardX's SummaryWriter waits forever once a full disk has killed its thread; this class raises OSError.
-    """
-
-    def __init__(self, folder: pathlib.Path, step: int = 0) -> None:
-        self._folder, self._step = folder, step
-
-    @functools.cached_property
-    def _file(self) -> Any:
-        """The file, opened at its first use."""
-        file = EventsWriter(str(self._folder / "events"))
-        file.write_event(event(self._step + 1, session_log=SessionLog(status=SessionLog.START)))
-        file.flush()
-        return file
-
-    def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
-        values = [Summary.Value(tag=name, simple_value=value) for name, value in scalars.items()]
-        self._file.write_event(event(step, summary=Summary(value=values)))
-
-    def flush(self) -> None:
-        if "_file" in vars(self):
-            self._file.flush()
-
-    def close(self) -> None:
-        if "_file" in vars(self):
-            self._file.close()
-
-
 def event(step: int, **content: Any) -> Event:
     """Returns a TensorBoard event with the current time."""
     return Event(wall_time=time.time(), step=step, **content)
@@ -100,25 +70,36 @@ def cut_back(path: pathlib.Path, step: int, keep_evaluation: bool) -> None:
 class MetricsLog(contextlib.AbstractContextManager["MetricsLog"]):
     """A log in metrics.jsonl and TensorBoard; raises a DataError that names what cannot be written.
 
-    Writes only if `active`, which is true only in process 0 of a run. The run continues from `step`: see `cut_back`.
+    Writes only if `active`, which is true only in process 0 of a run. The run continues from `step`: see `cut_back`;
+    TensorBoard hides the later events of an earlier run. tensorboardX's SummaryWriter is not used: it waits forever
+    once a full disk has killed its thread.
     """
 
     def __init__(
         self, workdir: pathlib.Path, active: bool = True, step: int = 0, keep_evaluation: bool = False
     ) -> None:
-        self._active, self._name = active, f"workdir {workdir}: "
+        self._active, self._step, self._folder = active, step, workdir / TENSORBOARD_FOLDER
+        self._metrics, self._tensorboard = (
+            functools.partial(writing, f"workdir {workdir}: {name}") for name in (METRICS_FILE, TENSORBOARD_FOLDER)
+        )
         if active:
-            path, board = workdir / METRICS_FILE, workdir / TENSORBOARD_FOLDER
-            with writing(self._name + METRICS_FILE), open_own(path, "ab"):
+            path = workdir / METRICS_FILE
+            with self._metrics(), open_own(path, "ab"):
                 pass  # fails before anything else is changed
-            with writing(self._name + TENSORBOARD_FOLDER):
-                own_folder(board)
-                if not os.access(board, os.W_OK | os.X_OK):
+            with self._tensorboard():
+                own_folder(self._folder)
+                if not os.access(self._folder, os.W_OK | os.X_OK):
                     raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-                self._board = TensorBoardWriter(board, step)
-            with writing(self._name + METRICS_FILE):
+            with self._metrics():
                 cut_back(path, step, keep_evaluation)
                 self._file = open_own(path, "ab", buffering=0)  # unbuffered, so that a full disk is reported once
+
+    @functools.cached_property
+    def _events(self) -> Any:
+        """The file for TensorBoard, opened at its first use."""
+        events = EventsWriter(str(self._folder / "events"))
+        events.write_event(event(self._step + 1, session_log=SessionLog(status=SessionLog.START)))
+        return events
 
     def __exit__(self, kind: Any, *_: object) -> None:
         # A second error would hide the first.
@@ -130,19 +111,21 @@ class MetricsLog(contextlib.AbstractContextManager["MetricsLog"]):
         if not self._active:
             return
         line = json.dumps({"step": step, **finite(dict(scalars))}).encode() + b"\n"
-        with writing(self._name + METRICS_FILE):
+        with self._metrics():
             while line:  # one call may write only a part
                 line = line[self._file.write(line) :]
-        with writing(self._name + TENSORBOARD_FOLDER):
-            self._board.write_scalars(step, scalars)
+        with self._tensorboard():
+            values = [Summary.Value(tag=name, simple_value=value) for name, value in scalars.items()]
+            self._events.write_event(event(step, summary=Summary(value=values)))
 
     def sync(self) -> None:
         """Flushes everything to disk; called before a checkpoint."""
         if self._active:
-            with writing(self._name + METRICS_FILE):
+            with self._metrics():
                 os.fsync(self._file.fileno())
-            with writing(self._name + TENSORBOARD_FOLDER):
-                self._board.flush()
+            if "_events" in vars(self):
+                with self._tensorboard():
+                    self._events.flush()
 
     def close(self) -> None:
         if self._active:
@@ -151,8 +134,9 @@ class MetricsLog(contextlib.AbstractContextManager["MetricsLog"]):
             finally:
                 self._active = False
                 self._file.close()
-                with writing(self._name + TENSORBOARD_FOLDER):
-                    self._board.close()
+                if "_events" in vars(self):
+                    with self._tensorboard():
+                        self._events.close()
 
 
 class Throughput:
@@ -170,28 +154,22 @@ class Throughput:
     def __init__(self, total_steps: int, flops_per_token: float = 0.0, peak_flops: float | None = None) -> None:
         self._total = total_steps
         self.flops_per_token, self._peak_flops = flops_per_token, peak_flops
-        self._all_steps, self._all_seconds, self._saved = 0, 0.0, 0.0
+        self._all_steps, self._all_seconds = 0, 0.0
+        self._spent: dict[str, float] = {}
         self.restart()
 
     def restart(self, keep_saving: bool = False) -> None:
         """Discards the time since the last report; with `keep_saving`, except the time spent on saving."""
-        self._saved = self._saved if keep_saving else 0.0
-        self._since = time.perf_counter() - self._saved
-        self._steps, self._tokens, self._waited = 0, 0.0, 0.0
+        saved = self._spent["save"] if keep_saving else 0.0
+        self._since = time.perf_counter() - saved
+        self._steps, self._tokens, self._spent = 0, 0.0, {"input": 0.0, "save": saved}
 
     @contextlib.contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Counts the time inside as waiting for input."""
+    def spent_on(self, what: str) -> Iterator[None]:
+        """Counts the time inside as spent on 'input' or 'save'."""
         started = time.perf_counter()
         yield
-        self._waited += time.perf_counter() - started
-
-    @contextlib.contextmanager
-    def saving(self) -> Iterator[None]:
-        """Counts the time inside as spent on a checkpoint."""
-        started = time.perf_counter()
-        yield
-        self._saved += time.perf_counter() - started
+        self._spent[what] += time.perf_counter() - started
 
     def count(self, tokens: float) -> None:
         """Counts one dispatched step of `tokens` tokens."""
@@ -209,8 +187,7 @@ class Throughput:
         figures = {
             "tokens_per_second": self._tokens / elapsed,
             "tflops": speed / 1e12,
-            "input_wait": self._waited / elapsed,
-            "save_wait": self._saved / elapsed,
+            **{f"{what}_wait": spent / elapsed for what, spent in self._spent.items()},
             "eta": (self._total - step) * self._all_seconds / max(self._all_steps, 1),
         }
         if self._peak_flops is not None:

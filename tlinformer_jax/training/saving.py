@@ -80,18 +80,16 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
             self._orbax.close()
             self._opened.close()
 
-    def save(self, state: TrainState, overlap: bool = True) -> None:
-        """Starts saving `state` under its step; the caller may donate its arrays on return.
-
-        With `overlap`, training continues while a copy is read. Before the first step, the free memory is not known.
-        """
+    def save(self, state: TrainState) -> None:
+        """Starts saving `state` under its step; the caller may donate its arrays on return."""
         step = int(state.step)
         if step == self._latest:
             return
         self._wait()
         draft, after_skip = self._folder / f"{step}{SAVING}", int(state.skips.in_a_row) > 0
         shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), _fields(state))
-        copy = copy_on_devices(state) if overlap and jax.process_count() == 1 else None
+        # Before the first update it is not known how much memory an update needs beside a copy.
+        copy = copy_on_devices(state) if step and jax.process_count() == 1 else None
         if copy is None:
             self._write(draft, state)
         self._latest = step

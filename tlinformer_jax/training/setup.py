@@ -135,9 +135,14 @@ class Run:
             stages=self.config.data.stages,
         )
 
-    def compiled_train_step(self) -> jax.stages.Compiled:
-        """Compiles the training step for samples of data.sequence_length; calls of `train_step` then use the result."""
-        shape, sharding = (self.config.train.batch_size, self.config.data.sequence_length), batch_sharding(self.mesh)
+    def compiled_train_step(self, length: int | None = None) -> jax.stages.Compiled:
+        """Compiles the training step for samples of `length` tokens (None: data.sequence_length).
+
+        Calls of `train_step` then use the result.
+        """
+        longest, sharding = self.config.data.sequence_length, batch_sharding(self.mesh)
+        length = longest if length is None else length
+        shape = (self.config.train.batch_size * (longest // length), length)
         dtypes: dict[str, Any] = {"inputs": jnp.int32, "labels": jnp.int32, "weights": jnp.float32}
         if self.config.data.document_masking:
             dtypes["documents"] = jnp.int32

@@ -24,7 +24,7 @@ from tlinformer_jax.data.tokenizers import TOKENIZER_FILE, Tokenizer, load_token
 from tlinformer_jax.errors import ConfigError, DataError
 from tlinformer_jax.files import local_path, open_own, read_json, write_text, writing
 from tlinformer_jax.interop.reference import layer_names
-from tlinformer_jax.training.checkpoint import check_size, parameter_shapes, restore_params
+from tlinformer_jax.training.checkpoint import existing_folder, parameter_shapes, restore_params
 from tlinformer_jax.training.console import say
 from tlinformer_jax.training.setup import Run
 
@@ -183,7 +183,7 @@ def find_origin(config: RunConfig, workdir: pathlib.Path, asked: str | pathlib.P
 def check_origin(origin: Origin, config: RunConfig) -> None:
     """Checks that the origin's parameters have the same names and shapes; an error names the first difference."""
     other = load_config(origin.workdir)
-    check_size(origin.workdir, other.model, origin.step)
+    existing_folder(origin.workdir)
     layers = _same_layers(other, config)
     there = {_renamed(name, layers): shape for name, shape in _parameter_shapes(other).items()}
     here = _parameter_shapes(config)
