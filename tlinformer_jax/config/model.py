@@ -24,12 +24,16 @@ MEMORY = ("auto", "low")
 SHORTEST_WAVELENGTH = 7  # RoPE's shortest wavelength, 2 pi, rounded up
 # Evaluation and caches allocate a whole window, so a window needs a bound.
 LONGEST_WINDOW = 1 << 20
-# A sequence with at most this many windows is differentiated as a whole. In a longer sequence each window's gradients
-# are computed with its loss, since the memory for the backward pass would grow with the square of the length.
+# A short sequence, and on a CPU any with at most this many windows, is differentiated as a whole. In others each
+# window's gradients are computed with its loss, since the memory for the backward pass would grow with the square of
+# the length.
 FEW_WINDOWS = 8
 # In a sequence this short, masked rows of the history cost less than a second program, and computing one window at a
 # time would leave a device idle.
 SHORT_SEQUENCE = 1024
+# Windows that an accelerator computes together if a longer sequence has few: at 125M parameters and N = 2,048 this
+# takes half the memory of all seven together, and there are fewer masked rows.
+GROUP = 3
 # More layers than this are compiled once and looped over, in one segment; otherwise libtpu compiles for an hour.
 MOST_UNROLLED = 20
 # With memory 'low', a history of more than WHOLE_HISTORY rows is restored in chunks of CHUNK rows, since the
@@ -78,14 +82,16 @@ def make_plan(memory: str, platform: str, windows: int, window: int, layers: int
       windowed: whether the architecture has generation windows.
     """
     low, few, length = memory == "low", windows <= FEW_WINDOWS, windows * window
-    deep = layers > MOST_UNROLLED
+    deep, short = layers > MOST_UNROLLED, length <= SHORT_SEQUENCE
     several = 8 if low and not few else 2 - deep
+    together = windows if short else GROUP if few else 1
+    whole = few and (short or platform == "cpu")
     return ExecutionPlan(
-        segments=1 if length <= SHORT_SEQUENCE else several,
-        together=windows if platform != "cpu" and not low and (few or length <= SHORT_SEQUENCE) else 1,
+        segments=1 if short else several,
+        together=1 if low or platform == "cpu" else together,
         chunk=CHUNK if low and length > WHOLE_HISTORY else 0,
         scan_layers=platform == "cpu" or deep,
-        checkpointing=low or (windowed and not few),
+        checkpointing=low or (windowed and not whole),
     )
 
 
