@@ -1,6 +1,7 @@
 """Very long sequences: history in chunks of rows, and memory that grows no faster than the sequence."""
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -63,6 +64,39 @@ def temporary_bytes(config: ModelConfig, length: int, sampled: int = 0) -> int:
     row = jax.ShapeDtypeStruct((1, length), jnp.int32)
     batch = {"inputs": row, "labels": row, "weights": jax.ShapeDtypeStruct((1, length), jnp.float32)}
     return jax.jit(jax.grad(loss)).lower(params, batch).compile().memory_analysis().temp_size_in_bytes
+
+
+def needed(jaxpr, equation) -> set[int]:
+    """The indices of all equations that an equation waits for."""
+    made = {id(variable): index for index, eqn in enumerate(jaxpr.eqns) for variable in eqn.outvars}
+    found, left = set(), [equation]
+    while left:
+        for index in {made[id(v)] for v in left.pop().invars if id(v) in made} - found:
+            found.add(index)
+            left.append(jaxpr.eqns[index])
+    return found
+
+
+@pytest.mark.parametrize("together", [3, 1])
+def test_a_loop_over_windows_starts_when_the_gradients_of_the_one_before_are_there(together):
+    """A compiler unrolls a loop of one step. If it were free to mix two, both would be in memory."""
+    config = dataclasses.replace(NARROW, memory=ExecutionPlan(2, together, checkpointing=True))
+    model, length = build_model(config), 8 * config.generation_window
+    params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8), jnp.int32))["params"]
+
+    def loss(params):
+        row = jnp.ones((1, length), jnp.int32)
+        batch = {"inputs": row, "labels": row, "weights": jnp.ones((1, length))}
+        return summed_loss(params, batch, jax.random.key(0), model=model)[0]
+
+    jaxpr = jax.make_jaxpr(jax.grad(loss))(params).jaxpr
+    loops = [eqn for eqn in jaxpr.eqns if eqn.primitive.name == "scan"]
+    assert len(loops) >= 3
+    barriers = {index for index, eqn in enumerate(jaxpr.eqns) if eqn.primitive.name == "optimization_barrier"}
+    for loop, following in itertools.pairwise(loops):
+        results = {id(variable) for variable in loop.outvars}
+        whole = {index for index in barriers if results <= {id(variable) for variable in jaxpr.eqns[index].invars}}
+        assert whole & needed(jaxpr, following)
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ LONG = ModelConfig(history_window=1024, generation_window=1024, memory="low")
     ("machine", "length", "plan"),
     [
         (GPU, 512, ExecutionPlan(1, together=2, scan_layers=False)),
+        (GPU, 1024, ExecutionPlan(1, together=4, scan_layers=False)),
         (GPU, 2048, ExecutionPlan(2, together=8, scan_layers=False)),
         (GPU, 8192, ExecutionPlan(2, scan_layers=False, checkpointing=True)),
         (CPU, 2048, ExecutionPlan(2)),
@@ -34,12 +35,25 @@ def test_low_memory_is_what_a_million_tokens_were_measured_with():
         assert ModelConfig(memory="low").plan(2) == ExecutionPlan(1, scan_layers=False, checkpointing=True)
         assert ModelConfig(architecture="transformer", memory="low").plan().checkpointing
         assert not ModelConfig(architecture="transformer").plan(64).checkpointing
+        assert not ModelConfig(architecture="transformer").plan(8).checkpointing
 
 
 def test_deep_models_compile_one_layer():
     with target("tpu", "TPU v5 lite"):
         deep = ModelConfig(num_blocks=6)
         assert deep.plan(16) == ExecutionPlan(1, scan_layers=True, checkpointing=True)
+
+
+def test_a_wide_model_runs_few_windows_in_threes():
+    """Each group's gradients are computed with its loss, so that the activations of three windows are kept at most."""
+    wide, threes = ModelConfig(d_model=768), ExecutionPlan(2, together=3, scan_layers=False, checkpointing=True)
+    with target(*GPU):
+        assert wide.plan(8) == threes
+        assert wide.plan(4) == ExecutionPlan(1, together=4, scan_layers=False)
+        assert wide.plan(16) == ExecutionPlan(2, scan_layers=False, checkpointing=True)
+        assert not dataclasses.replace(wide, architecture="transformer").plan(8).checkpointing
+    with target(*CPU):
+        assert wide.plan(8) == ExecutionPlan(2)
 
 
 def test_a_plan_that_is_given_is_taken_as_it_is():

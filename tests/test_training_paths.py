@@ -29,6 +29,7 @@ WAYS = {
     "three segments": {"memory": ExecutionPlan(3, checkpointing=True), "history_window": 9},
     "one segment in chunks": {"memory": ExecutionPlan(chunk=8, checkpointing=True), "history_window": 4},
     "in groups": {"memory": ExecutionPlan(4, together=2, chunk=5, checkpointing=True)},
+    "in threes": {"memory": ExecutionPlan(2, together=3, scan_layers=False, checkpointing=True)},
     "all together": {"memory": ExecutionPlan(together=5), "history_window": 5},
     "all kept": {"memory": ExecutionPlan(2), "hidden_depth": 1},
     "growing windows": {"memory": ExecutionPlan(2, checkpointing=True), "history_window": "auto"},

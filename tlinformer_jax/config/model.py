@@ -30,6 +30,9 @@ FEW_WINDOWS = 8
 # In a sequence this short, masked rows of the history cost less than a second program, and computing one window at a
 # time would leave a device idle.
 SHORT_SEQUENCE = 1024
+# An accelerator computes this many windows at a time, with their gradients, if the sequence is not short and the model
+# has more than NARROW features: at 125M parameters and N = 2,048 that takes half the memory of all seven windows.
+GROUP, NARROW = 3, 512
 # More layers than this are compiled once and looped over, in one segment; otherwise libtpu compiles for an hour.
 MOST_UNROLLED = 20
 # The parameters of a model are described layer by layer before they are compared with a checkpoint: 8 s at this number.
@@ -69,7 +72,9 @@ class ExecutionPlan:
         return ", ".join((*parts, "checkpointing" if self.checkpointing else "no checkpointing"))
 
 
-def make_plan(memory: str, platform: str, windows: int, window: int, layers: int, windowed: bool) -> ExecutionPlan:
+def make_plan(
+    memory: str, platform: str, windows: int, window: int, layers: int, width: int, windowed: bool
+) -> ExecutionPlan:
     """Returns the plan for a sequence.
 
     Args:
@@ -77,17 +82,20 @@ def make_plan(memory: str, platform: str, windows: int, window: int, layers: int
       platform: 'cpu', 'gpu' or 'tpu'.
       windows: number of generation windows to compute.
       window: tokens per window.
+      width: features of a row, D.
       windowed: whether the architecture has generation windows.
     """
     low, few, length = memory == "low", windows <= FEW_WINDOWS, windows * window
-    deep = layers > MOST_UNROLLED
+    deep, short = layers > MOST_UNROLLED, length <= SHORT_SEQUENCE
     several = 8 if low and not few else 2 - deep
+    grouped = few and not short and width > NARROW and platform != "cpu"
+    together = GROUP if grouped else windows if few or short else 1
     return ExecutionPlan(
-        segments=1 if length <= SHORT_SEQUENCE else several,
-        together=windows if platform != "cpu" and not low and (few or length <= SHORT_SEQUENCE) else 1,
+        segments=1 if short else several,
+        together=1 if low or platform == "cpu" else together,
         chunk=CHUNK if low and length > WHOLE_HISTORY else 0,
         scan_layers=platform == "cpu" or deep,
-        checkpointing=low or (windowed and not few),
+        checkpointing=low or (windowed and (grouped or not few)),
     )
 
 
@@ -293,7 +301,9 @@ class ModelConfig:
         """Returns the plan for a sequence of `windows` generation windows on the default device."""
         if isinstance(self.memory, ExecutionPlan):
             return self.memory
-        return make_plan(self.memory, platform(), windows, self.generation_window, self.num_layers, self.windowed)
+        return make_plan(
+            self.memory, platform(), windows, self.generation_window, self.num_layers, self.d_model, self.windowed
+        )
 
     @property
     def always_observes(self) -> bool:

@@ -101,8 +101,11 @@ def summed_loss(
     total, right = jnp.float32(0), jnp.float32(0)
     for loop in window_loops(shape, sequence, rows, sequences, windows):
         branches = tuple(functools.partial(window_loss, shape, segment, rows_loss) for segment in loop.segments)
-        shared, steps = (typed, loop.history), (loop.indices, loop.rows)
-        loss, hits = sum_with_gradients(branches, shared, loop.own, sequence.fixed, steps, loop.which)
+        steps = loop.indices, loop.rows
+        # A loop starts when the gradients of the one before are there. Otherwise XLA, which unrolls loops of one step,
+        # would mix them, and the activations of both would be in memory.
+        shared, own, total = jax.lax.optimization_barrier(((typed, loop.history), loop.own, total))
+        loss, hits = sum_with_gradients(branches, shared, own, sequence.fixed, steps, loop.which)
         total, right = total + loss, right + hits
     # Each of k sampled windows counts n / k times.
     weight = 1.0 if windows is None else num_windows(shape, length) / windows.shape[0]
@@ -213,7 +216,8 @@ def _forward(branches, shared, parts, fixed, steps, which):
         return jax.lax.switch(item[2], choices, carry, item)
 
     body = choices[0] if which is None else chosen
-    (sums, total), part_gradients = jax.lax.scan(body, start, (parts, steps, which))
+    found = jax.lax.scan(body, start, (parts, steps, which))
+    (sums, total), part_gradients = jax.lax.optimization_barrier(found)
     return sums, (rounded(total, shared), part_gradients)
 
 
