@@ -125,10 +125,8 @@ def train_run(
         first, last = (0 if restored is None else restored[1].step), run.horizon.steps
         compiler = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="compilation")
         stack.callback(compiler.shutdown, wait=False)  # XLA cannot be interrupted, and an error need not wait for it
-        if first < last and platform() == "cpu" and not config.data.curriculum:
-            # Compiled beside the program that makes the first state. An accelerator's XLA times kernels, which other
-            # work on the device would disturb. The first length of a curriculum depends on the state.
-            compiler.submit(run.compiled_train_step)
+        if first < last:
+            compile_early(run, compiler)
         if restored is None:
             state, evaluated = first_state(run, workdir, checkpoints, origin), False
         else:
@@ -163,6 +161,16 @@ def train_run(
     else:
         console.say(f"stopped after step {view.step}, as requested; the same command continues from there")
     return TrainedRun(run, view.params, view.step, figures if finished else None)
+
+
+def compile_early(run: Run, compiler: concurrent.futures.Executor) -> None:
+    """Starts to compile the training step beside the program that makes the first state, if that saves time.
+
+    An accelerator's XLA times kernels, which other work on the device would disturb. The first length of a curriculum
+    depends on the state.
+    """
+    if platform() == "cpu" and not run.config.data.curriculum:
+        compiler.submit(run.compiled_train_step)
 
 
 def prepare(

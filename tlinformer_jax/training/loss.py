@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.models.feed_forward import with_router_losses
-from tlinformer_jax.models.layers import Dropout, layer_norm
+from tlinformer_jax.models.layers import Dropout, Embedded, layer_norm
 from tlinformer_jax.models.model import (
     LanguageModel,
     ModelParams,
@@ -87,16 +87,9 @@ def summed_loss(
         rows = jax.tree.map(lambda array: array[:, start:], rows)
         total, right = rows_loss(hidden, typed.embedding, rows)
         return total / divisor, right
-    before = None
-    if sequences.rows is not None:
-        # Each device holds rows from all over the sequence, so the token before a row is usually on another device.
-        padding = -length % sequences.row_parts
-        if shape.token_shift:
-            before = sequences.rows.take(pad_rows(tokens_before(inputs, documents), padding))
-        inputs = sequences.rows.take(pad_rows(inputs, padding))
     if windows is not None or sequences != WHOLE:
         plan = dataclasses.replace(plan, together=1)
-    embeddings = embed(typed, shape, inputs, before, documents)
+    embeddings = embed_rows(typed, shape, inputs, documents, sequences)
     sequence = prepare_sequence(typed.blocks, shape, embeddings, length, plan, dropout, sequences, first)
     total, right = jnp.float32(0), jnp.float32(0)
     for loop in window_loops(shape, sequence, rows, sequences, windows):
@@ -110,6 +103,24 @@ def summed_loss(
     # Each of k sampled windows counts n / k times.
     weight = 1.0 if windows is None else num_windows(shape, length) / windows.shape[0]
     return total * weight / divisor, right
+
+
+def embed_rows(
+    typed: ModelParams,
+    shape: ModelConfig,
+    inputs: Int[Array, "batch length"],
+    documents: Int[Array, "batch length"] | None,
+    sequences: SequenceSplit,
+) -> Embedded:
+    """Returns the embeddings of a sequence; of this device's rows if devices split the rows."""
+    if sequences.rows is None:
+        return embed(typed, shape, inputs, documents=documents)
+    # Each device holds rows from all over the sequence, so the token before a row is usually on another device.
+    padding = -inputs.shape[1] % sequences.row_parts
+    before = None
+    if shape.token_shift:
+        before = sequences.rows.take(pad_rows(tokens_before(inputs, documents), padding))
+    return embed(typed, shape, sequences.rows.take(pad_rows(inputs, padding)), before, documents)
 
 
 def window_loss(
