@@ -355,7 +355,7 @@ def test_a_query_without_keys_gets_nothing_and_gives_nothing(backend):
 def test_a_kernel_without_masks_refuses(backend):
     arrays, ids = [jnp.zeros((1, 2, 1, 8), jnp.float32)] * 3, jnp.zeros((1, 2), jnp.int32)
     dropout = Dropout.by_key(jax.random.key(0), 0.1) if backend == "triton" else None
-    with pytest.raises(ValueError, match=f"'{backend}' does not support these options"):
+    with pytest.raises(ValueError, match=f"'{backend}' does not support .*documents"):
         attend(*arrays, backend=backend, documents=(ids, ids), dropout=dropout)
 
 

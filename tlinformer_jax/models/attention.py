@@ -88,7 +88,11 @@ def attend(
     elif chosen == "cudnn" and dropout is None and not apart:
         output, lse = _attend_cudnn(query, key, value, scores, key_length, return_lse, never_empty)
     else:
-        raise ValueError(f"attend: backend {chosen!r} does not support these options: see `backend` in the docstring")
+        asked = {"dropout": dropout is not None, "documents": apart, "return_lse": return_lse}
+        options = " with ".join(name for name, given in asked.items() if given)
+        raise ValueError(
+            f"attend: backend {chosen!r} does not support {options or 'a call without options'}; 'auto' and 'xla' do"
+        )
     return (output, lse) if return_lse else output
 
 
