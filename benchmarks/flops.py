@@ -151,7 +151,7 @@ def attention_by_device(config: ModelConfig, length: int, parts: int) -> np.ndar
     plan = dataclasses.replace(config.plan(windows), together=1)
     segments = (FIRST_WINDOW, *plan_segments(config, windows, plan, split))
     size, overlap = config.generation_window, config.window_overlap
-    loads = np.zeros(parts)
+    loads, rounds = np.zeros(parts), 0
     for segment in segments:
         if segment is FIRST_WINDOW:
             costs = [causal_layers(config, size, config.d_model, causal_pairs(size)).attention]
@@ -159,6 +159,8 @@ def attention_by_device(config: ModelConfig, length: int, parts: int) -> np.ndar
             causal = causal_pairs(overlap + size)
             shapes = segment_shapes(config, segment, causal, True)
             costs = [window(config, shape, config.d_model).attention for shape in shapes]
+        assigned = assign_windows(segment.count, parts, rounds)
+        rounds += len(assigned)
         # A device without a window left computes the segment's first one again and drops the result.
-        loads += np.asarray(costs)[np.maximum(assign_windows(segment.count, parts), 0)].sum(axis=0)
+        loads += np.asarray(costs)[np.maximum(assigned, 0)].sum(axis=0)
     return loads

@@ -59,7 +59,7 @@ setup.jit_train_step = jit_train_step
     assert result.returncode == 1, result.stderr
     assert "Traceback" not in result.stderr
     last = result.stderr.strip().splitlines()[-1]
-    assert last.startswith("error: Out of memory while trying to allocate 12345 bytes; a step holds less with ")
+    assert last.startswith("error: Out of memory while trying to allocate 12345 bytes; a step needs less memory with ")
     for field in ("model.memory", "train.accumulation", "train.batch_size", "data.sequence_length"):
         assert field in last
 

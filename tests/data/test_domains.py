@@ -116,6 +116,13 @@ def test_sounds_are_levels_with_an_end_after_each_in_the_order_of_their_names(tm
     assert split_of(config).num_bytes == 10
 
 
+def test_long_sounds_are_joined_from_blocks(tmp_path, monkeypatch):
+    monkeypatch.setattr(domains, "BLOCK_SAMPLES", 3)
+    samples = np.arange(-4000, 4000, 997)
+    (found,) = domains.read_wav(write(tmp_path / "x.wav", wav_bytes(samples)), None)
+    np.testing.assert_array_equal(found, domains.mu_law(samples))
+
+
 def test_levels_are_heard_as_what_they_were(tmp_path):
     samples = np.arange(-32768, 32768)
     levels = domains.mu_law(samples)
@@ -264,7 +271,7 @@ BAD = {
     "huge images": (
         "idx",
         struct.pack(">HBB3I", 0, 8, 3, 1, 1 << 20, 1 << 20),
-        "truncated: its header says 1 images of 1,099,511,627,776 bytes",
+        "truncated: its header says 1 images of 1,099,511,627,776 bytes, but 0 bytes follow",
     ),
     "no record": ("fasta", b"ACGT\n", "line 1: a FASTA file must begin with a line that starts with '>'"),
     "no line": ("fasta", b"", "contains no FASTA record"),

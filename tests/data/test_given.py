@@ -16,7 +16,7 @@ from tests.support.optional import need_modules
 from tlinformer_jax import load_run, train_and_evaluate
 from tlinformer_jax.config.data import DataConfig
 from tlinformer_jax.data import ordered as ordered_data
-from tlinformer_jax.data.batches import TrainingBatches, evaluation_batches
+from tlinformer_jax.data.batches import ALL, StagedReader, TrainingBatches, evaluation_batches
 from tlinformer_jax.data.given import TokenFile, given_loader
 from tlinformer_jax.data.ordered import OrderedBatches
 from tlinformer_jax.data.streams import TokenStream
@@ -164,7 +164,7 @@ def test_reading_goes_on_where_a_run_has_stopped(tmp_path, monkeypatch, capfd, k
     assert_same(taken(batches, count, start), expected_batches(start + count)[start:])
     told = capfd.readouterr().err
     assert ("continues at item" in told) == (start > 0 and kind in SEEKING)
-    assert ("cannot seek" in told) == (kind not in SEEKING)
+    assert ("are read again and dropped" in told) == (start > 0 and kind not in SEEKING)
     if kind == "list" and start == 30:
         assert min(seen) > 0.5 * 30 * N * ROWS / 3000 * len(DOCUMENTS)  # not from the beginning
 
@@ -290,6 +290,20 @@ def test_what_cannot_be_trained_on_is_refused_before_anything_is_compiled(what):
     with pytest.raises(DataError, match=message) as caught:
         ordered(data)
     assert "\n" not in str(caught.value)
+
+
+def test_an_iterable_is_begun_twice_before_training():
+    """To see what its items are, and to check the first one; each time may start workers or fill a buffer."""
+    begun = []
+
+    class Source:
+        def __iter__(self):
+            begun.append(True)
+            return iter(DOCUMENTS)
+
+    with StagedReader(ordered(Source()), None, 0, ALL) as reader:
+        next(reader)
+    assert len(begun) == 3
 
 
 def test_a_position_that_cannot_be_kept_is_said(tmp_path):

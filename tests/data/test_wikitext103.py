@@ -229,6 +229,7 @@ def test_a_download_with_another_checksum_is_refused(tmp_path, monkeypatch, manu
         expect_zip(monkeypatch, data, url=url)
         with pytest.raises(DataError, match="not the published file or damaged") as caught:
             load_split(config_for(tmp_path), "train", ByteTokenizer())
+    assert f"({len(data) - 1} bytes), must be" in str(caught.value)
     _assert_three_helpful_lines(str(caught.value))
     assert _is_nothing_prepared(tmp_path)
 

@@ -252,7 +252,7 @@ MISTAKES = {
     "penalty": (["--prompt=a", "--repetition_penalty=0"], "--repetition_penalty=0.0: must be 1 (no penalty)"),
     "seed": (["--prompt=a", "--seed=-1"], "--seed=-1: must be an integer from 0"),
     "no samples": (["--prompt=a", "--num_samples=0"], "--num_samples=0: must be an integer >= 1"),
-    "empty stop": (["--prompt=a", "--stop="], "--stop=['']: must be a list of texts, none of them empty"),
+    "empty stop": (["--prompt=a", "--stop="], "--stop=: must be a text of at least one character"),
     "no workdir": (["--prompt=a", "--workdir="], "--workdir: must name the directory of a run"),
     "nothing there": (["--prompt=a", "--workdir=/none/there"], "workdir /none/there: no readable config.json"),
 }

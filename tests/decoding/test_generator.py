@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import functools
+import gc
 
 import jax
 import numpy as np
@@ -302,6 +303,35 @@ def test_cache_bytes_are_those_of_its_arrays(architecture):
     assert sizes.parts["history"].used * 24 == sizes.paper * 16
 
 
+def live_bytes() -> int:
+    return sum(array.nbytes for array in jax.live_arrays() if not array.is_deleted())
+
+
+@pytest.mark.parametrize("how", ["dropped", "ended", "stopped"])
+def test_a_stream_frees_its_cache_when_it_is_done(how):
+    """At once, not when Python collects cycles: on a GPU a cache has gigabytes."""
+    config = of("tlinformer")
+    model = generator(config)
+    gc.collect()
+    gc.disable()
+    before = live_bytes()
+    try:
+        stream = model.stream(prompts_of(config, (17, 20, 26)), max_new_tokens=6, chunk=2)
+        next(stream)
+        allocated = stream.cache_bytes.allocated
+        assert live_bytes() - before >= allocated
+        if how == "dropped":
+            del stream
+        elif how == "stopped":
+            stream.stop()
+        else:
+            while None in [generation.finish_reason for generation in stream.generations]:
+                next(stream)
+        assert live_bytes() - before < allocated / 2
+    finally:
+        gc.enable()
+
+
 def test_nothing_asked_for_nothing_done():
     model = generator(of("tlinformer"))
     assert model.generate_tokens([], max_new_tokens=3) == []
@@ -312,16 +342,24 @@ def test_nothing_asked_for_nothing_done():
 
 
 MISTAKES = {
-    "empty prompt": ([[1], []], {}, "prompt 1: must be a list of one or more token ids, 0 .. 36"),
-    "id too large": ([[1], [2, 37]], {}, "prompt 1: must be a list of one or more token ids, 0 .. 36"),
-    "negative id": ([[-1]], {}, "prompt 0: must be a list of one or more token ids"),
-    "no ids": ([[1.5]], {}, "prompt 0: must be a list of one or more token ids"),
-    "nested": ([[[1], [2, 3]]], {}, "prompt 0: must be a list of one or more token ids"),
+    "empty prompt": (
+        [[1], []],
+        {},
+        "prompt 1: must be a text, if there is a tokenizer, or a list of one or more token ids from 0 to 36",
+    ),
+    "id too large": (
+        [[1], [2, 37]],
+        {},
+        "prompt 1: must be a text, if there is a tokenizer, or a list of one or more token ids from 0 to 36",
+    ),
+    "negative id": ([[-1]], {}, "prompt 0: must be a text, if there is a tokenizer, or a list"),
+    "no ids": ([[1.5]], {}, "prompt 0: must be a text, if there is a tokenizer, or a list"),
+    "nested": ([[[1], [2, 3]]], {}, "prompt 0: must be a text, if there is a tokenizer, or a list"),
     "one prompt": ("text", {}, "prompts: must be a list of texts"),
     "text without tokenizer": (
         ["text"],
         {},
-        "prompt 0: must be a list of one or more token ids, 0 .. 36, or with a tokenizer a text",
+        "prompt 0: must be a text, if there is a tokenizer, or a list of one or more token ids from 0 to 36",
     ),
     "negative count": ([[1]], {"max_new_tokens": -1}, "generation.max_new_tokens = -1: must be an integer >= 0"),
     "no count": ([[1]], {"max_new_tokens": 1.0}, "generation.max_new_tokens = 1.0"),

@@ -204,7 +204,9 @@ def test_every_window_is_dealt_once(parts):
     np.testing.assert_array_equal(np.sort(assigned[assigned != NO_WINDOW]), np.arange(21))
 
 
-@pytest.mark.parametrize(("length", "parts"), [(65_536, 2), (65_536, 8), (1_048_576, 8), (40_960, 8), (1_048_576, 64)])
+@pytest.mark.parametrize(
+    ("length", "parts"), [(65_536, 2), (65_536, 8), (1_048_576, 8), (40_960, 8), (16_384, 8), (1_048_576, 64)]
+)
 def test_no_device_has_much_more_attention_than_the_mean(length, parts):
     config = ModelConfig(history_window=1024, generation_window=1024)
     loads, (whole,) = attention_by_device(config, length, parts), attention_by_device(config, length, 1)

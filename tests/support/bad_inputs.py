@@ -300,7 +300,11 @@ WORKDIRS = [
         Case(what, command, (_workdir(name),), says)
         for what, name, says in (
             ("its configuration is nested without end", "config_deep", "nested too deeply"),
-            ("its configuration has a million blocks", "config_blocks", "model.num_blocks = 1000000: makes 2000000"),
+            (
+                "its configuration has a million blocks",
+                "config_blocks",
+                "model.num_blocks = 1000000: must make at most 1,000 layers",
+            ),
             ("its configuration has other widths", "config_d_ff", "down_kernel has shape (24, 16) instead of (16, 16)"),
             ("its configuration has an endless window", "config_window", "model.generation_window = 1000000000"),
             ("a NUL in a path of its configuration", "config_nul", "data.validation_files = "),

@@ -74,6 +74,8 @@ def _generate() -> bool:
     options: dict[str, Any] = {flag.name: flag.value for flag in OPTIONS}
     options |= {"stop_strings": STOP.value, "logprobs": JSON.value}
     options["stop_tokens"] = None if STOP_AT_END.value else ()
+    if "" in STOP.value:
+        raise UserError("--stop=: must be a text of at least one character")
     if NUM_SAMPLES.value < 1:
         raise UserError(f"--num_samples={NUM_SAMPLES.value}: must be an integer >= 1")
     workdir = cli.given_path(WORKDIR, "the directory of a run")

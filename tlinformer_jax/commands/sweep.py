@@ -118,8 +118,10 @@ def define_flags() -> None:
     if not any(re.match(r"--?config\.", argument) for argument in sys.argv[1:]):
         return
     named = [argument.partition("=")[2] for argument in sys.argv if re.match(r"--?sweep=", argument)]
+    if not named:
+        cli.fail("--sweep: must be given as --sweep=FILE beside --config.SECTION.FIELD=VALUE")
     try:
-        config = ConfigDict(load_sweep(named[-1] if named else "").base)
+        config = ConfigDict(load_sweep(named[-1]).base)
         add_defaults(config)
         config_flags.DEFINE_config_dict("config", config, lock_config=True)
     except Exception as error:  # ml_collections raises various types for an unknown field

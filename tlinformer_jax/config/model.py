@@ -89,7 +89,7 @@ def make_plan(
     deep, short = layers > MOST_UNROLLED, length <= SHORT_SEQUENCE
     several = 8 if low and not few else 2 - deep
     grouped = few and not short and width > NARROW and platform != "cpu"
-    together = GROUP if grouped else windows if few or short else 1
+    together = min(GROUP, windows - 1) if grouped else windows if few or short else 1
     return ExecutionPlan(
         segments=1 if short else several,
         together=1 if low or platform == "cpu" else together,
@@ -198,10 +198,8 @@ class ModelConfig:
             allowed = "has no attention dropout; use 'auto', or model.dropout = 0"
             raise ConfigError("model.attention", self.attention, allowed)
         if self.num_layers > MOST_LAYERS:
-            allowed = (
-                f"makes {self.num_layers} layers with model.hidden_depth = {self.hidden_depth}, over {MOST_LAYERS}"
-            )
-            raise ConfigError("model.num_blocks", self.num_blocks, allowed)
+            made = f"with model.hidden_depth = {self.hidden_depth} it makes {self.num_layers:,}"
+            raise ConfigError("model.num_blocks", self.num_blocks, f"must make at most {MOST_LAYERS:,} layers; {made}")
         if self.d_model % self.num_heads:
             raise ConfigError("model.num_heads", self.num_heads, f"must divide model.d_model = {self.d_model}")
         if self.head_dim % 2:
@@ -211,7 +209,7 @@ class ModelConfig:
             raise ConfigError("model.history_window", "auto", "must be an integer for architecture 'sliding_window'")
         if self.recurrent and self.delta.feed_forward < 1:
             least = self.feed_forward_dim + 1 - self.delta.feed_forward
-            allowed = f"must be at least {least} for architecture {self.architecture!r}, whose mixer is larger"
+            allowed = f"must be at least {least} for architecture {self.architecture!r}, whose mixer takes from it"
             raise ConfigError("model.d_ff", self.d_ff, allowed)
         if self.recurrent and self.token_shift:
             allowed = f"must be False for architecture {self.architecture!r}, whose keys have a convolution"

@@ -108,8 +108,8 @@ class TrainConfig:
         average soon forgets the first parameters.
       log_every: updates between log lines.
       eval_every: updates between evaluations, or 'epoch' for one after each epoch; 0 evaluates only at the end.
-      checkpoint_every: updates between checkpoints, or the longest time between them, such as '10min' (also 's' and
-        'h'); 0 saves only at the end.
+      checkpoint_every: updates between checkpoints, or a time such as '10min' (also 's' and 'h'), after which the next
+        update saves; with several processes the next multiple of 20 updates. 0 saves only at the end.
       keep_checkpoints: number of latest checkpoints to keep. '2+1' also keeps the one with the lowest validation loss,
         '2+3' the best three; an evaluation among the best then saves a checkpoint, too.
       max_skipped_updates: an update whose loss or gradient is not finite is skipped. After more skips in a row than
@@ -147,10 +147,13 @@ class TrainConfig:
     def __post_init__(self) -> None:
         check_fields("train", self, RULES)
         if self.schedule == "paper" and not self.epochs:
-            raise ConfigError("train.steps", self.steps, "must be like '10epochs' for train.schedule = 'paper'")
+            raise ConfigError(
+                "train.steps", self.steps, "must be in epochs, such as '10epochs', for train.schedule = 'paper'"
+            )
         if self.rollbacks and not (isinstance(self.checkpoint_every, int) and self.checkpoint_every):
-            allowed = f"must allow no return while train.checkpoint_every = {self.checkpoint_every!r} is not a number"
-            raise ConfigError("train.max_skipped_updates", self.max_skipped_updates, f"{allowed} of updates")
+            allowed = "must have no '+' unless train.checkpoint_every is a number of updates >= 1"
+            fault = f"{allowed}; it is {self.checkpoint_every!r}"
+            raise ConfigError("train.max_skipped_updates", self.max_skipped_updates, fault)
         if self.batch_size % self.accumulation:
             allowed = f"must divide train.batch_size = {self.batch_size}"
             raise ConfigError("train.accumulation", self.accumulation, allowed)

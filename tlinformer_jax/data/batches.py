@@ -201,7 +201,8 @@ class StagedReader:
         self._read(batches.stages if ends is None else stages_ended(batches.stages, np.asarray(ends)))
 
     def _read(self, stages: tuple[Stage, ...]) -> None:
-        self.batches = dataclasses.replace(self._configured, stages=stages)
+        changed = stages != self._configured.stages  # a copy of batches from an iterable would read its first item
+        self.batches = dataclasses.replace(self._configured, stages=stages) if changed else self._configured
         self._reader = self.batches.prefetched(self._step, self._rows)
 
     def __next__(self) -> Batch:

@@ -14,6 +14,7 @@ import functools
 import io
 import math
 import pathlib
+import string
 import struct
 import wave
 import zlib
@@ -104,8 +105,9 @@ def encode(documents: Iterable[Document], config: DataConfig, tokenizer: Tokeniz
 
 
 def read_idx(path: pathlib.Path, _: object) -> Iterator[np.ndarray]:
-    """Yields the images of an IDX file, counted by its first dimension, as uint8 [pixels]; memory holds the file."""
-    data = b"".join(read_blocks(path))
+    """Yields the images of an IDX file, counted by its first dimension, as uint8 [pixels]; memory holds all of them."""
+    blocks = read_blocks(path)
+    data = bytearray(next(blocks, b""))
     if data[:3] != bytes([0, 0, UNSIGNED_BYTES]) or not 2 <= data[3] <= 8:
         fault = f"an IDX file of images begins with the bytes 00 00 08 and at least 02, not {data[:4].hex(' ')!r}"
         raise DataError(f"{path}: {fault}")
@@ -116,9 +118,14 @@ def read_idx(path: pathlib.Path, _: object) -> Iterator[np.ndarray]:
     size = math.prod(sides)
     if not size:
         raise DataError(f"{path}: an image has {' x '.join(map(str, sides))} values; must be at least 1")
-    if len(data) != start + count * size:
-        kind = "truncated" if len(data) < start + count * size else "too long"
-        fault = f"its header says {count:,} images of {size:,} bytes, but other data follow"
+    end = start + count * size
+    for block in blocks:
+        data += block
+        if len(data) > end:  # a compressed file may be endless
+            break
+    if len(data) != end:
+        kind, found = ("truncated", f"{len(data) - start:,}") if len(data) < end else ("too long", "more")
+        fault = f"its header says {count:,} images of {size:,} bytes, but {found} bytes follow"
         raise DataError(f"{path}: {kind}: {fault}")
     yield from np.frombuffer(data, np.uint8, offset=start).reshape(count, size)
 
@@ -157,7 +164,7 @@ def read_fasta(path: pathlib.Path, config: DataConfig) -> Iterator[str]:
     allowed = dict.fromkeys(map(ord, letters + letters.lower()))
     texts = (block.decode("latin-1") for block in read_blocks(path))  # a description may have any bytes
     for number, line in enumerate(read_lines(texts, path), 1):
-        line = line.strip()
+        line = line.strip(string.whitespace)  # of ASCII; \xa0 in Latin-1 is no letter
         if line.startswith(">"):
             if record:
                 yield "".join(record)
@@ -193,7 +200,7 @@ def read_wav(path: pathlib.Path, _: object) -> Iterator[np.ndarray]:
     if len(samples) != count:
         raise DataError(f"{path}: truncated: its header says {count:,} samples, but {len(samples):,} follow")
     if count:
-        yield _all_levels()[samples.astype(np.int32) + 2**15]
+        yield _all_levels()[samples.view("<u2")]
 
 
 def mu_law(samples: np.ndarray) -> np.ndarray:
@@ -205,8 +212,8 @@ def mu_law(samples: np.ndarray) -> np.ndarray:
 
 @functools.cache
 def _all_levels() -> np.ndarray:
-    """Returns the level of each sample from -2^15 to 2^15 - 1."""
-    return mu_law(np.arange(-(2**15), 2**15))
+    """Returns the level of each 16-bit sample, indexed by its bits as an unsigned number."""
+    return mu_law(np.arange(2**16).astype(np.uint16).view(np.int16))
 
 
 def from_mu_law(levels: np.ndarray) -> np.ndarray:

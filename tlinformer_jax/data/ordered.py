@@ -260,11 +260,13 @@ class OrderedBatches(TrainingBatches):
         """Yields the batches from update `start_step` on, and records places for runs that continue later."""
         stream = self.stream
         begin = _last_place(stream.positions, start_step)
-        if not stream.items.seeks:
-            self._say("cannot seek: a run that continues later needs the same items, and skips those that it has used")
-        elif start_step:
+        if start_step and stream.items.seeks:
             at = begin.items or {"epoch": 0, "item": 0}
             self._say(f"continues at item {at['item']:,} of its epoch {at['epoch']}")
+        elif start_step:
+            self._say("cannot seek: its earlier items are read again and dropped")
+        elif not stream.items.seeks:
+            self._say("cannot seek: to continue this run later, pass the same items again, from the first one on")
         try:
             stream.items.seek(begin.items)
         except DataError:

@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import http.client
 import io
+import os
 import pathlib
 import sys
 import urllib.request
@@ -122,7 +123,7 @@ def _downloaded(facts: Facts) -> bytes:
     request = urllib.request.Request(facts.url, headers={"User-Agent": USER_AGENT})
     try:
         with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
-            return answer.read()
+            return answer.read(facts.size + 1)  # one byte more shows that it is another file
     except (OSError, http.client.HTTPException) as error:
         raise DataError(f"{facts.url}: {' '.join(str(error).split())[:200]}") from None
 
@@ -139,7 +140,7 @@ def _missing(config: DataConfig, facts: Facts, folder: pathlib.Path, reason: str
 def _check_zip(path: pathlib.Path, data: io.BytesIO | io.BufferedReader, facts: Facts) -> None:
     found = hashlib.file_digest(data, "sha256").hexdigest()
     if found != facts.sha256:
-        fault = f"sha256 is {found} ({data.tell()} bytes), must be {facts.sha256} ({facts.size} bytes)"
+        fault = f"sha256 is {found} ({data.seek(0, os.SEEK_END)} bytes), must be {facts.sha256} ({facts.size} bytes)"
         raise DataError(f"{path}: not the published file or damaged: {fault}")
 
 

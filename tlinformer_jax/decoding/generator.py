@@ -128,7 +128,9 @@ class Generator:
             except UnicodeEncodeError:
                 raise UserError(f"prompt {number}: must be text; it holds parts of characters (surrogates)") from None
         if not are_integers(prompt, size) or not len(prompt):
-            allowed = f"must be a list of one or more token ids, 0 .. {size - 1}, or with a tokenizer a text"
+            allowed = (
+                f"must be a text, if there is a tokenizer, or a list of one or more token ids from 0 to {size - 1}"
+            )
             raise UserError(f"prompt {number}: {allowed}")
         return np.asarray(prompt, np.int32)
 

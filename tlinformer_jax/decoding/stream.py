@@ -5,10 +5,12 @@ together until one window is full. The host, which knows all lengths, then slide
 """
 
 import codecs
+import collections
 import dataclasses
 import time
 from collections.abc import Iterable, Iterator, Sequence
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -107,25 +109,30 @@ class Stream(Iterator[Piece]):
         self.generations = [Generation([], [] if config.logprobs else None, done) for _ in prompts]
         self.calls: list[Call] = []
         self._final = max(map(len, prompts), default=0) + config.max_new_tokens
-        self._donated: Cache | None = None  # has the current cache's shapes, but no buffers
-        self._pieces = self._run()
+        self._device: tuple[Cache, Sequences] | None = None  # None before the first call and after the last one
+        self._shapes: Cache | None = None  # of the latest cache
+        self._pieces: collections.deque[Piece] = collections.deque()
 
     def __next__(self) -> Piece:
-        return next(self._pieces)
+        while not self._pieces:
+            if not self._active:
+                raise StopIteration
+            self._call()
+        return self._pieces.popleft()
 
     def stop(self) -> list[Piece]:
-        """Ends all sequences; returns the pieces that were not yielded yet and the text that was held back."""
+        """Ends all sequences and frees the cache; returns the pieces that were not yielded yet and text held back."""
+        self._device = None
         held = {row: self._finish(row, INTERRUPTED) for row in self._active}
-        left = list(self._pieces)  # of the last device call; no other is made, because no sequence continues
-        scores = self._config.logprobs
+        left, scores = list(self), self._config.logprobs
         return left + [Piece(row, [], [] if scores else None, text, INTERRUPTED) for row, text in held.items()]
 
     @property
     def cache_bytes(self) -> CacheBytes:
         """Bytes of the cache now, or before it was freed; no parts if nothing was generated."""
-        if self._donated is None:
+        if self._shapes is None:
             return CacheBytes({}, None)
-        return cache_bytes(self._decoder.config, self._donated, self._lengths)
+        return cache_bytes(self._decoder.config, self._shapes, self._lengths)
 
     @property
     def _lengths(self) -> list[int]:
@@ -137,17 +144,21 @@ class Stream(Iterator[Piece]):
         """The sequences that continue."""
         return [row for row, generation in enumerate(self.generations) if generation.finish_reason is None]
 
-    def _run(self) -> Iterator[Piece]:
-        """Yields the pieces of each device call, until no sequence continues; frees the cache at the end."""
-        if not self._active:
-            return
+    def _call(self) -> None:
+        """Makes one device call and queues its pieces; frees the cache if no sequence continues."""
         start = time.perf_counter()
-        cache, state, tokens, logprobs = self._prefill()
-        yield from self._take_all(start, tokens, logprobs)
-        while self._active:
-            start = time.perf_counter()
-            cache, state, tokens, logprobs = self._advance(cache, state)
-            yield from self._take_all(start, tokens, logprobs)
+        cache, state, tokens, logprobs = self._prefill() if self._device is None else self._advance(*self._device)
+        self._device, self._shapes = (cache, state), _shapes_of(cache)
+        counts = (tokens >= 0).sum(0).tolist()
+        self.calls.append(Call(time.perf_counter() - start, sum(counts)))
+        new = {row: tokens[: counts[row], row].tolist() for row in self._active}
+        for row, of_row in new.items():
+            self._check_finite(row, of_row, len(tokens))
+        for row, of_row in new.items():
+            scores = None if logprobs is None else logprobs[: counts[row], row].tolist()
+            self._pieces.append(self._take(row, of_row, scores))
+        if not self._active:
+            self._device = None
 
     def _prefill(self) -> tuple[Cache, Sequences, np.ndarray, np.ndarray | None]:
         """Prefills the prompts and draws each sequence's first token.
@@ -156,7 +167,6 @@ class Stream(Iterator[Piece]):
         """
         decoder, prompts = self._decoder, self._prompts
         cache, logits = decoder.init_cache(len(prompts), self._room(), self._config.cache_dtype), []
-        self._donated = cache
         for row, prompt in enumerate(prompts):
             cache, of_row = decoder.prefill(cache, row, prompt)
             logits.append(of_row)
@@ -178,7 +188,7 @@ class Stream(Iterator[Piece]):
         steps = min(self._chunk, self._config.max_new_tokens - drawn, room)
         # Only the host knows which sequences a stop string has ended.
         active = np.isin(np.arange(len(self._prompts)), self._active)
-        state, self._donated = dataclasses.replace(state, active=jnp.asarray(active)), cache
+        state = dataclasses.replace(state, active=jnp.asarray(active))
         cache, state, tokens, logprobs = self._decoder.run_steps(
             cache, state, self._sampler, self._stop_array, np.int32(steps)
         )
@@ -206,16 +216,6 @@ class Stream(Iterator[Piece]):
                 cache = self._decoder.slide(cache, row, length)
                 self.generations[row].misses += 1
         return cache, min(size - length % size for length in lengths.values())
-
-    def _take_all(self, start: float, tokens: np.ndarray, logprobs: np.ndarray | None) -> list[Piece]:
-        """Adds the tokens of a device call to the sequences; returns the pieces."""
-        counts = (tokens >= 0).sum(0).tolist()
-        self.calls.append(Call(time.perf_counter() - start, sum(counts)))
-        new = {row: tokens[: counts[row], row].tolist() for row in self._active}
-        for row, of_row in new.items():
-            self._check_finite(row, of_row, len(tokens))
-        scores = {row: None if logprobs is None else logprobs[: counts[row], row].tolist() for row in new}
-        return [self._take(row, of_row, scores[row]) for row, of_row in new.items()]
 
     def _check_finite(self, row: int, tokens: list[int], steps: int) -> None:
         """Raises a UserError if a sequence drew fewer tokens than `steps` without a stop token."""
@@ -253,6 +253,11 @@ class Stream(Iterator[Piece]):
         generation._texts.append(rest)
         generation.finish_reason = reason
         return rest
+
+
+def _shapes_of(cache: Cache) -> Cache:
+    """Returns the cache with abstract arrays, which keep no memory."""
+    return jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding), cache)
 
 
 class TextStream:

@@ -137,12 +137,12 @@ def record_of(
 @contextlib.contextmanager
 def timed_attempt(workdir: pathlib.Path) -> Iterator[None]:
     """Adds the start and the end of the body to attempts.json."""
-    attempts = [*read_attempts(workdir), [time.time(), 0.0]]
+    attempts, began = [*read_attempts(workdir), [time.time(), 0.0]], time.perf_counter()
     _write_attempts(workdir, attempts)
     try:
         yield
     finally:
-        attempts[-1][1] = time.time()
+        attempts[-1][1] = attempts[-1][0] + time.perf_counter() - began
         _write_attempts(workdir, attempts)
 
 

@@ -153,7 +153,7 @@ def run_jobs(
         title = group[0].name if len(group) == 1 else f"{group[0].name} and {len(group) - 1} more"
         tell = functools.partial(print, f"point {number} of {len(groups)}, {title}:", file=sys.stderr, flush=True)
         if not jobs:
-            tell("finished before")
+            tell("already finished")
             continue
         for attempt in range(1, retries + 2):
             tell("starting" if attempt == 1 else f"attempt {attempt} of {retries + 1}")

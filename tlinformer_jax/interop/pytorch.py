@@ -227,7 +227,7 @@ class LanguageModel(nn.Module):
         embedded, length, windows = self.embedding(tokens), tokens.shape[1], []
         size = self.config.generation_window if self.config.windowed else length
         nothing = self.history(embedded[:, :0])
-        for first in range(0, length, size):
+        for first in range(0, max(length, 1), max(size, 1)):  # no tokens give no logits
             n = self.config.window_start(first)
             x, _ = self.window(embedded[:, max(n - 1, 0) : first + size], n, self.history(embedded[:, :n]), nothing)
             windows.append(x[:, first - n :])

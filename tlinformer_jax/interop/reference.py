@@ -48,8 +48,8 @@ def params_from_reference(state_dict: Mapping[str, Any], config: ModelConfig) ->
     and every entry with values that are not finite numbers.
     """
     arrays = {name: np.asarray(array) for name, array in state_dict.items()}
-    params = _empty_params(config)
-    views = published_views(params, config)
+    shapes = _shapes(config)
+    views = _placeholders(shapes, config)
     faults = [f"missing {name}" for name in views if name not in arrays and name != HEAD]
     faults += [f"unknown {name}" for name in arrays if name not in views]
     for name, view in views.items():
@@ -59,6 +59,8 @@ def params_from_reference(state_dict: Mapping[str, Any], config: ModelConfig) ->
         faults.append(f"{HEAD} differs from {EMBEDDING}, but the model ties them")
     if faults:
         raise DataError(f"state_dict does not fit the model ({len(faults)} faults): " + "; ".join(faults))
+    params = jax.tree.map(lambda leaf: np.empty(leaf.shape, np.float32), shapes)
+    views = published_views(params, config)
     for name, array in arrays.items():
         views[name][...] = array
     return {"params": jax.tree.map(jnp.asarray, params)}
@@ -72,7 +74,7 @@ def params_to_reference(variables: Mapping[str, Any], config: ModelConfig) -> di
 
 def reference_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Returns published names and shapes of a model's parameters."""
-    return {name: view.shape for name, view in published_views(_empty_params(config), config).items()}
+    return {name: view.shape for name, view in _placeholders(_shapes(config), config).items()}
 
 
 def layer_names(config: ModelConfig) -> list[tuple[tuple[str, ...], str]]:
@@ -107,11 +109,16 @@ def published_views(params: Mapping[str, Any], config: ModelConfig) -> dict[str,
     return views
 
 
-def _empty_params(config: ModelConfig) -> dict[str, Any]:
-    """Returns a model's parameters as NumPy arrays whose values are not set."""
+def _shapes(config: ModelConfig) -> dict[str, Any]:
+    """Returns a model's parameters as abstract arrays."""
     model = build_model(config)
-    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), method=LanguageModel.parameters))
-    return jax.tree.map(lambda leaf: np.empty(leaf.shape, np.float32), shapes["params"])
+    return jax.eval_shape(lambda: model.init(jax.random.key(0), method=LanguageModel.parameters))["params"]
+
+
+def _placeholders(shapes: dict[str, Any], config: ModelConfig) -> dict[str, np.ndarray]:
+    """Maps published names to arrays of the right shapes that take no memory."""
+    zeros = jax.tree.map(lambda leaf: np.broadcast_to(np.float32(0), leaf.shape), shapes)
+    return published_views(zeros, config)
 
 
 def _fault(array: np.ndarray, shape: tuple[int, ...]) -> str:

@@ -283,13 +283,15 @@ class BatchSplit:
 UNSPLIT = BatchSplit()
 
 
-def assign_windows(count: int, parts: int) -> np.ndarray:
+def assign_windows(count: int, parts: int, rounds_before: int = 0) -> np.ndarray:
     """Assigns windows 0 .. count - 1 to `parts` devices, in rounds of neighbouring windows, which have similar shapes.
 
-    Every other round is reversed, so that all devices get as much work: a later window has a longer history.
+    Every other round is reversed, counted over all loops of a sequence, the earlier of which had `rounds_before`. Thus
+    all devices get as much work, although a later window has a longer history.
     Returns int32 [rounds, parts]. If the first round is not full, it contains NO_WINDOW.
     """
     missing = -count % parts
     assigned = np.append(np.full(missing, NO_WINDOW), np.arange(count)).astype(np.int32).reshape(-1, parts)
-    assigned[::-2] = assigned[::-2, ::-1]
+    odd = slice(1 - rounds_before % 2, None, 2)
+    assigned[odd] = assigned[odd, ::-1]
     return assigned

@@ -34,6 +34,7 @@ from tlinformer_jax.training.setup import Run
 from tlinformer_jax.training.step import TrainState
 
 SIGNALS = {signal.SIGTERM, signal.SIGHUP, signal.SIGINT}
+AGREE_EVERY = 20  # updates between two questions of several processes whether a time has passed
 T = TypeVar("T")
 METRICS = ("loss", "grad_norm", "learning_rate", "tokens", "accuracy")
 WARMUP, TRACED = 10, 3  # steps before the trace, not counting the first, and traced steps
@@ -78,9 +79,14 @@ class TrainingView:
 
 
 class Callback:
-    """An action after updates; subclasses define it in `__call__`."""
+    """An action after updates; subclasses define it in `__call__`.
 
-    every: int | str  # a number of updates, or a time such as '10min'; 0 for never
+    Attributes:
+      every: a number of updates, or a time such as '10min', after which the next update counts (with several processes
+        the next multiple of AGREE_EVERY updates); 0 for never.
+    """
+
+    every: int | str
 
     def __call__(self, view: TrainingView) -> bool | None:
         """Performs the action; the run ends after this update if the result is `True`."""
@@ -127,25 +133,25 @@ def as_callbacks(given: Sequence[Callback | Callable[[TrainingView], Any]]) -> l
 
 
 class Timer:
-    """A timer that tells when `seconds` have passed since it was made or was last due (0: never)."""
+    """A timer that tells when `seconds` have passed since it was made or restarted (0: never)."""
 
     def __init__(self, seconds: float) -> None:
         self._seconds, self._began = seconds, time.monotonic()
 
-    def due(self, step: int, agree_every: int) -> bool:
+    def restart(self) -> None:
+        """Starts the time again."""
+        self._began = time.monotonic()
+
+    def due(self, step: int) -> bool:
         """Returns whether the time has passed; to be asked after every update.
 
-        Several processes ask process 0, which waits for the devices, so they do it only every `agree_every` updates.
+        Several processes ask process 0, which waits for the devices, so they do it only every AGREE_EVERY updates.
         """
         several = jax.process_count() > 1
-        if not self._seconds or (several and step % agree_every):
+        if not self._seconds or (several and step % AGREE_EVERY):
             return False
         late = time.monotonic() - self._began >= self._seconds
-        if several:
-            late = bool(multihost_utils.broadcast_one_to_all(np.bool_(late)))
-        if late:
-            self._began = time.monotonic()
-        return late
+        return bool(multihost_utils.broadcast_one_to_all(np.bool_(late))) if several else late
 
 
 # ---- Requests to stop, by a user or a scheduler
@@ -156,8 +162,9 @@ class Stopped(Exception):
 
 
 class StopRequest:
-    """A context manager that notices SIGTERM, SIGHUP and SIGINT; a second SIGINT ends the process at once.
+    """A context manager that notices SIGTERM, SIGHUP and SIGINT; a second SIGINT after its message ends the process.
 
+    Python handles no signal while its main thread runs C code, such as the compilation of an evaluation.
     An ignored SIGHUP, as under nohup, stays ignored. If `jax.distributed` is initialised, JAX handles SIGTERM, and the
     other signals are passed on as SIGTERM: all processes stop at the same call of `poll`, and must make the same calls.
     """

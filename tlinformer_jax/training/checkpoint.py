@@ -178,8 +178,8 @@ def _checkpoint_of(workdir: pathlib.Path, step: int) -> Manifest:
     folder = existing_folder(workdir)
     steps, _ = list_steps(folder)
     if step not in steps:
-        there = ", ".join(map(str, reversed(steps))) or "none"
-        raise DataError(f"workdir {workdir}: holds no checkpoint of step {step}, only of {there}")
+        there = f", only of {', '.join(map(str, reversed(steps)))}" if steps else ""
+        raise DataError(f"workdir {workdir}: holds no checkpoint of step {step}{there}")
     if not is_usable(folder / str(step)):
         raise DataError(f"workdir {workdir}: the checkpoint of step {step} cannot be used; see the line above")
     return read_manifest(folder / str(step))

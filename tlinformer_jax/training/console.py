@@ -36,7 +36,7 @@ from tlinformer_jax.training.setup import Run, flops_per_token
 from tlinformer_jax.training.step import WINDOW, Competence, TrainState
 
 TRAINING_ADVICE = (
-    "a step holds less with model.memory = 'low', a larger train.accumulation, a smaller train.batch_size or "
+    "a step needs less memory with model.memory = 'low', a larger train.accumulation, a smaller train.batch_size or "
     "data.sequence_length, or mesh.fsdp over several devices (--check_compile prints how much memory it needs)"
 )
 MORE = "or a device with more memory may help (on a GPU, XLA_PYTHON_CLIENT_MEM_FRACTION sets JAX's share)"
@@ -182,7 +182,7 @@ def describe_stage(stage: Stage, step: int, competence: Competence | None) -> st
         return f"{text}, as configured"
     if step in competence.ends.tolist():
         return f"{text}: training accuracy has reached {stage.accuracy:g} over {WINDOW} updates, {LAG} updates ago"
-    return f"{text}, its largest number"
+    return f"{text}, the most it may take"
 
 
 def describe_end_of_run(run: Run, workdir: pathlib.Path, figures: Mapping[str, float], goal: str | None) -> None:

@@ -233,8 +233,8 @@ def train_steps(
 
         # ---- The callbacks after it
         view = dataclasses.replace(view, step=step, state=state, outputs=outputs, compiled=compiled)
-        ended, timed = False, [timer.due(step, config.train.log_every) for timer in timers]
-        for callback, now in zip(callbacks, timed):
+        ended, timed = False, [timer.due(step) for timer in timers]
+        for callback, timer, now in zip(callbacks, timers, timed):
             if not now and not callback.is_due(step):
                 continue
             try:
@@ -242,6 +242,8 @@ def train_steps(
             except DivergedError as error:
                 state = roll_back(session, view, error)
                 view = dataclasses.replace(view, state=state)
+            if now:
+                timer.restart()
         if compiled:  # compilation time does not count as training
             throughput.restart()
             throughput.flops_per_token = flops_per_token(run, length)

@@ -290,10 +290,13 @@ def window_loops(
     rows = jax.tree.map(lambda array: pad_rows(array, padding), rows)
     parts, segments = split.window_parts, sequence.segments
     if windows is None:
+        rounds = 0
         for segment in segments:
             own, indices = sequence.windows(config, segment, segment.overlap(config)), jnp.asarray(segment.windows)
             loop = WindowLoop((segment,), sequence.reach(config, segment), own, indices, segment.rows(config, rows))
-            yield loop.on_device(assign_windows(segment.count, parts))
+            assigned = assign_windows(segment.count, parts, rounds)
+            rounds += len(assigned)
+            yield loop.on_device(assigned)
         return
     every = Segment(0, (0,) * sequence.count, 0, 0)  # only its range of windows is used
     arrays = sequence.windows(config, every, config.window_overlap), every.rows(config, rows)
