@@ -480,7 +480,7 @@ CONVERSION = [
     ),
     Case("a .safetensors with a weight of another shape", "convert", ("--from={d}/shape.safetensors",), "has shape"),
     Case(
-        "a .safetensors with a weight that is not finite", "convert", ("--from={d}/infinite.safetensors",), "no finite"
+        "a .safetensors with a weight that is not finite", "convert", ("--from={d}/infinite.safetensors",), "not finite"
     ),
     Case(
         "a .safetensors that is something else", "convert", ("--from={d}/nonsense.safetensors",), "nonsense.safetensors"

@@ -23,7 +23,7 @@ def test_a_checkpoint_is_due_with_the_first_step_after_the_minutes(clock, step_s
     clock[0] += 120
     for step in range(1, int(3600 / step_seconds)):
         clock[0] += step_seconds
-        if timer.due(step):
+        if timer.due(step, 50):
             saved.append(clock[0])
             timer.restart()
     gaps = np.diff(saved)
@@ -36,19 +36,19 @@ def test_the_time_begins_after_the_action(clock):
     """Otherwise an action that takes longer than the time would run after every update."""
     timer = Timer(600)
     clock[0] += 600
-    assert timer.due(1)
+    assert timer.due(1, 50)
     clock[0] += 700  # the action
     timer.restart()
     clock[0] += 599
-    assert not timer.due(2)
+    assert not timer.due(2, 50)
     clock[0] += 1
-    assert timer.due(3)
+    assert timer.due(3, 50)
 
 
 def test_without_a_time_nothing_is_due(clock):
     timer = Timer(0)
     clock[0] += 1e6
-    assert not any(timer.due(step) for step in range(1, 5))
+    assert not any(timer.due(step, 50) for step in range(1, 5))
 
 
 def test_process_0_decides_when_the_processes_meet(clock, monkeypatch):
@@ -59,5 +59,5 @@ def test_process_0_decides_when_the_processes_meet(clock, monkeypatch):
     monkeypatch.setattr(callbacks, "AGREE_EVERY", 5)
     timer = Timer(600)
     clock[0] += 1e6
-    assert [step for step in range(1, 16) if timer.due(step)] == [10]
+    assert [step for step in range(1, 16) if timer.due(step, 50)] == [10]
     assert asked == [True, True, True], "at steps 5, 10 and 15"

@@ -109,7 +109,7 @@ class TrainConfig:
       log_every: updates between log lines.
       eval_every: updates between evaluations, or 'epoch' for one after each epoch; 0 evaluates only at the end.
       checkpoint_every: updates between checkpoints, or a time such as '10min' (also 's' and 'h'), after which the next
-        update saves; with several processes the next multiple of 20 updates. 0 saves only at the end.
+        update saves, with several processes one of the next 20 updates. 0 saves only at the end.
       keep_checkpoints: number of latest checkpoints to keep. '2+1' also keeps the one with the lowest validation loss,
         '2+3' the best three; an evaluation among the best then saves a checkpoint, too.
       max_skipped_updates: an update whose loss or gradient is not finite is skipped. After more skips in a row than

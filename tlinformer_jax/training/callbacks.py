@@ -34,7 +34,7 @@ from tlinformer_jax.training.setup import Run
 from tlinformer_jax.training.step import TrainState
 
 SIGNALS = {signal.SIGTERM, signal.SIGHUP, signal.SIGINT}
-AGREE_EVERY = 20  # updates between two questions of several processes whether a time has passed
+AGREE_EVERY = 20  # most updates between two questions of several processes whether a time has passed
 T = TypeVar("T")
 METRICS = ("loss", "grad_norm", "learning_rate", "tokens", "accuracy")
 WARMUP, TRACED = 10, 3  # steps before the trace, not counting the first, and traced steps
@@ -82,8 +82,8 @@ class Callback:
     """An action after updates; subclasses define it in `__call__`.
 
     Attributes:
-      every: a number of updates, or a time such as '10min', after which the next update counts (with several processes
-        the next multiple of AGREE_EVERY updates); 0 for never.
+      every: a number of updates; or a time such as '10min', after which the next update counts (with several processes
+        one of the next AGREE_EVERY updates); 0 for never.
     """
 
     every: int | str
@@ -142,13 +142,14 @@ class Timer:
         """Starts the time again."""
         self._began = time.monotonic()
 
-    def due(self, step: int) -> bool:
+    def due(self, step: int, log_every: int) -> bool:
         """Returns whether the time has passed; to be asked after every update.
 
-        Several processes ask process 0, which waits for the devices, so they do it only every AGREE_EVERY updates.
+        Several processes ask process 0, which waits for the devices, so they do it only every `log_every` updates, and
+        at least every AGREE_EVERY.
         """
         several = jax.process_count() > 1
-        if not self._seconds or (several and step % AGREE_EVERY):
+        if not self._seconds or (several and step % min(log_every, AGREE_EVERY)):
             return False
         late = time.monotonic() - self._began >= self._seconds
         return bool(multihost_utils.broadcast_one_to_all(np.bool_(late))) if several else late

@@ -233,7 +233,7 @@ def train_steps(
 
         # ---- The callbacks after it
         view = dataclasses.replace(view, step=step, state=state, outputs=outputs, compiled=compiled)
-        ended, timed = False, [timer.due(step) for timer in timers]
+        ended, timed = False, [timer.due(step, config.train.log_every) for timer in timers]
         for callback, timer, now in zip(callbacks, timers, timed):
             if not now and not callback.is_due(step):
                 continue
