@@ -32,7 +32,7 @@ def events(workdir) -> list[dict[str, float]]:
 def test_two_processes_of_one_device_train_what_one_process_of_two_does(tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     steps = ("--config.train.steps=6", "--config.train.keep_checkpoints=9+1")
-    steps += ("--config.train.checkpoint_every=0.001s",)  # after every step
+    steps += ("--config.train.checkpoint_every=0.000001s",)  # after every step
     steps += ("--config.mesh.fsdp=2",)  # each saves parameters that the other does not hold
     run(start(MAIN, *SMALL, *steps, f"--workdir={one}", devices=2))
     told = run(*start_two(MAIN, *SMALL, *steps, f"--workdir={two}"))
