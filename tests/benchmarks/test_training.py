@@ -13,6 +13,7 @@ from tlinformer_jax.errors import ConfigError
 TINY = "model.d_model=16,model.num_heads=2,model.num_blocks=1,model.hidden_depth=0,model.d_ff=16,model.vocab_size=64"
 
 
+@pytest.mark.slow
 def test_rows_results_and_best_settings(tmp_path):
     done = command(
         "benchmarks.training",

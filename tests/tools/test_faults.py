@@ -82,6 +82,7 @@ MOMENTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MOMENTS)
 def test_a_kill_comes_at_its_moment_and_the_phase_is_told(name, tmp_path, monkeypatch):
     def started(config, workdir, log):

@@ -129,6 +129,7 @@ def runs(monkeypatch):
     return started
 
 
+@pytest.mark.slow
 def test_weights_and_biases_gets_what_metrics_jsonl_has_and_goes_on_in_the_same_run(tmp_path, runs):
     config = run_config(tmp_path, log_every=1)
     with pytest.raises(RuntimeError, match="stop here"):

@@ -54,6 +54,7 @@ def test_long_n_grams_of_large_vocabularies_are_not_confused():
     assert longest < 2
 
 
+@pytest.mark.slow
 def test_the_command_prints_every_order():
     found = command("tools.ngram_floor", "--config=configs/tiny.py", "--context=2", "--split=test")
     assert found.returncode == 0, found.stderr
