@@ -50,6 +50,8 @@ def test_a_wide_model_runs_few_windows_in_threes():
     with target(*GPU):
         assert wide.plan(8) == threes
         assert wide.plan(4) == ExecutionPlan(1, together=4, scan_layers=False)
+        assert dataclasses.replace(wide, generation_window=1024).plan(2).together == 1, "the first has no history"
+        assert dataclasses.replace(wide, generation_window=2048).plan(1) == ExecutionPlan(2, scan_layers=False)
         assert wide.plan(16) == ExecutionPlan(2, scan_layers=False, checkpointing=True)
         assert not dataclasses.replace(wide, architecture="transformer").plan(8).checkpointing
     with target(*CPU):

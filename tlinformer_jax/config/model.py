@@ -88,7 +88,7 @@ def make_plan(
     low, few, length = memory == "low", windows <= FEW_WINDOWS, windows * window
     deep, short = layers > MOST_UNROLLED, length <= SHORT_SEQUENCE
     several = 8 if low and not few else 2 - deep
-    grouped = few and not short and width > NARROW and platform != "cpu"
+    grouped = few and windows > 1 and not short and width > NARROW and platform != "cpu"
     together = min(GROUP, windows - 1) if grouped else windows if few or short else 1
     return ExecutionPlan(
         segments=1 if short else several,
