@@ -19,11 +19,11 @@ WIDTH = flags.DEFINE_integer("width", None, "Of square images, to read them by c
 
 def main() -> None:
     """Prints a line for each number of context tokens."""
+    from tlinformer_jax.analysis.ngram import BYTE_VOCABULARY, BYTES, by_columns, kneser_ney_bits
     from tlinformer_jax.config.run import run_config
     from tlinformer_jax.data.sources import load_split
     from tlinformer_jax.data.streams import TokenStream
     from tlinformer_jax.data.tokenizers import build_tokenizer
-    from tlinformer_jax.training.evaluation import BYTE_VOCABULARY, BYTES, by_columns, kneser_ney_bits
 
     config = run_config(cli.config_values()).data
     if config.is_task:

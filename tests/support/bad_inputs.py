@@ -291,7 +291,7 @@ WORKDIRS = [
     Case("a configuration that is not text", "train", (_workdir("config_binary"),), "no readable config.json"),
     Case("a folder as configuration", "train", (_workdir("config_folder"),), "no readable config.json"),
     Case("a configuration that is a list", "train", (_workdir("config_list"),), "config.json"),
-    Case("damaged checkpoints only", "train", (_workdir("all_damaged"),), "none of its checkpoints can be used"),
+    Case("damaged checkpoints only", "train", (_workdir("all_damaged"),), "has no usable checkpoint"),
     Case("a file as checkpoint folder", "train", (_workdir("checkpoints_file"),), "checkpoints"),
     Case("a folder as metrics file", "train", (_workdir("metrics_folder"),), "metrics.jsonl"),
     Case("a file as TensorBoard folder", "train", (_workdir("tensorboard_file"),), "tensorboard"),
@@ -332,7 +332,7 @@ WORKDIRS = [
     Case("to evaluate without a tokenizer", "evaluate", (_workdir("tokenizer_gone"),), "no readable tokenizer"),
     Case("to evaluate with a damaged tokenizer", "evaluate", (_workdir("tokenizer_binary"),), "tokenizer"),
     Case("to evaluate with a tokenizer of another kind", "evaluate", (_workdir("tokenizer_list"),), "tokenizer"),
-    Case("to evaluate damaged checkpoints", "evaluate", (_workdir("all_damaged"),), "none of its checkpoints"),
+    Case("to evaluate damaged checkpoints", "evaluate", (_workdir("all_damaged"),), "has no usable checkpoint"),
     Case("to evaluate without checkpoints", "evaluate", (_workdir("no_checkpoint"),), "holds no checkpoint"),
     Case(
         "to evaluate an empty checkpoint folder", "evaluate", (_workdir("checkpoints_empty"),), "no finished checkpoint"
@@ -377,9 +377,9 @@ PATHS = [
     Case(
         "to evaluate a link as checkpoint folder", "evaluate", (_workdir("checkpoints_link"),), "checkpoints is a link"
     ),
-    Case("to evaluate checkpoints that are links", "evaluate", (_workdir("steps_link"),), "none of its checkpoints"),
-    Case("to evaluate a wrongly named checkpoint", "evaluate", (_workdir("step_zero"),), "none of its checkpoints"),
-    Case("to evaluate an old layout", "evaluate", (_workdir("old_layout"),), "none of its checkpoints can be used"),
+    Case("to evaluate checkpoints that are links", "evaluate", (_workdir("steps_link"),), "has no usable checkpoint"),
+    Case("to evaluate a wrongly named checkpoint", "evaluate", (_workdir("step_zero"),), "has no usable checkpoint"),
+    Case("to evaluate an old layout", "evaluate", (_workdir("old_layout"),), "has no usable checkpoint"),
 ]
 
 EVALUATION = [
@@ -446,7 +446,7 @@ GENERATION = [
         "no readable config.json",
     ),
     Case("to generate without a tokenizer", "generate", (_workdir("tokenizer_gone"),), "no readable tokenizer"),
-    Case("to generate from damaged checkpoints", "generate", (_workdir("all_damaged"),), "none of its checkpoints"),
+    Case("to generate from damaged checkpoints", "generate", (_workdir("all_damaged"),), "has no usable checkpoint"),
     Case("to generate from a step that was not saved", "generate", ("--step=7",), "no checkpoint of step 7"),
 ]
 
@@ -508,7 +508,7 @@ CONVERSION = [
             ("to write over a file", "run", "nonsense.safetensors", "nonsense.safetensors"),
             ("to write into a folder that does not exist", "run", "none/x.safetensors", "x.safetensors"),
             ("to convert a working directory that does not exist", "none", "x.safetensors", "no readable config.json"),
-            ("to convert damaged checkpoints", "all_damaged", "x.safetensors", "none of its checkpoints"),
+            ("to convert damaged checkpoints", "all_damaged", "x.safetensors", "has no usable checkpoint"),
         )
     ),
 ]

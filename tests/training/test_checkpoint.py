@@ -130,9 +130,9 @@ def test_where_no_checkpoint_is_good_nothing_is_used_renamed_or_begun_anew(sound
     for step in "12":
         flip(0.5)(workdir / "checkpoints" / step / "state" / "_METADATA")
     for _ in range(2):
-        with pytest.raises(DataError, match="none of its checkpoints can be used"):
+        with pytest.raises(DataError, match="has no usable checkpoint"):
             restore_params(workdir, abstract(state_of(0).params))
-        with Checkpoints(workdir, 1) as checkpoints, pytest.raises(DataError, match="none of its checkpoints"):
+        with Checkpoints(workdir, 1) as checkpoints, pytest.raises(DataError, match="has no usable checkpoint"):
             checkpoints.restore(abstract(state_of(0)))
     assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["1", "2"]
 

@@ -243,7 +243,7 @@ def test_what_only_has_the_name_of_a_checkpoint_is_named_and_in_no_saves_way(kin
     for step in "123":
         shutil.rmtree(workdir / "checkpoints" / step)
     make(workdir / "checkpoints" / "2")
-    with pytest.raises(DataError, match="none of its checkpoints can be used"):
+    with pytest.raises(DataError, match="has no usable checkpoint"):
         assert_params(workdir, 2)  # nor is a run begun anew beside it
 
 

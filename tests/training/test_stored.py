@@ -71,7 +71,7 @@ def test_a_million_layers_are_refused_before_a_model_is_built(workdir, monkeypat
 def test_a_damaged_description_of_the_arrays_is_noticed(workdir):
     for path in workdir.rglob("_METADATA"):
         os.truncate(path, 9)
-    check_refused(workdir, "none of its checkpoints can be used", LOADERS)
+    check_refused(workdir, "has no usable checkpoint", LOADERS)
 
 
 @pytest.mark.parametrize(("fields", "message"), [
@@ -118,7 +118,7 @@ def test_files_that_would_never_end_are_not_waited_for(workdir):
     (description,) = workdir.rglob("_METADATA")
     description.unlink()
     os.mkfifo(description)
-    check_refused(workdir, "none of its checkpoints can be used", LOADERS)
+    check_refused(workdir, "has no usable checkpoint", LOADERS)
     (workdir / "config.json").unlink()
     os.mkfifo(workdir / "config.json")
     check_refused(workdir, r"no readable config\.json \(it is not a regular file\)")

@@ -72,33 +72,6 @@ class ExecutionPlan:
         return ", ".join((*parts, "checkpointing" if self.checkpointing else "no checkpointing"))
 
 
-def make_plan(
-    memory: str, platform: str, windows: int, window: int, layers: int, width: int, windowed: bool
-) -> ExecutionPlan:
-    """Returns the plan for a sequence.
-
-    Args:
-      memory: 'auto', or 'low' for the longest sequences that fit on one device.
-      platform: 'cpu', 'gpu' or 'tpu'.
-      windows: number of generation windows to compute.
-      window: tokens per window.
-      width: features of a row, D.
-      windowed: whether the architecture has generation windows.
-    """
-    low, few, length = memory == "low", windows <= FEW_WINDOWS, windows * window
-    deep, short = layers > MOST_UNROLLED, length <= SHORT_SEQUENCE
-    several = 8 if low and not few else 2 - deep
-    grouped = few and windows > 1 and not short and width > NARROW and platform != "cpu"
-    together = min(GROUP, windows - 1) if grouped else windows if few or short else 1
-    return ExecutionPlan(
-        segments=1 if short else several,
-        together=1 if low or platform == "cpu" else together,
-        chunk=CHUNK if low and length > WHOLE_HISTORY else 0,
-        scan_layers=platform == "cpu" or deep,
-        checkpointing=low or (windowed and (grouped or not few)),
-    )
-
-
 RULES = {
     "architecture": one_of(*ARCHITECTURES),
     "dtype": one_of(*COMPUTE_DTYPES),
@@ -299,8 +272,17 @@ class ModelConfig:
         """Returns the plan for a sequence of `windows` generation windows on the default device."""
         if isinstance(self.memory, ExecutionPlan):
             return self.memory
-        return make_plan(
-            self.memory, platform(), windows, self.generation_window, self.num_layers, self.d_model, self.windowed
+        low, few, length = self.memory == "low", windows <= FEW_WINDOWS, windows * self.generation_window
+        cpu, deep, short = platform() == "cpu", self.num_layers > MOST_UNROLLED, length <= SHORT_SEQUENCE
+        several = 8 if low and not few else 2 - deep
+        grouped = few and windows > 1 and not short and self.d_model > NARROW and not cpu
+        together = min(GROUP, windows - 1) if grouped else windows if few or short else 1
+        return ExecutionPlan(
+            segments=1 if short else several,
+            together=1 if low or cpu else together,
+            chunk=CHUNK if low and length > WHOLE_HISTORY else 0,
+            scan_layers=cpu or deep,
+            checkpointing=low or (self.windowed and (grouped or not few)),
         )
 
     @property

@@ -142,7 +142,7 @@ def newest_good(folder: pathlib.Path, set_aside: bool = False, every: int = 0) -
             set_aside_damaged(folder / str(number))
     step = int(multihost_utils.broadcast_one_to_all(np.int32(step)))
     if step == NO_GOOD_CHECKPOINT:
-        raise DataError(f"{folder}: none of its checkpoints can be used; see the lines above")
+        raise DataError(f"{folder}: has no usable checkpoint; see the lines above")
     return None if step == NO_CHECKPOINT else read_manifest(folder / str(step))
 
 

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tlinformer_jax.analysis.flops import active_parameters
+from tlinformer_jax.analysis.ngram import BYTE_VOCABULARY, byte_floor
 from tlinformer_jax.config.data import TOKENS, Stage
 from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.data.batches import LAG, TrainingBatches, num_samples
@@ -30,7 +31,6 @@ from tlinformer_jax.models.layers import Dropout
 from tlinformer_jax.models.windows import num_windows, trained_tokens
 from tlinformer_jax.parallel.mesh import device_kind
 from tlinformer_jax.parallel.sharding import PARTITIONED
-from tlinformer_jax.training.evaluation import BYTE_VOCABULARY, byte_floor
 from tlinformer_jax.training.optimizer import Horizon
 from tlinformer_jax.training.setup import Run, flops_per_token
 from tlinformer_jax.training.step import WINDOW, Competence, TrainState

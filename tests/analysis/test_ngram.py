@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tests.support.commands import command
-from tlinformer_jax.training.evaluation import by_columns, kneser_ney_bits
+from tlinformer_jax.analysis.ngram import by_columns, kneser_ney_bits
 
 
 def dictionary_bits(train: list[int], test: list[int], vocab_size: int, context: int) -> float:
