@@ -123,7 +123,7 @@ def set_small(config: "ConfigDict", length: int, window: int, tokens: int, batch
         warmup_steps=updates // 10,
         schedule="cosine",
         weight_decay=0.1,
-        eval_every=updates // 10,
+        eval_every=-(-updates // 10),
     )
     config.data.sequence_length = length
 
