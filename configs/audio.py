@@ -29,6 +29,8 @@ def get_config() -> ConfigDict:
     """Returns the configuration; every field can be overridden by --config.SECTION.FIELD=VALUE."""
     config = default_config_dict()
     recipes.set_small(config, length=4096, window=512, tokens=50_000_000, batch=8)
+    config.model.dropout = 0.0  # few epochs
+    config.train.keep_checkpoints = "1+1"  # the best one too, in case the last overfits
     config.data.update(
         dataset="wav",
         tokenizer="ids:256",

@@ -31,6 +31,7 @@ def get_config() -> ConfigDict:
     """Returns the configuration; every field can be overridden by --config.SECTION.FIELD=VALUE."""
     config = default_config_dict()
     recipes.set_small(config, length=784, window=112, tokens=41_000_000, batch=40)
+    config.model.dropout = 0.0  # no image is seen twice
     config.train.eval_every = -(-config.train.steps // 4)  # the validation split has 2.4 M pixels
     config.data.update(
         dataset="idx",
