@@ -3,6 +3,7 @@
 It catches what interpretation cannot, such as an operation that a new JAX no longer lowers; it runs nothing.
 """
 
+import functools
 import re
 
 import jax
@@ -14,8 +15,9 @@ from tlinformer_jax.kernels import dropout as dropout_kernel
 from tlinformer_jax.kernels import history as history_kernel
 from tlinformer_jax.kernels import loss as loss_kernel
 from tlinformer_jax.kernels import norm as norm_kernel
-from tlinformer_jax.kernels.common import Scores
+from tlinformer_jax.kernels.common import Scores, addressable
 from tlinformer_jax.kernels.key_value import KeyValue
+from tlinformer_jax.models import cached_attention
 from tlinformer_jax.models.cached_attention import TokenLayerParams, token_layer
 from tlinformer_jax.models.cached_rows import CachedRows
 from tlinformer_jax.models.layers import Layer, prepare_layers
@@ -32,12 +34,12 @@ def half(*shape: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, jnp.bfloat16)
 
 
-def cache_of(kept: str, batch: int = 2) -> KeyValue:
-    """A cache of ROWS rows."""
-    shape = (batch, HEADS, WIDTH, ROWS)
+def cache_of(kept: str, batch: int = 2, rows: int = ROWS) -> KeyValue:
+    """A cache of `rows` rows."""
+    shape = (batch, HEADS, WIDTH, rows)
     if kept == "bfloat16":
         return KeyValue(half(*shape), half(*shape))
-    integers, scales = jax.ShapeDtypeStruct(shape, jnp.int8), half(batch, HEADS, ROWS)
+    integers, scales = jax.ShapeDtypeStruct(shape, jnp.int8), half(batch, HEADS, rows)
     return KeyValue(integers, integers, scales, scales)
 
 
@@ -158,3 +160,58 @@ def test_a_tokens_layer(kept):
     text = lowered(layer, params, half(1, CONFIG.d_model), cache_of("bfloat16", 1), cache_of(kept, 1), lengths)
     assert text.count("attend_cached") >= 1
     assert "dense" in text
+
+
+MILLION = 2**20
+
+
+@pytest.mark.parametrize(
+    ("kept", "rows", "reached"),
+    [
+        ("int8", 4 * MILLION, True),
+        ("int8", 5 * MILLION, False),
+        ("int8", 9 * MILLION, False),
+        ("int8", 10 * MILLION, True),
+        ("bfloat16", 5 * MILLION, True),
+    ],
+)
+def test_offsets_of_long_caches(kept, rows, reached, monkeypatch, capsys):
+    """An array of more than 2^31 elements needs offsets of 64 bits; where JAX does not take them, no kernel is used."""
+    cache = cache_of(kept, 1, rows)
+    assert addressable(cache) == reached
+    monkeypatch.setattr(cached_attention, "use_kernels", lambda *_: True)
+    with monkeypatch.context() as patched:
+        patched.setattr(history_kernel.pl, "pallas_call", functools.partial(history_kernel.pl.pallas_call, debug=True))
+        text = lowered(
+            lambda *arguments: cached_attention.attend_history(*arguments, 0.1, MILLION, "auto"),
+            half(1, QUERIES, HEADS, 40), cache, number(), number(),
+        )  # fmt: skip
+    assert ("attend_history" in text) == reached
+    element = {"int8": "i8", "bfloat16": "bf16"}[kept]
+    offsets = set(re.findall(rf"addptr .*x!tt.ptr<{element}>>, tensor<16x64xi(\d+)>", capsys.readouterr().out))
+    assert offsets == ({"64" if cache.key.size > 2**31 else "32"} if reached else set())
+
+
+@pytest.mark.parametrize("rows", [5 * MILLION, 10 * MILLION])
+def test_long_int8_caches_are_written_and_read_by_what_reaches_them(rows, monkeypatch):
+    cache, reached = cache_of("int8", 1, rows), rows == 10 * MILLION
+    monkeypatch.setattr(cached_attention, "use_kernels", lambda *_: True)
+    monkeypatch.setattr(cached_attention, "use_token_kernels", lambda _: True)
+
+    def write(cache, products, bias, positions, row, start):
+        return cached_attention.write_rows(cache, row, start, products, bias, rope_table(positions, WIDTH), "auto")
+
+    positions = jax.ShapeDtypeStruct((128,), jnp.int32)
+    text = lowered(write, cache, half(128, 2, HEADS, 40), half(2, HEADS, 40), positions, number(), number())
+    assert ("store_history" in text) == reached
+
+    params = jax.eval_shape(lambda: Layer(CONFIG).init_with_output(jax.random.key(0))[0])
+    lengths = jax.ShapeDtypeStruct((1,), jnp.int32)
+
+    def layer(params, x, window, history, lengths):
+        token = TokenLayerParams.of(prepare_layers(params, jnp.bfloat16))
+        context = CachedRows(history, lengths)
+        return token_layer(token, CONFIG, x, rope_table(lengths, WIDTH), CachedRows(window, lengths), context)
+
+    text = lowered(layer, params, half(1, CONFIG.d_model), cache_of("bfloat16", 1), cache, lengths)
+    assert ("attend_cached" in text) == reached

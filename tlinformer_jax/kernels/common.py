@@ -51,6 +51,15 @@ def available(name: str) -> bool:
     return is_nvidia_gpu() and why_no_triton() is None
 
 
+def addressable(arrays: Any) -> bool:
+    """Returns whether kernels reach every element of a tree of arrays.
+
+    JAX's Triton back end counts an array's elements in signed 32 bits up to 2^32 bytes, and in 64 bits beyond. So in an
+    int8 array of up to 2^32 elements, those from 2^31 on would have negative offsets.
+    """
+    return all(array.size <= 2**31 or array.size * array.dtype.itemsize > 2**32 for array in jax.tree.leaves(arrays))
+
+
 def is_half(dtype: Any) -> bool:
     """Returns whether this is a dtype of the half-precision kernels."""
     return dtype in (jnp.bfloat16, jnp.float16)

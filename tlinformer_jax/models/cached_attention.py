@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.kernels import decode as decode_kernel
 from tlinformer_jax.kernels import history as history_kernel
-from tlinformer_jax.kernels.common import available, is_half
+from tlinformer_jax.kernels.common import addressable, available, is_half
 from tlinformer_jax.kernels.key_value import KeyValue
 from tlinformer_jax.models.attention import OutputAndLse, attend, attend_parts, merge_parts, no_parts
 from tlinformer_jax.models.cached_rows import CachedRows, attend_cached
@@ -81,7 +81,8 @@ def token_layer(
       the next x, and the new row's key (rotated) and value, each [batch, heads, d_h].
     """
     if backend is None:
-        backend = "triton" if use_token_kernels(config) else "plain"
+        caches = [part.cache for part in (past, context) if part is not None]
+        backend = "triton" if use_token_kernels(config) and addressable(caches) else "plain"
     if backend == "plain":
         natural, keyed = params.natural(), None if key_rows is None else key_rows[:, None]
         rows = jax.tree.map(lambda table: table[:, None], rope)
@@ -117,7 +118,7 @@ def use_token_kernels(config: ModelConfig) -> bool:
 
 
 def int8_readers(config: ModelConfig) -> str:
-    """Returns a line that says which code reads an int8 cache here."""
+    """Returns a line that says which code reads an int8 cache here, if its arrays are `addressable`."""
     names = {True: "a kernel", False: "plain JAX"}
     line = f"int8 cache: read by {names[use_token_kernels(config)]} for a token"
     if not config.windowed:
@@ -199,7 +200,8 @@ def write_rows(
     rows, or with `tokens`, the rows' ids, those of the whole vocabulary.
     """
     rows = rope.cos.shape[0]
-    if use_kernels(products.dtype, cache.key.shape[2], backend) and rows % history_kernel.STORE_TILE == 0:
+    usable = use_kernels(products.dtype, cache.key.shape[2], backend) and addressable(cache)
+    if usable and rows % history_kernel.STORE_TILE == 0:
         return history_kernel.store(cache, products, bias, (rope.cos, rope.sin), row, start, tokens)
     if tokens is not None:
         products = jnp.take(products, tokens, axis=0, mode="clip")
@@ -237,7 +239,7 @@ def attend_history(
     Without a kernel that reads the cache directly, `chunk` rows are read at a time; `chunk` divides the cache's rows.
     """
     width = query.shape[-1]
-    if use_kernels(query.dtype, cache.key.shape[2], backend):
+    if use_kernels(query.dtype, cache.key.shape[2], backend) and addressable(cache):
         read, lse = history_kernel.attend(query[0], cache, row, length, scale)
         return jnp.pad(read[None], [(0, 0)] * 3 + [(0, width - read.shape[-1])]), lse[None]
 
