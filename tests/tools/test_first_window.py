@@ -1,0 +1,39 @@
+"""The first window's logits of a converted model, compared with those of the model it was made from."""
+
+import dataclasses
+import json
+
+import pytest
+
+from tests.support.commands import check_refusal, command
+from tests.training.test_resume import run_config
+from tlinformer_jax.training.loop import train_and_evaluate
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """The directories of a Transformer's run and of a TLinFormer's that starts from it, with checkpoints 0 and 2."""
+    folder = tmp_path_factory.mktemp("runs")
+    config = run_config(folder, steps=2, eval_every=0, checkpoint_every=0, keep_checkpoints=2)
+    model = dataclasses.replace(config.model, architecture="transformer")
+    train_and_evaluate(dataclasses.replace(config, model=model), folder / "before")
+    train_and_evaluate(config, folder / "after", init_from=folder / "before")
+    return folder / "before", folder / "after"
+
+
+@pytest.mark.slow
+def test_a_conversion_changes_no_bit_of_the_first_window_and_training_does(runs, tmp_path):
+    before, after = (f"--{name}={folder}" for name, folder in zip(("before", "after"), runs, strict=True))
+    done = command("tools.first_window", before, after, f"--out={tmp_path}/out.json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found == json.loads((tmp_path / "out.json").read_text())
+    assert (found["before"], found["after"], found["tokens"]) == (["transformer", 2], ["tlinformer", 0], 4)
+    assert (found["largest_difference"], found["equal_bits"]) == (0.0, 1.0)
+    trained = json.loads(command("tools.first_window", before, after, "--after_step=2").stdout)
+    assert trained["largest_difference"] > 1e-4
+    assert trained["equal_bits"] < 0.1
+    check_refusal(
+        command("tools.first_window", f"--before={runs[1]}", f"--after={runs[0]}", "--after_step=2"),
+        f"--after={runs[0]}: must be a run with windows; it is a transformer",
+    )

@@ -1,0 +1,76 @@
+"""Compares the first window's logits of two runs: `python -m tools.first_window --before=RUN --after=RUN`.
+
+The first window has no history, so that there a TLinFormer computes what a Transformer with the same parameters does.
+After a conversion by --init_from, both runs must agree until the first update (--after_step=0). Logits are computed in
+float32 for the first tokens of samples of the second run's validation split. Prints a JSON object.
+"""
+
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags
+
+from tlinformer_jax.commands import cli
+from tlinformer_jax.errors import UserError
+from tlinformer_jax.files import write_text
+from tlinformer_jax.models import build_model
+from tlinformer_jax.training.checkpoint import load_run
+from tlinformer_jax.training.setup import TrainedRun
+
+BEFORE = flags.DEFINE_string("before", "", "Working directory of the first run.")
+AFTER = flags.DEFINE_string("after", "", "Working directory of the second run, with windows.")
+BEFORE_STEP = flags.DEFINE_integer("before_step", None, "Its checkpoint; the newest if not given.", lower_bound=0)
+AFTER_STEP = flags.DEFINE_integer("after_step", 0, "Checkpoint of the second run.", lower_bound=0)
+SAMPLES = flags.DEFINE_integer("samples", 16, "Number of samples.", lower_bound=1)
+OUT = flags.DEFINE_string("out", "", "File that also gets the result.")
+
+
+def logits(trained: TrainedRun, tokens: np.ndarray) -> np.ndarray:
+    """Returns a run's logits in float32, [samples, tokens, V]."""
+    config = dataclasses.replace(trained.run.config.model, dtype="float32")
+    with jax.default_matmul_precision("highest"):
+        return np.asarray(jax.jit(build_model(config).apply)({"params": trained.params}, tokens))
+
+
+def compared(before: TrainedRun, after: TrainedRun, tokens: np.ndarray) -> dict[str, Any]:
+    """Compares the logits that two runs have for the same tokens."""
+    one, other = logits(before, tokens), logits(after, tokens)
+    return {
+        "samples": len(tokens),
+        "tokens": tokens.shape[1],
+        "logits": one.size,
+        "equal_bits": float(np.mean(one == other)),
+        "largest_difference": float(np.abs(one - other).max()),
+        "largest_logit": float(np.abs(one).max()),
+        "same_most_likely_token": float(np.mean(one.argmax(-1) == other.argmax(-1))),
+    }
+
+
+def main() -> None:
+    """Loads both runs, compares them and prints the result."""
+    runs = []
+    for flag, step in ((BEFORE, BEFORE_STEP.value), (AFTER, AFTER_STEP.value)):
+        runs.append(load_run(cli.given_path(flag, "the directory of a run"), step))
+    before, after = runs
+    model = after.run.config.model
+    if not model.windowed:
+        raise UserError(f"--after={AFTER.value}: must be a run with windows; it is a {model.architecture}")
+    stream, length = after.run.split("validation"), after.run.config.data.sequence_length
+    samples = min(SAMPLES.value, len(stream.tokens) // length)
+    window = min(model.generation_window, length)
+    tokens = np.asarray(stream.tokens[: samples * length], np.int32).reshape(samples, length)[:, :window]
+    names = {"before": before, "after": after}
+    result = {name: [run.run.config.model.architecture, run.step] for name, run in names.items()}
+    result |= {"device": jax.devices()[0].device_kind, "jax": jax.__version__, **compared(before, after, tokens)}
+    text = json.dumps(result, indent=1)
+    if OUT.value:
+        write_text(pathlib.Path(OUT.value), text + "\n")
+    print(text)
+
+
+if __name__ == "__main__":
+    cli.run(main)
