@@ -14,7 +14,8 @@ per sample. Baseline to beat: n-grams, 4.980 with 3 samples of context:
 To compare: --config.model.architecture=transformer or sliding_window. The model has 6 layers and width 256 and is
 trained on 50 M tokens, 4.5 epochs. See docs/guides/other_data.md.
 
-Result: not yet measured.
+Result: 3.599 bits per sample of the test split; Transformer 3.613, sliding window 3.537 (one seed, one NVIDIA H200).
+See docs/quality.md, "Other data".
 """
 
 from ml_collections import ConfigDict

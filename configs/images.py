@@ -16,7 +16,8 @@ above:
 To compare: --config.model.architecture=transformer or sliding_window. The model has 6 layers and width 256 and is
 trained on 41 M tokens, 0.9 epochs. See docs/guides/other_data.md.
 
-Result: not yet measured.
+Result: 2.806 bits per pixel of the test split; Transformer 2.802, sliding window 2.797 (one seed, one NVIDIA H200).
+See docs/quality.md, "Other data".
 """
 
 from ml_collections import ConfigDict
