@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from tests.support.commands import ROOT, command_line
+from tests.support.commands import ROOT, TEXT, command_line
 from tlinformer_jax.config.data import DataConfig
 from tlinformer_jax.environment import describe_failure, settle
 from tlinformer_jax.errors import ConfigError
@@ -145,6 +145,7 @@ def test_training_is_saved_though_nobody_reads_what_it_tells(tmp_path):
     """`main 2>&1 | head -1`."""
     arguments = [
         "--config=configs/tiny.py",
+        *TEXT,
         *("--config.model.d_model=16", "--config.model.num_heads=2", "--config.model.num_blocks=1"),
         *("--config.data.sequence_length=64", "--config.train.steps=3", "--config.train.log_every=1"),
         f"--workdir={tmp_path}",

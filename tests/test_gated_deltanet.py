@@ -36,14 +36,6 @@ CONFIG = dataclasses.replace(SMALL, architecture="gated_deltanet")
 BATCH, HEADS, WIDTH = 2, 2, 8
 
 
-@pytest.fixture
-def own_traces():
-    """No trace of what the test patches is served to another."""
-    jax.clear_caches()
-    yield
-    jax.clear_caches()
-
-
 def inputs(length: int, seed: int = 0, alike: bool = False) -> list[np.ndarray]:
     """q, k of length 1, v, g, beta, and a state, float64; `alike` keys that overwrite each other and never fade."""
     rng = np.random.default_rng(seed)
@@ -68,16 +60,19 @@ def by_numpy(q, k, v, g, beta, state):
     return tuple(np.stack(part) for part in zip(*found))
 
 
-def values_and_gradients(function, arrays, seed=1):
-    """Outputs, the last state, and the gradients of all inputs of a random sum of them."""
+def with_gradients(function):
+    """A jitted function of outputs, the last state, and the gradients of all inputs of a random sum of them."""
 
     def total(*arrays):
         output, state = function(*arrays)
-        rng = np.random.default_rng(seed)
+        rng = np.random.default_rng(1)
         return jnp.sum(output * rng.standard_normal(output.shape)) + jnp.sum(state * rng.standard_normal(state.shape))
 
-    gradient = jax.grad(total, argnums=tuple(range(len(arrays))))
-    return jax.jit(lambda *arrays: (*function(*arrays), *gradient(*arrays)))(*arrays)
+    gradient = jax.grad(total, argnums=tuple(range(6)))
+    return jax.jit(lambda *arrays: (*function(*arrays), *gradient(*arrays)))
+
+
+STEPS = with_gradients(by_steps)
 
 
 @functools.cache
@@ -85,41 +80,39 @@ def truth(length: int, alike: bool) -> list[np.ndarray]:
     """The same of the step form in float64, whose values are those of NumPy."""
     arrays = inputs(length, alike=alike)
     with jax.enable_x64(True):
-        found = [np.asarray(part) for part in values_and_gradients(by_steps, [jnp.asarray(part) for part in arrays])]
+        found = [np.asarray(part) for part in STEPS(*map(jnp.asarray, arrays))]
     for value, expected in zip(found, by_numpy(*arrays)):
         np.testing.assert_allclose(value, expected, atol=1e-12)
     return found
 
 
-def largest_difference(function, length: int, alike: bool = False) -> float:
-    """The largest error of a value or a gradient, as a share of the largest of its array."""
+def largest_difference(program, length: int, alike: bool = False) -> float:
+    """The largest error of a value or a gradient of `with_gradients`, as a share of the largest of its array."""
     arrays = [jnp.asarray(part, jnp.float32) for part in inputs(length, alike=alike)]
-    found, expected = values_and_gradients(function, arrays), truth(length, alike)
+    found, expected = program(*arrays), truth(length, alike)
     return max(float(np.abs(a - b).max() / max(1, np.abs(b).max())) for a, b in zip(found, expected, strict=True))
 
 
-LENGTHS = (1, 2, 5, 63, 64, 65, 131)
-SLOW_LENGTHS = (16, 17, 127, 128, 129, 200, 513, 1000, 4096)
-CASES = [
-    pytest.param(length, chunk, marks=() if (length, chunk) in ((5, 64), (65, 16), (131, 64)) else pytest.mark.slow)
-    for length in (*LENGTHS, *SLOW_LENGTHS)
-    for chunk in (16, 32, 64, 128)
-]
+# Of each size of chunk: sequences that are shorter, as long, a row longer, and of several chunks.
+QUICK = [(5, 64), (65, 16), (131, 64)]
+SLOW = [*((n, 16) for n in (1, 2, 16, 17, 200, 4096)), *((n, 32) for n in (17, 63, 64, 513))]
+SLOW += [*((n, 64) for n in (63, 64, 65, 1000)), *((n, 128) for n in (65, 127, 128, 129, 513))]
+CASES = [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)]
 
 
 @pytest.mark.parametrize(("length", "chunk"), CASES)
 def test_chunks_equal_steps_and_numpy(length, chunk):
-    chunked = functools.partial(delta.delta_chunked, chunk=chunk)
+    chunked = with_gradients(functools.partial(delta.delta_chunked, chunk=chunk))
     assert largest_difference(chunked, length) < TOLERANCE
     assert largest_difference(chunked, length, alike=True) < TOLERANCE
-    assert length > 200 or largest_difference(by_steps, length) < TOLERANCE
+    assert length > 200 or largest_difference(STEPS, length) < TOLERANCE
 
 
 def test_a_chunk_does_not_overflow_where_a_head_forgets_at_once():
     """Sums of decays below -1000, whose exponentials the wrong way round are infinite."""
     q, k, v, g, beta, state = inputs(100)
     arrays = q, k, v, 60 * g - 20, beta, state
-    found = values_and_gradients(delta.delta_chunked, [jnp.asarray(part, jnp.float32) for part in arrays])
+    found = with_gradients(delta.delta_chunked)(*(jnp.asarray(part, jnp.float32) for part in arrays))
     assert all(bool(jnp.isfinite(part).all()) for part in found)
     for value, expected in zip(found, by_numpy(*arrays)):
         np.testing.assert_allclose(value, expected, atol=TOLERANCE)
@@ -176,14 +169,16 @@ def test_the_inverse_of_equal_keys(size):
 # ---- The model
 
 
-@pytest.mark.parametrize("architecture", RECURRENT)
+HYBRID = "gated_deltanet_hybrid"
+
+
 @pytest.mark.parametrize(
-    ("length", "plan"),
+    ("architecture", "length", "plan"),
     [
-        (70, ExecutionPlan(scan_layers=True)),
-        pytest.param(70, ExecutionPlan(scan_layers=False, checkpointing=True), marks=pytest.mark.slow),
-        pytest.param(1, ExecutionPlan(), marks=pytest.mark.slow),
-        pytest.param(300, ExecutionPlan(scan_layers=True, checkpointing=True), marks=pytest.mark.slow),
+        *((name, 70, ExecutionPlan(scan_layers=True)) for name in RECURRENT),
+        pytest.param(HYBRID, 70, ExecutionPlan(scan_layers=False, checkpointing=True), marks=pytest.mark.slow),
+        pytest.param(HYBRID, 1, ExecutionPlan(), marks=pytest.mark.slow),
+        pytest.param(RECURRENT[0], 300, ExecutionPlan(scan_layers=True, checkpointing=True), marks=pytest.mark.slow),
     ],
 )
 def test_logits_equal_numpys(architecture, length, plan):
@@ -266,21 +261,17 @@ def test_padded_features_change_nothing():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("architecture", RECURRENT)
-def test_half_precision_is_near(architecture):
-    config = ModelConfig(
-        architecture=architecture, vocab_size=97, d_model=256, num_heads=4, num_blocks=1, dtype="float32"
-    )
+def test_half_precision_is_near():
+    config = ModelConfig(architecture=HYBRID, vocab_size=97, d_model=256, num_heads=4, num_blocks=1, dtype="float32")
     tokens = np.random.default_rng(0).integers(0, 97, (1, 130))
-    variables = build_model(config).init(jax.random.key(0), tokens)
-    half = build_model(dataclasses.replace(config, dtype="bfloat16")).apply(variables, tokens)
-    whole = build_model(config).apply(variables, tokens)
+    variables = jax.jit(build_model(config).init)(jax.random.key(0), tokens)
+    half = jax.jit(build_model(dataclasses.replace(config, dtype="bfloat16")).apply)(variables, tokens)
+    whole = jax.jit(build_model(config).apply)(variables, tokens)
     assert jnp.linalg.norm(half - whole) < 0.05 * jnp.linalg.norm(whole)
 
 
 @pytest.mark.parametrize("architecture", [RECURRENT[0], pytest.param(RECURRENT[1], marks=pytest.mark.slow)])
-@pytest.mark.parametrize("sizes", [{"fsdp": 2, "tensor": 2}, pytest.param({}, marks=pytest.mark.slow)])
-def test_eight_devices_equal_one(architecture, sizes):
+def test_eight_devices_equal_one(architecture):
     """Loss and gradients; heads are split over `tensor`."""
     config = dataclasses.replace(CONFIG, architecture=architecture, num_blocks=2, hidden_depth=0, d_ff=28)
     model, variables = build_model(config), params_from_reference(golden.random_weights(config), config)
@@ -291,25 +282,24 @@ def test_eight_devices_equal_one(architecture, sizes):
         return -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(logits[:, :-1]), tokens[:, 1:, None], axis=-1))
 
     expected, gradients = jax.jit(jax.value_and_grad(loss))(variables, tokens)
-    mesh = build_mesh(MeshConfig(**sizes))
+    mesh = build_mesh(MeshConfig(fsdp=2, tensor=2))
     shardings = tree_shardings(variables, mesh)
     with jax.set_mesh(mesh):
         spread = jax.device_put(variables, shardings)
         batch = jax.device_put(tokens, jax.sharding.NamedSharding(mesh, jax.P(("data", "fsdp"))))
         value, found = jax.jit(jax.value_and_grad(loss), out_shardings=(None, shardings))(spread, batch)
     kernel = found["params"]["layers_0"]["qkvg_kernel"]
-    assert kernel.addressable_shards[0].data.size == kernel.size // (sizes.get("fsdp", 1) * sizes.get("tensor", 1))
+    assert kernel.addressable_shards[0].data.size == kernel.size // 4
     assert abs(float(value - expected)) < 1e-5
     for ours, one in zip(jax.tree.leaves(found), jax.tree.leaves(gradients), strict=True):
         assert np.linalg.norm(ours - one) <= 1e-4 * np.linalg.norm(one)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sizes", [{}, {"fsdp": 4, "tensor": 2}])
-def test_an_update_of_eight_devices_equals_one(sizes, monkeypatch):
+def test_an_update_of_eight_devices_equals_one(monkeypatch):
     """The package's own step, where axes that hold copies of the parameters are manual; gradients by Adam's moments."""
     monkeypatch.setattr(test_training, "MODEL", dataclasses.replace(test_training.MODEL, architecture="gated_deltanet"))
-    many, metrics, _ = test_training.after_one_update(build_mesh(MeshConfig(**sizes)))
+    many, metrics, _ = test_training.after_one_update(build_mesh(MeshConfig(fsdp=4, tensor=2)))
     one, expected, _ = test_training.after_one_update(build_mesh(MeshConfig(), jax.devices()[:1]))
     assert float(metrics["loss"]) == pytest.approx(float(expected["loss"]), abs=1e-5)
     for ours, true in zip(jax.tree.leaves(many.opt_state), jax.tree.leaves(one.opt_state), strict=True):

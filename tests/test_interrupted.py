@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tests.support.commands import ROOT, command, command_line, run_line
+from tests.support.commands import ROOT, TEXT, command, command_line, run_line
 
 # The text comes slowly, so that there is time to interrupt.
 SLOWLY = """
@@ -98,7 +98,7 @@ async_checkpointer._background_wait_for_commit_futures = full
     shrunk = ("--config.model.d_model=16", "--config.model.num_heads=2", "--config.model.num_blocks=1")
     shrunk += ("--config.model.hidden_depth=0", "--config.train.eval_every=0")
     shrunk += ("--config.train.steps=1", "--config.data.sequence_length=64", f"--workdir={tmp_path}")
-    line, environment = command_line("tlinformer_jax.main", "--config=configs/tiny.py", *shrunk)
+    line, environment = command_line("tlinformer_jax.main", "--config=configs/tiny.py", *TEXT, *shrunk)
     line[2] = fault + line[2]
     result = run_line(line, environment)
     assert result.returncode == 2, result.stderr

@@ -3,7 +3,7 @@
 import jax
 import pytest
 
-from tests.support.commands import command, command_line, run_line
+from tests.support.commands import TEXT, command, command_line, run_line
 from tlinformer_jax.errors import DataError
 from tlinformer_jax.training import loop
 from tlinformer_jax.training.console import OutOfMemoryError, memory_advice
@@ -75,7 +75,7 @@ def full(*_, **__):
 def test_evaluating_and_generating_end_with_status_1_and_the_flags_that_help(tmp_path):
     shrunk = ("--config.model.d_model=16", "--config.model.num_heads=2", "--config.model.num_blocks=1")
     shrunk += ("--config.train.steps=1", "--config.data.sequence_length=64", f"--workdir={tmp_path}")
-    trained = command("tlinformer_jax.main", "--config=configs/tiny.py", *shrunk)
+    trained = command("tlinformer_jax.main", "--config=configs/tiny.py", *TEXT, *shrunk)
     assert trained.returncode == 0, trained.stderr
     for module, fault, arguments, advice in (
         (

@@ -39,7 +39,7 @@ def run(*line: str | pathlib.Path, cwd: pathlib.Path, status: int = 0) -> subpro
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory) -> dict[str, pathlib.Path]:
-    """The wheel, the sdist, and the wheel of an editable installation, by kind."""
+    """The sdist, the wheel, which `build` makes from the sdist, and that of an editable installation, by kind."""
     need_modules("build", "hatchling", "twine", extra="package")
     folder = tmp_path_factory.mktemp("dist")
     run(sys.executable, "-m", "build", "--no-isolation", f"--outdir={folder}", ROOT, cwd=folder)
@@ -53,9 +53,6 @@ def built(tmp_path_factory) -> dict[str, pathlib.Path]:
 
 def installed(package: pathlib.Path, folder: pathlib.Path) -> pathlib.Path:
     """The programs of a new environment that holds this package alone, and borrows what it needs from this one."""
-    if package.suffix == ".gz":
-        run(sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", package, cwd=folder)
-        (package,) = folder.glob("*.whl")
     run(sys.executable, "-m", "venv", "--without-pip", folder / "clean", cwd=folder)
     python = folder / "clean" / "bin" / "python"
     run(sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index", package, cwd=folder)
@@ -96,9 +93,8 @@ def test_what_is_in_them(built):
     assert not {"tests", "docs", "benchmarks"} & tops
 
 
-@pytest.mark.parametrize("kind", ["wheel", "sdist"])
-def test_installed_it_trains_evaluates_and_generates_from_another_directory(kind, built, tmp_path):
-    programs = installed(built[kind], tmp_path)
+def test_installed_it_trains_evaluates_and_generates_from_another_directory(built, tmp_path):
+    programs = installed(built["wheel"], tmp_path)
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     assert place_of_package(programs, elsewhere).is_relative_to(tmp_path / "clean")

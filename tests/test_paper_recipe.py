@@ -196,10 +196,9 @@ def sample_count(lines: list[str], length: int) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("micro", [32, 8])
-def test_rehearsal_of_two_epochs_on_real_rows(tmp_path, cache_dir, micro):
+def test_rehearsal_of_two_epochs_on_real_rows(tmp_path, cache_dir):
     """The whole way from a hand-filled directory to metrics.jsonl; only the sizes are smaller."""
-    length, warmup, batch = 8, 3, 64
+    length, warmup, batch, micro = 8, 3, 64, 8
     config = get_config("wt103", "paper-512-512-0.5")
     config.model.update(d_model=16, num_heads=2, num_blocks=1, hidden_depth=0, d_ff=16)
     config.model.update(history_window=4, generation_window=4)

@@ -117,7 +117,7 @@ def test_z_loss_changes_the_gradient_alone(chunk, length, multiple, monkeypatch)
     ("architecture", "checkpointing"),
     [
         ("transformer", False),
-        *(pytest.param("tlinformer", checkpointing, marks=pytest.mark.slow) for checkpointing in (False, True)),
+        pytest.param("tlinformer", True, marks=pytest.mark.slow),
     ],
 )
 def test_a_step_with_z_loss_has_the_gradient_of_the_models_logits(architecture, checkpointing):
@@ -237,7 +237,7 @@ def after_one_update(mesh, optimizer="adamw") -> tuple[TrainState, dict[str, jax
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("sizes", "optimizer"), [({}, "adamw"), ({"fsdp": 4}, "adamw"), ({"fsdp": 4}, "muon")])
+@pytest.mark.parametrize(("sizes", "optimizer"), [({}, "adamw"), ({"fsdp": 4}, "muon")])
 def test_eight_devices_equal_one(sizes, optimizer):
     """Loss within 1e-5, gradients (by the first moments) within 1e-4; every device holds its part of each array."""
     many, metrics, old = after_one_update(build_mesh(MeshConfig(**sizes)), optimizer)

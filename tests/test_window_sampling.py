@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.support import golden, reference
 from tests.test_model import SMALL as THREE_LAYERS
 from tests.test_model import count_equations, golden_scale
 from tlinformer_jax.config.data import DataConfig
@@ -43,18 +44,22 @@ def loss_and_gradient(config):
     return jax.jit(jax.value_and_grad(loss))
 
 
-@pytest.mark.parametrize(
-    ("architecture", "segments"), [("tlinformer", 2), pytest.param("tconstformer", 1, marks=pytest.mark.slow)]
-)
+OPTIONS = {"token_shift": True, "window_overlap": 2, "longest_wavelength": 20}
+
+
 @pytest.mark.slow
-def test_over_all_subsets_the_mean_loss_and_gradient_are_the_full_ones(architecture, segments):
+@pytest.mark.parametrize(("architecture", "segments", "options"), [("tlinformer", 2, OPTIONS), ("tconstformer", 1, {})])
+def test_over_all_subsets_the_mean_loss_and_gradient_are_the_full_ones(architecture, segments, options):
     """Every subset of k = 2 of n = 5 windows, the last one short; loss and gradients to 1e-6."""
-    config = dataclasses.replace(SMALL, architecture=architecture, history_window=5, memory=ExecutionPlan(segments))
+    model = dataclasses.replace(SMALL, architecture=architecture, history_window=5, **options)
+    config = dataclasses.replace(model, memory=ExecutionPlan(segments))
     params = golden_scale(config)["params"]
     function = loss_and_gradient(config)
     loss, gradient = function(params, None)
     sampled = [function(params, jnp.array(subset)) for subset in itertools.combinations(range(5), 2)]
     assert len(sampled) == 10
+    whole = reference.logits(golden.random_weights(config), config, batch_of()["inputs"])
+    assert float(loss) == pytest.approx(reference.mean_loss(whole, batch_of()["labels"]), rel=1e-5)
     losses = [float(value) for value, _ in sampled]
     assert np.std(losses) > 0.05, "the windows must differ for the mean to say something"
     assert np.mean(losses) == pytest.approx(float(loss), rel=1e-6)

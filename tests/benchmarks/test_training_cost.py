@@ -6,7 +6,7 @@ import pathlib
 import pytest
 
 from benchmarks import training_cost
-from tests.support.commands import check_refusal, command
+from tests.support.commands import check_refusal, command, in_forks
 from tests.support.figures import check_lines
 
 TINY = (
@@ -48,16 +48,17 @@ def test_other_architectures_are_counted_too(tmp_path):
 
 @pytest.mark.slow
 def test_measured_with_as_many_tokens_at_every_length_and_drawn_again(tmp_path):
-    done = command("benchmarks.training_cost", *SMALL, "--measure", "--steps=2", f"--out={tmp_path}")
+    measured = [*SMALL, "--measure", "--steps=2", f"--out={tmp_path}"]
+    drawn = [f"--record={tmp_path}/training_cost.json", f"--out={tmp_path}/again"]
+    done, again = in_forks([("benchmarks.training_cost", arguments) for arguments in (measured, drawn)])
     assert done.returncode == 0, done.stderr
+    assert again.returncode == 0, again.stderr
     found = record(tmp_path)
     assert found["device"] == "cpu"
     for row in found["rows"]:
         assert row["tokens"] == 32
         assert row["seconds"] == pytest.approx(row["step_seconds"] / 32)
     assert "| Transformer, µs |" in done.stdout
-    again = command("benchmarks.training_cost", f"--record={tmp_path}/training_cost.json", f"--out={tmp_path}/again")
-    assert again.returncode == 0, again.stderr
     assert (tmp_path / "again" / "training_cost.png").read_bytes() == (tmp_path / "training_cost.png").read_bytes()
 
 
@@ -124,14 +125,16 @@ def test_several_records_make_one_figure_and_what_is_none_is_refused(tmp_path):
     row = {"model": "Transformer", "length": 8, "flops": 2e6, "seconds": 1e-6}
     for name, changes in {"a": {}, "b": {"model": "TLinFormer, windows of 4"}, "c": {"seconds": 9.0}}.items():
         (tmp_path / name).write_text(json.dumps({"device": "test", "rows": [row | changes]}))
-    joined = command("benchmarks.training_cost", f"--record={tmp_path}/b,{tmp_path}/a,{tmp_path}/c")
-    assert joined.stdout.splitlines()[2:4] == ["| Transformer, µs | 1 |", "| TLinFormer, windows of 4, µs | 1 |"]
     (tmp_path / "none").write_text("[]")
-    for argument, says in (
-        (f"--record={tmp_path}/none", "must be records"),
-        ("--windows=x", "--windows=x: must be int"),
-        ("--windows=", "--windows=: must be int"),
-        ("--architectures=nothing", "--architectures = 'nothing': must be among tlinformer, "),
-        (f"--generation={tmp_path}/none", "must be records of benchmarks.inference"),
-    ):
-        check_refusal(command("benchmarks.training_cost", argument), says)
+    refused = {
+        f"--record={tmp_path}/none": "must be records",
+        "--windows=x": "--windows=x: must be int",
+        "--windows=": "--windows=: must be int",
+        "--architectures=nothing": "--architectures = 'nothing': must be among tlinformer, ",
+        f"--generation={tmp_path}/none": "must be records of benchmarks.inference",
+    }
+    arguments = [f"--record={tmp_path}/b,{tmp_path}/a,{tmp_path}/c", *refused]
+    joined, *results = in_forks([("benchmarks.training_cost", [argument]) for argument in arguments])
+    assert joined.stdout.splitlines()[2:4] == ["| Transformer, µs | 1 |", "| TLinFormer, windows of 4, µs | 1 |"]
+    for result, says in zip(results, refused.values(), strict=True):
+        check_refusal(result, says)

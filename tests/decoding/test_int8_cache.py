@@ -89,8 +89,7 @@ def test_rows_are_quantised_as_numpy_does(dtype):
     ("changes", "rows_per_token"),
     [
         ({}, 4),
-        pytest.param({"num_blocks": 3, "longest_wavelength": 20, "token_shift": True}, 0, marks=pytest.mark.slow),
-        pytest.param({"hidden_depth": 2, "window_overlap": 2}, 0, marks=pytest.mark.slow),
+        pytest.param({"longest_wavelength": 20, "token_shift": True, "window_overlap": 2}, 0, marks=pytest.mark.slow),
     ],
 )
 def test_every_logit_is_that_of_a_history_quantised_in_numpy(changes, rows_per_token, monkeypatch, own_traces):
@@ -171,25 +170,25 @@ def cut_off(monkeypatch):
 )
 def test_mutations_are_caught(mutate, monkeypatch, own_traces):
     mutate(monkeypatch)
-    assert np.median(int8_errors(make_decoder(CONFIG), quantised_truth)) > 1e-3
+    config = dataclasses.replace(CONFIG, num_blocks=1)
+    assert np.median(int8_errors(make_decoder(config), quantised_truth)) > 1e-3
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("context", [2, 8])
-def test_rows_spread_over_devices(context, monkeypatch, own_traces):
+def test_rows_spread_over_devices(monkeypatch, own_traces):
     small_caches(monkeypatch)
     config = dataclasses.replace(CONFIG, history_window=7, generation_window=5)
     variables = params_from_reference(golden.random_weights(config), config)
-    decoder = Decoder(build_model(config), variables, context_mesh(context))
+    decoder = Decoder(build_model(config), variables, context_mesh(8))
     errors = int8_errors(decoder, quantised_truth, room=13)
     assert np.median(errors) < 2e-5
     assert errors.max() < 0.02
     cache = decoder.init_cache(1, 9000, cache_dtype="int8")
     for array in jax.tree.leaves(cache.history):
-        assert {shard.data.shape[-1] for shard in array.addressable_shards} == {cache.capacity // context}
+        assert {shard.data.shape[-1] for shard in array.addressable_shards} == {cache.capacity // 8}
     sizes = cache_bytes(config, cache, [9000])
     assert sizes.allocated == sum(leaf.addressable_data(0).nbytes for leaf in jax.tree.leaves(cache))
-    assert str(sizes).startswith(f"int8, on each of {context} devices ")
+    assert str(sizes).startswith("int8, on each of 8 devices ")
 
 
 @pytest.mark.slow
@@ -377,7 +376,7 @@ def test_store_quantises_what_it_writes_and_touches_nothing_else(width):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("architecture", "context", "rows_per_token"),
-    [("tlinformer", 1, 4), ("tlinformer", 1, 0), ("tlinformer", 2, 4), ("transformer", 1, 4)],
+    [("tlinformer", 1, 0), ("tlinformer", 2, 4), ("transformer", 1, 4)],
 )
 def test_the_gpu_kernels_in_the_decoder(architecture, context, rows_per_token, monkeypatch, interpreted_kernels):
     """In half precision; a device writes 64 rows a slide, as many as the storing kernel takes."""

@@ -118,7 +118,6 @@ def test_feature_pieces_cover_the_width_once(least):
         (1, True, False),
         (2, True, True),
         pytest.param(5, True, False, marks=pytest.mark.slow),
-        pytest.param(3, False, False, marks=pytest.mark.slow),
         pytest.param(3, False, True, marks=pytest.mark.slow),
     ],
 )

@@ -25,11 +25,12 @@ RUN = {
 
 
 def smaller(code: str) -> str:
-    """The code with few steps and few tokens, and few layers where it leaves their number open."""
-    few = '"num_blocks": 1, "hidden_depth": 0, '
+    """The code with few steps and few tokens, and a small model where it leaves its size open."""
+    few = '"d_model": 32, "num_heads": 2, "num_blocks": 1, "hidden_depth": 0, '
     code = code.replace('"model": {', '"model": {' + few).replace('{"train": {', '{"model": {' + few + '}, "train": {')
     code = re.sub(r'"steps": \d+', '"steps": 2', code)
     code = re.sub(r"\bsteps=\d+", "steps=2", code)
+    code = re.sub(r'"(sequence_length|batch_size)": (\d+)', lambda found: f'"{found[1]}": {int(found[2]) // 2}', code)
     return re.sub(r"max_new_tokens=\d\d+", "max_new_tokens=12", code)
 
 
@@ -55,7 +56,7 @@ def main() -> int:
 
     from tlinformer_jax import train_and_evaluate
 
-    topics.topics = dict(list(topics.topics.items())[::3])  # the text of data.dataset = "pydoc"
+    topics.topics = dict(list(topics.topics.items())[::12])  # the text of data.dataset = "pydoc"
     for name in ("configs", "README.md"):
         os.symlink(ROOT / name, name)
     train_and_evaluate(RUN, "runs/tiny")

@@ -39,9 +39,7 @@ def window_costs(model, tokens, labels, start, cut, seen=None):
             pytest.param(dataclasses.replace(DEEP, **changes), marks=pytest.mark.slow)
             for changes in (
                 {"architecture": "tconstformer"},
-                {"token_shift": True},
-                {"longest_wavelength": 20},
-                {"window_overlap": 3},
+                {"token_shift": True, "longest_wavelength": 20, "window_overlap": 3},
                 {"history_window": "auto", "num_blocks": 3},
             )
         ),

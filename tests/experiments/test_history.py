@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tests.support.commands import check_refusal, command
+from tests.support.commands import check_refusal, in_forks
 from tests.support.figures import check_lines
 from tests.support.results import MEASURED, made_result
 from tlinformer_jax.config.run import run_config
@@ -96,7 +96,8 @@ def test_a_training_and_the_command_measure_the_same(tmp_path):
     workdir.mkdir()
     result = run_job(Job("run", run_config(SECTIONS), workdir, "command", ("history",)))
     measured = result["then"]["history"]
-    asked = command("history", f"--workdir={workdir}", f"--out={tmp_path}/out", "--batch_size=4")
+    options = ([f"--out={tmp_path}/out", "--batch_size=4"], ["--distances=4,x"], ["--distances=-1,4"])
+    asked, *wrong = in_forks([("history", [f"--workdir={workdir}", *given]) for given in options])
     assert asked.returncode == 0, asked.stderr
     assert asked.stdout.startswith("| rows of history left | loss | change |")
     written = json.loads((tmp_path / "out" / "history.json").read_text())
@@ -106,6 +107,5 @@ def test_a_training_and_the_command_measure_the_same(tmp_path):
     names = {path.name for path in (tmp_path / "out").iterdir()}
     kinds = ("mass", "cuts", "length", "same_tokens")
     assert {f"history_{kind}.{ending}" for kind in kinds for ending in ("csv", "png")} <= names
-    for given in ("4,x", "-1,4"):
-        wrong = command("history", f"--workdir={workdir}", f"--distances={given}")
-        check_refusal(wrong, f"--distances={given}: must be integers >= 0, separated by commas")
+    for result, given in zip(wrong, ("4,x", "-1,4"), strict=True):
+        check_refusal(result, f"--distances={given}: must be integers >= 0, separated by commas")

@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from tests.support.commands import ROOT, check_refusal, command, command_line
+from tests.support.commands import ROOT, TEXT, TEXT_FILE, check_refusal, command, command_line
 from tests.support.processes import saved_steps
 from tlinformer_jax.decoding import Generator
 from tlinformer_jax.experiments.actions import PROMPTS, SAMPLE_TOKENS, SAMPLING
@@ -27,7 +27,8 @@ def get_sweep(variant="four"):
     base.model.update(vocab_size=257, d_model=16, num_heads=2, num_blocks=1, hidden_depth=0, d_ff=24)
     base.model.update(generation_window=8)
     base.train.update(steps=4, batch_size=8, warmup_steps=1, log_every=50, checkpoint_every=50)
-    base.data.update(dataset="pydoc", tokenizer="bytes", sequence_length=32)
+    base.data.update(dataset="text", train_files="TEXT", validation_files="TEXT")
+    base.data.update(tokenizer="bytes", sequence_length=32)
     points = {
         "first": {"model.history_window": 8},
         "long": {"model.history_window": 16, "train.steps": 600},
@@ -40,7 +41,7 @@ def get_sweep(variant="four"):
 
 @pytest.fixture
 def sweep(tmp_path) -> list[str]:
-    (tmp_path / "four.py").write_text(SWEEP)
+    (tmp_path / "four.py").write_text(SWEEP.replace("TEXT", str(TEXT_FILE)))
     return [f"--sweep={tmp_path}/four.py", f"--out={tmp_path}/out", f"--results={tmp_path}/results"]
 
 
@@ -146,7 +147,7 @@ def test_a_training_that_dies_is_tried_again_and_two_sweeps_do_not_share_a_point
 
 @pytest.mark.slow
 def test_the_training_command_records_a_run_and_the_report_reads_it(tmp_path):
-    small = ["--config=configs/tiny.py", "--config.model.d_model=24", "--config.model.num_blocks=1"]
+    small = ["--config=configs/tiny.py", *TEXT, "--config.model.d_model=24", "--config.model.num_blocks=1"]
     small += ["--config.train.steps=2", "--config.train.eval_every=0", "--config.train.log_every=1"]
     check_refusal(command("tlinformer_jax.main", *small, f"--workdir={tmp_path}/run", "--then=dance"), "'dance'")
     done = command("tlinformer_jax.main", *small, f"--workdir={tmp_path}/run", "--then=evaluate")

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from tests.support.commands import check_refusal, command
+from tests.support.commands import TEXT_FILE, check_refusal, command
 from tlinformer_jax.config.run import RunConfig, run_config
 from tlinformer_jax.errors import ConfigError
 from tlinformer_jax.experiments import together
@@ -67,7 +67,8 @@ def test_each_is_what_it_would_be_alone(tmp_path, trained):
 
 @pytest.mark.slow
 def test_runs_on_a_text_are_what_they_would_be_alone(tmp_path, trained):
-    text = {"data__dataset": "pydoc", "data__tokenizer": "bytes", "data__curriculum": "", "model__vocab_size": 257}
+    text = {"data__dataset": "text", "data__tokenizer": "bytes", "data__curriculum": "", "model__vocab_size": 257}
+    text |= {"data__train_files": str(TEXT_FILE), "data__validation_files": str(TEXT_FILE)}
     jobs = [job(tmp_path, seed, rate, **text) for seed, rate in ((0, 1e-2), (3, 3e-2))]
     records = train_together(jobs)
     alone = train_run(jobs[1].config, tmp_path / "alone")

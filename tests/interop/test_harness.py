@@ -11,10 +11,12 @@ import jax
 import numpy as np
 import pytest
 
+from tests.support.commands import TEXT as TEXT_FLAGS
 from tests.support.commands import check_refusal, command
 from tests.support.optional import need_modules
 from tlinformer_jax.decoding import Generator
 from tlinformer_jax.errors import ConfigError, UserError
+from tlinformer_jax.evaluation.report import EvaluationOptions, evaluate_text
 from tlinformer_jax.training.checkpoint import load_run
 
 with_lm_eval = pytest.mark.slow  # .ci/run installs it for these alone
@@ -22,7 +24,10 @@ SHRUNK = (
     "--config.train.steps=60",
     "--config.train.warmup_steps=10",
     "--config.train.eval_every=0",
+    "--config.train.batch_size=8",
     "--config.model.d_model=48",
+    "--config.model.num_blocks=1",
+    *TEXT_FLAGS,
 )
 TEXT = (
     "The for statement is used to iterate over the elements of a sequence (such as a string, tuple or list) "
@@ -34,10 +39,10 @@ TEXTS = (TEXT * 2, ("The while statement. " * 7)[:128], "A class.")
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory) -> pathlib.Path:
-    """What README's first command trains, a smaller model for a shorter time."""
+    """What README's first command trains, a smaller model on less text."""
     need_modules("lm_eval", extra="lm-eval")
     path = tmp_path_factory.mktemp("harness") / "run"
-    trained = command("tlinformer_jax.main", "--config=configs/tiny.py", *SHRUNK, f"--workdir={path}", many_steps=True)
+    trained = command("tlinformer_jax.main", "--config=configs/tiny.py", *SHRUNK, f"--workdir={path}")
     assert trained.returncode == 0, trained.stderr
     return path
 
@@ -55,33 +60,28 @@ def requests(kind: str, *arguments):
     return [Instance(request_type=kind, doc={}, arguments=args, idx=0) for args in arguments]
 
 
-def log_probabilities(workdir: pathlib.Path, tokens: list[int]) -> np.ndarray:
-    """By the model itself: row i, of what follows tokens[: i + 1]."""
-    trained = load_run(workdir)
-    logits = trained.run.model.apply({"params": jax.device_get(trained.params)}, np.asarray([tokens]))
-    return np.asarray(jax.nn.log_softmax(logits[0]))
-
-
 @with_lm_eval
-def test_rolling_equals_evaluate(workdir, model, tmp_path):
-    found = model.loglikelihood_rolling(requests("loglikelihood_rolling", *((text,) for text in TEXTS)))
+def test_rolling_equals_evaluate(workdir, model):
+    found, run = (
+        model.loglikelihood_rolling(requests("loglikelihood_rolling", *((t,) for t in TEXTS))),
+        load_run(workdir),
+    )
     for text, total in zip(TEXTS, found):
-        (tmp_path / "text.txt").write_text(text)
-        evaluated = command("evaluate", f"--workdir={workdir}", f"--text_file={tmp_path}/text.txt", "--json")
-        assert evaluated.returncode == 0, evaluated.stderr
-        figures = json.loads(evaluated.stdout)
-        assert figures["tokens"] == len(text.encode())
-        assert abs(-total / figures["tokens"] - figures["loss"]) < 1e-4
+        evaluated = evaluate_text(run, text, EvaluationOptions(), text_file="text.txt")
+        assert evaluated["tokens"] == len(text.encode())
+        assert abs(-total / evaluated["tokens"] - evaluated["figures"]["loss"]) < 1e-4
 
 
 @with_lm_eval
 def test_loglikelihood_is_the_models(workdir, model):
     cases = [("The for", " statement"), ("", "The"), ("x =", " 1\n"), (TEXT.strip(), " is"), ("A", " class." * 30)]
-    found = model.loglikelihood(requests("loglikelihood", *cases))
+    found, run = model.loglikelihood(requests("loglikelihood", *cases)), load_run(workdir)
+    log_probabilities = jax.jit(lambda rows: jax.nn.log_softmax(run.run.model.apply({"params": run.params}, rows)[0]))
     for (context, continuation), (total, _) in zip(cases, found):
         before, after = context.encode() or [256], continuation.encode()
-        tokens = [*before, *after][-(max(128, len(after)) + 1) :]
-        log_probs = log_probabilities(workdir, tokens[:-1])[-len(after) :]
+        tokens = [*before, *after][-(max(128, len(after)) + 1) :][:-1]
+        rows = np.pad(tokens, (0, 256 - len(tokens)))  # of one length; no token sees those that follow it
+        log_probs = np.asarray(log_probabilities(rows[None]))[len(tokens) - len(after) : len(tokens)]
         assert total == pytest.approx(sum(row[token] for row, token in zip(log_probs, after)), abs=1e-4 * len(after))
 
 

@@ -141,6 +141,9 @@ def test_every_cell_runs(tmp_path, monkeypatch):
     need_modules("nbclient", "ipykernel", "matplotlib", extra="notebook")
     monkeypatch.setenv("TLINFORMER_NOTEBOOK", json.dumps(FEW))
     monkeypatch.setenv("XLA_FLAGS", quick_flags())
+    startup = tmp_path / "ipython" / "profile_default" / "startup"  # a fourth of the text that it trains on
+    startup.mkdir(parents=True)
+    (startup / "few.py").write_text("import pydoc_data.topics as p; p.topics = dict(list(p.topics.items())[::4])\n")
     notebook = execute(tmp_path)
     check_outputs(notebook, FEW["STEPS"], FEW["NEW_TOKENS"])
     assert (tmp_path / "runs" / "notebook" / "metrics.jsonl").exists()

@@ -8,7 +8,7 @@ import time
 import pytest
 
 from tests.launch.cluster import missing_programs, running_cluster
-from tests.support.commands import ROOT, command_line
+from tests.support.commands import ROOT, TEXT, command_line
 from tests.support.optional import need
 from tests.support.processes import SMALL, saved_steps
 
@@ -95,7 +95,7 @@ def test_a_job_whose_time_is_nearly_over_saves_and_goes_on_after_the_queue(clust
 @pytest.mark.long
 def test_a_job_array_trains_all_points_of_a_sweep(cluster, tmp_path):
     out = tmp_path / "sweep"
-    arguments = ("--sweep=configs/sweep_windows.py:tiny", f"--out={out}", "--config.train.steps=4", "--then=")
+    arguments = ("--sweep=configs/sweep_windows.py:tiny", f"--out={out}", "--config.train.steps=4", "--then=", *TEXT)
     run(cluster, tmp_path, "--array=0-3%2", "launch/slurm/sweep.sbatch", *arguments)
     assert len(json.loads((out / "sweep.json").read_text())) == 4, told(tmp_path)
     for point in ("8-24", "16-16", "24-8", "auto-16"):

@@ -9,6 +9,12 @@ import sys
 from tests.support.compilation import quick_flags
 
 ROOT = pathlib.Path(__file__).parents[2]
+# In place of a config's own text: a short one, of which an evaluation takes little time.
+TEXT_FILE = ROOT / "tests" / "support" / "text.txt"
+TEXT = (
+    "--config.data.dataset=text",
+    *(f"--config.data.{split}_files={TEXT_FILE}" for split in ("train", "validation")),
+)
 # Seconds; against what hangs, on a machine that may be busy with other work.
 TIMEOUT = 1200
 

@@ -4,10 +4,11 @@ import pathlib
 import socket
 import subprocess
 
-from tests.support.commands import ROOT, command_line
+from tests.support.commands import ROOT, TEXT, command_line
 
 SMALL = (
     "--config=configs/tiny.py",
+    *TEXT,
     *("--config.model.d_model=16", "--config.model.num_heads=2", "--config.model.num_blocks=1"),
     *("--config.model.dropout=0.1", "--config.data.sequence_length=32"),
     *("--config.train.batch_size=8", "--config.train.accumulation=2", "--config.train.eval_every=0"),

@@ -1,7 +1,7 @@
 """The fault trials notice what they are for: a step lost or doubled, a bit that differs, a wrong moment of a kill."""
 
+import concurrent.futures
 import json
-import os
 import re
 import signal
 import subprocess
@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 
-from tests.support.commands import command, command_line, run_line
+from tests.support.commands import command_line, run_line
 from tools import fault_runs
 from tools.fault_check import log_difference, state_difference
 from tools.fault_runs import Outcome, PlannedSignal, Process, fault_config
@@ -83,19 +83,23 @@ MOMENTS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", MOMENTS)
-def test_a_kill_comes_at_its_moment_and_the_phase_is_told(name, tmp_path, monkeypatch):
+def test_a_kill_comes_at_its_moment_and_the_phase_is_told(tmp_path, monkeypatch):
+    """All moments at once: the processes do nothing but sleep."""
+
     def started(config, workdir, log):
         line = [sys.executable, "-S", "-c", STORY, "0.4", *START, *SAVED, *REST]
         return subprocess.Popen(line, cwd=workdir.parent, stdout=log).pid
 
+    def ended(name: str):
+        folder = tmp_path / name
+        (folder / "run" / "checkpoints" / "1.saving").mkdir(parents=True)  # an earlier process has left this
+        found = Process(fault_config(folder, folder / "cache"), folder, 0).wait(MOMENTS[name][0])
+        return found.status, found.phase, found.saving, found.last_step
+
     monkeypatch.setattr(fault_runs, "_fork", started)
-    (tmp_path / "run" / "checkpoints" / "1.saving").mkdir(parents=True)  # an earlier process has left this
-    planned, phase, saving, step = MOMENTS[name]
-    process = Process(fault_config(tmp_path, tmp_path / "cache"), tmp_path, 0)
-    outcome = process.wait(planned)
-    assert (outcome.status, outcome.phase, outcome.last_step) == (-signal.SIGKILL, phase, step)
-    assert outcome.saving == saving
+    with concurrent.futures.ThreadPoolExecutor(len(MOMENTS)) as pool:
+        found = dict(zip(MOMENTS, pool.map(ended, MOMENTS)))
+    assert found == {name: (-signal.SIGKILL, *rest) for name, (_, *rest) in MOMENTS.items()}
 
 
 def outcome(status, planned="step", phase="step", resumed=None, last_step=None, noticed=False, finished=False):
@@ -150,56 +154,50 @@ def test_moments_are_those_of_the_seed():
     assert all(1 <= one.occurrence <= 9 and 0 <= one.delay < 0.5 for one in signals)
 
 
-@pytest.mark.slow
-@pytest.mark.long
-def test_killed_and_terminated_runs_lose_nothing(tmp_path):
-    # Seeds of one signal a trial: a kill in step 18, one while the second checkpoint is saved, a SIGTERM in step 27.
-    for name, trials, seed in (("kill", 2, 19), ("term", 1, 26)):
-        result = command(
-            "tools.faults", f"--trials={trials}", f"--seed={seed}", f"--signal={name}", f"--out={tmp_path}"
-        )
-        assert result.returncode == 0, result.stdout + result.stderr
-        values = json.loads((tmp_path / f"faults_{name}.json").read_text())
-        assert (values["trials"], values["survived"], values["lost"]) == (trials, trials, [])
-        assert values["signals"] >= trials // 2
-    assert sorted(os.listdir(tmp_path)) == ["faults_kill.json", "faults_term.json"]
-
-
-# The first trial, then the second.
-BREAKS = """
+# Runs of two epochs: one that is killed in a step and then while a checkpoint is saved; one whose data begins anew and
+# one whose log keeps lost steps, both killed seven steps after a checkpoint; one that gets SIGTERM.
+TRIALS = """
+import contextlib, dataclasses, signal
 from unittest import mock
 from tlinformer_jax.data.batches import TrainingBatches
 from tlinformer_jax.training import metrics
 from tools import fault_trials
 from tools.fault_runs import PlannedSignal
 
-read, run_trial = TrainingBatches.prefetched, fault_trials.run_trial
-BREAKS = [
-    mock.patch.object(TrainingBatches, "prefetched", lambda self, first, *rest: read(self, 0, *rest)),
-    mock.patch.object(metrics, "cut_back", lambda *_: None),
-]
+read, run_trial, config = TrainingBatches.prefetched, fault_trials.run_trial, fault_trials.fault_config
+BREAKS = {
+    1: mock.patch.object(TrainingBatches, "prefetched", lambda self, first, *rest: read(self, 0, *rest)),
+    2: mock.patch.object(metrics, "cut_back", lambda *_: None),
+}
+SIGNALS = [[PlannedSignal("step", 18, 0), PlannedSignal("saving", 1, 0)], *[[PlannedSignal("step", 27, 0)]] * 3]
 
-def broken(root, trial, *rest):
-    with BREAKS[trial]:
-        return run_trial(root, trial, *rest)
+def short(*folders):
+    made = config(*folders)
+    return dataclasses.replace(made, train=dataclasses.replace(made.train, steps="2epochs"))
 
-fault_trials.run_trial = broken
-fault_trials.draw_signals = lambda *_: [PlannedSignal("step", 27, 0)]  # seven steps after a checkpoint
+def chosen(root, trial, durations, seed, number):
+    with BREAKS.get(trial, contextlib.nullcontext()):
+        return run_trial(root, trial, durations, seed, number if trial == 3 else signal.SIGKILL)
+
+fault_trials.fault_config, fault_trials.run_trial = short, chosen
+fault_trials.draw_signals = lambda rng, trial, durations: SIGNALS[trial]
 """
 
 
 @pytest.mark.slow
 @pytest.mark.long
-def test_a_resume_that_is_broken_on_purpose_is_caught(tmp_path):
-    """Once the data begins anew, and once the log keeps lost steps."""
-    line, environment = command_line("tools.faults", "--trials=2", f"--out={tmp_path}")
-    line[2] = f"{BREAKS}\n{line[2]}"
+def test_killed_and_terminated_runs_lose_nothing_and_a_resume_that_is_broken_on_purpose_is_caught(tmp_path):
+    line, environment = command_line("tools.faults", "--trials=4", "--signal=term", f"--out={tmp_path}")
+    line[2] = f"{TRIALS}\n{line[2]}"
     result = run_line(line, environment)
     assert result.returncode == 1, result.stdout + result.stderr
-    assert "LOST trial 0" in result.stdout
-    assert "LOST trial 1" in result.stdout
-    lost = json.loads((tmp_path / "faults_kill.json").read_text())["lost"]
-    assert [entry["trial"] for entry in lost] == [0, 1]
-    problems = [entry["problem"] for entry in lost]
+    values = json.loads((tmp_path / "faults_term.json").read_text())
+    assert (values["trials"], values["survived"], values["signals"], values["answered"]) == (4, 2, 5, 1)
+    assert values["signals_by_aim"] == dict.fromkeys(fault_runs.AIMS, 0) | {"step": 4, "saving": 1}
+    assert [entry["trial"] for entry in values["lost"]] == [1, 2]
+    assert all(f"LOST trial {number}" in result.stdout for number in (1, 2))
+    problems = [entry["problem"] for entry in values["lost"]]
     assert re.fullmatch(r"step \d+: train/.* instead of .*", problems[0])
     assert re.fullmatch(r"step \d+ is logged 2 times", problems[1])
+    left = [path.parent.name for path in tmp_path.glob("faults-*/*/run")]
+    assert sorted(left) == ["1", "2", "whole"], "what was lost is kept to be looked at"

@@ -4,11 +4,17 @@ import pathlib
 
 import pytest
 
-from tests.support.commands import check_refusal, command
+from tests.support.commands import TEXT, check_refusal, command
 from tests.training.test_resume import run_config
 from tlinformer_jax.training.loop import train_and_evaluate
 
-SHRUNK = ["--config=tiny", "--config.model.d_model=16", "--config.model.num_heads=2", "--config.model.num_blocks=1"]
+SHRUNK = [
+    "--config=tiny",
+    *TEXT,
+    "--config.model.d_model=16",
+    "--config.model.num_heads=2",
+    "--config.model.num_blocks=1",
+]
 SHRUNK += ["--config.data.sequence_length=32", "--config.train.batch_size=4", "--config.train.warmup_steps=3"]
 
 

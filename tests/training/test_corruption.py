@@ -77,12 +77,9 @@ def trained(tmp_path_factory):
 
 
 def damages(name: str, data: bytes) -> dict[str, bytes]:
-    """Cut-off and changed contents of a file, at places that depend on its name."""
-    rng = np.random.default_rng(zlib.crc32(name.encode()))
-    places, sizes = rng.integers(len(data), size=3), rng.integers(len(data), size=2)
-    return {f"cut to {size}": data[:size] for size in (*sizes, len(data) - 1)} | {
-        f"flipped at {place}": flipped(data, int(place)) for place in places
-    }
+    """Contents of a file that is cut off, and changed at a place that depends on its name."""
+    place = int(np.random.default_rng(zlib.crc32(name.encode())).integers(len(data)))
+    return {"cut off": data[:-1], f"flipped at {place}": flipped(data, place)}
 
 
 @pytest.mark.slow
@@ -108,7 +105,7 @@ def test_no_damage_of_any_file_of_a_checkpoint_gives_a_wrong_parameter(trained, 
             assert (path.name in told, "set aside as 6.damaged" in told) == (True, True), f"{name} {damage}: {told}"
             shutil.rmtree(workdir)
             cases += 1
-    assert cases >= 50
+    assert cases >= 18
     print(f"{cases} cases")
 
 

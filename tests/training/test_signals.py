@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from tests.support.commands import ROOT, check_refusal, command, command_line
+from tests.support.commands import ROOT, TEXT, check_refusal, command, command_line
 from tlinformer_jax.training.callbacks import Stopped, StopRequest
 
 WAIT = """
@@ -101,6 +101,7 @@ def test_a_stop_is_answered_though_nobody_reads_it():
 def test_a_terminated_training_command_saves_and_exits_0_and_its_directory_takes_no_second_run(tmp_path):
     arguments = [
         "--config=configs/tiny.py",
+        *TEXT,
         *("--config.model.d_model=16", "--config.model.num_heads=2", "--config.model.num_blocks=1"),
         *("--config.data.sequence_length=64", "--config.train.steps=1000000"),
         *("--config.train.log_every=1", "--config.train.eval_every=0", f"--workdir={tmp_path}"),
