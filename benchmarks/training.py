@@ -238,7 +238,7 @@ def checked_mesh(config: RunConfig) -> Any:
     from tlinformer_jax.parallel.sharding import build_mesh, check_batch_divides
     from tlinformer_jax.training.setup import check_sequences_divide
 
-    mesh = build_mesh(config.mesh)
+    mesh = build_mesh(config.train.axes)
     check_batch_divides(config.train.batch_size, mesh, "--batch_tokens / --lengths")
     check_sequences_divide(mesh, config.model, config.data.sequence_length, config.train.sampled_windows)
     return mesh
@@ -284,7 +284,7 @@ def _base() -> dict[str, dict[str, Any]]:
         if cli.config_given()
         else run_config({"model": dataclasses.asdict(ModelConfig())}).to_dict()
     )
-    base = {name: dict(values.get(name, {})) for name in ("model", "train", "mesh", "data")}
+    base = {name: dict(values.get(name, {})) for name in ("model", "train", "data")}
     base["data"] = {}  # random tokens
     if WINDOW.value:
         base["model"] |= {"history_window": WINDOW.value, "generation_window": WINDOW.value}

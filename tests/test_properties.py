@@ -253,8 +253,8 @@ def invalid_values() -> dict[str, st.SearchStrategy]:
         for name in TEXTS.get(section, ()):
             found[f"{section}.{name}"] = st.integers() | st.booleans() | never
     found["train.keep_checkpoints"] = st.integers(max_value=0) | fractions | st.booleans() | never
-    for name in ("fsdp", "tensor", "window", "context", "expert"):
-        found[f"mesh.{name}"] = st.integers(max_value=0) | fractions | never
+    wrong_meshes = ["fsdp=0", "fsdp", "data=2", "fsdp=2,", "fsdp=2;tensor=2", "tensor=2,fsdp=1,tensor=2", "window=2.0"]
+    found["train.mesh"] = st.sampled_from(wrong_meshes) | st.integers() | st.booleans() | never
     return found
 
 

@@ -185,13 +185,15 @@ TRAINING = fields(
     ("train.keep_checkpoints=2+", "no number after +"),
     ("train.max_skipped_updates=-1", "negative"),
     ("train.max_skipped_updates=1+", "no number after +"),
-    ("mesh.fsdp=0", "zero"),
+    ("train.mesh=fsdp=0", "zero"),
+    ("train.mesh=fsdp=2,fsdp=4", "an axis twice"),
+    ("train.mesh=data=2", "unknown axis"),
 )
 TRAINING += [
     Case(
         "a mesh of more devices than the machine has",
         "train",
-        ("--config.mesh.fsdp=3",),
+        ("--config.train.mesh=fsdp=3",),
         "divides 1, the number of devices",
     ),
     Case(
@@ -200,7 +202,9 @@ TRAINING += [
         ("--config.train.sampled_windows=1", "--config.model.architecture=transformer"),
         "train.sampled_windows = 1",
     ),
-    Case("the same with --check", "train", ("--check", "--config.mesh.fsdp=3"), "divides 1, the number of devices"),
+    Case(
+        "the same with --check", "train", ("--check", "--config.train.mesh=fsdp=3"), "divides 1, the number of devices"
+    ),
 ]
 
 TRAIN, VALIDATION = "--config.data.train_files=", "--config.data.validation_files="

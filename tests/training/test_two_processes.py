@@ -33,7 +33,7 @@ def test_two_processes_of_one_device_train_what_one_process_of_two_does(tmp_path
     one, two = tmp_path / "one", tmp_path / "two"
     steps = ("--config.train.steps=6", "--config.train.keep_checkpoints=9+1")
     steps += ("--config.train.checkpoint_every=0.000001s",)  # after every step
-    steps += ("--config.mesh.fsdp=2",)  # each saves parameters that the other does not hold
+    steps += ("--config.train.mesh=fsdp=2",)  # each saves parameters that the other does not hold
     run(start(MAIN, *SMALL, *steps, f"--workdir={one}", devices=2))
     told = run(*start_two(MAIN, *SMALL, *steps, f"--workdir={two}"))
     assert "2 x cpu" in told[0]
@@ -69,10 +69,9 @@ def alone(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("processes", "mesh"), [(2, {"context": 2}), (4, {"window": 2})])
+@pytest.mark.parametrize(("processes", "mesh"), [(2, "context=2"), (4, "window=2")])
 def test_a_mesh_over_processes_trains_what_one_process_does(processes, mesh, alone, tmp_path):
-    axes = [f"--config.mesh.{name}={size}" for name, size in mesh.items()]
-    run(*start_many(processes, MAIN, *WINDOWS, *axes, f"--workdir={tmp_path}"))
+    run(*start_many(processes, MAIN, *WINDOWS, f"--config.train.mesh={mesh}", f"--workdir={tmp_path}"))
     for mine, other in zip(events(tmp_path), events(alone), strict=True):
         assert mine == pytest.approx(other, rel=1e-5)
 

@@ -1,7 +1,7 @@
 """A run's whole configuration, read from a config file or a working directory and checked.
 
 A config file is a Python file whose `get_config()` returns a `ml_collections.ConfigDict` with the sections `model`,
-`train`, `data` and `mesh`. The fields of a section are those of a frozen dataclass, such as `TrainConfig`.
+`train` and `data`. The fields of a section are those of a frozen dataclass, such as `TrainConfig`.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.data.tokenizers import build_tokenizer
 from tlinformer_jax.errors import TRUE_OR_FALSE, ConfigError, DataError, Rule, check_fields, integer, number, one_of
 from tlinformer_jax.files import read_json, write_text
-from tlinformer_jax.parallel.mesh import MeshConfig
+from tlinformer_jax.parallel.mesh import MESH_RULE, axes_of, mesh_text
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
@@ -71,6 +71,7 @@ RULES = {
     ),
     "stop_at_accuracy": number("must be a number from 0 to 1", lambda share: 0 <= share <= 1),
     "deterministic": TRUE_OR_FALSE,
+    "mesh": MESH_RULE,
 }
 
 
@@ -121,6 +122,10 @@ class TrainConfig:
       deterministic: on a GPU, makes two runs, or a run that was killed and resumed, end with the same bits on the same
         kind of device and version of JAX, more slowly. Otherwise XLA chooses kernels by timing, and sums the
         embedding's gradient in the order in which its threads finish. CPUs and TPUs are always deterministic.
+      mesh: how devices share the work, such as 'fsdp=4,tensor=2'. The axis `fsdp` splits the batch and the parameters,
+        `tensor` heads and the feed-forward's features, `window` the generation windows of each sequence, `context` the
+        rows of the history, `expert` the batch and the experts of model.num_experts. The remaining devices split the
+        batch, each with a copy of the parameters; with '' these are all devices.
     """
 
     steps: int | str = 1000
@@ -143,9 +148,11 @@ class TrainConfig:
     max_skipped_updates: int | str = 0
     stop_at_accuracy: float = 0.0
     deterministic: bool = False
+    mesh: str = ""
 
     def __post_init__(self) -> None:
         check_fields("train", self, RULES)
+        object.__setattr__(self, "mesh", mesh_text(self.axes))  # equal meshes have equal texts
         if self.schedule == "paper" and not self.epochs:
             raise ConfigError(
                 "train.steps", self.steps, "must be in epochs, such as '10epochs', for train.schedule = 'paper'"
@@ -157,6 +164,11 @@ class TrainConfig:
         if self.batch_size % self.accumulation:
             allowed = f"must divide train.batch_size = {self.batch_size}"
             raise ConfigError("train.accumulation", self.accumulation, allowed)
+
+    @property
+    def axes(self) -> dict[str, int]:
+        """Sizes of the axes of `mesh`."""
+        return axes_of(self.mesh)
 
     @property
     def micro_batch_size(self) -> int:
@@ -234,7 +246,6 @@ class RunConfig:
     model: ModelConfig
     train: TrainConfig
     data: DataConfig
-    mesh: MeshConfig
 
     def __post_init__(self) -> None:
         model, train, data = self.model, self.train, self.data
@@ -284,7 +295,7 @@ def run_config(values: Mapping[str, Any]) -> RunConfig:
     size, rounded up to a multiple of VOCABULARY_MULTIPLE. Without a section `model` the model is SMALL_MODEL.
     """
     if not hasattr(values, "items"):
-        raise ConfigError("config", values, "must be a mapping of the sections model, train, data and mesh")
+        raise ConfigError("config", values, "must be a mapping of the sections model, train and data")
     for name, section in values.items():
         if missing := unknown_field(name):
             raise ConfigError(name, "...", missing)
@@ -298,7 +309,7 @@ def run_config(values: Mapping[str, Any]) -> RunConfig:
     if model.get("vocab_size", AUTO) == AUTO:
         entries = build_tokenizer(data.tokenizer).vocab_size
         model["vocab_size"] = entries + -entries % VOCABULARY_MULTIPLE
-    return RunConfig(ModelConfig(**model), TrainConfig(**fields["train"]), data, MeshConfig(**fields["mesh"]))
+    return RunConfig(ModelConfig(**model), TrainConfig(**fields["train"]), data)
 
 
 def default_config_dict() -> "ConfigDict":
