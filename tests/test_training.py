@@ -27,12 +27,12 @@ from tlinformer_jax.parallel.sharding import (
     put_batch,
     tree_shardings,
 )
-from tlinformer_jax.training import cross_entropy as loss_module
+from tlinformer_jax.training import loss as loss_module
 from tlinformer_jax.training.callbacks import Trace
 from tlinformer_jax.training.check import check_run
 from tlinformer_jax.training.checkpoint import restore_params
-from tlinformer_jax.training.cross_entropy import summed_losses_and_hits, token_losses_and_hits
 from tlinformer_jax.training.loop import train_and_evaluate
+from tlinformer_jax.training.loss import summed_losses_and_hits, token_losses_and_hits
 from tlinformer_jax.training.metrics import Throughput
 from tlinformer_jax.training.optimizer import Horizon, decay_mask, learning_rate_schedule
 from tlinformer_jax.training.setup import build_run

@@ -1,7 +1,6 @@
 """A run that is taken up on another number, or another shape, of devices."""
 
 import dataclasses
-import functools
 import shutil
 
 import jax
@@ -45,7 +44,7 @@ def test_a_run_on_eight_devices_goes_on_with_others_and_the_losses_are_the_same(
 ):
     config, whole, workdir = stopped
     shutil.copytree(workdir, tmp_path / "run")
-    monkeypatch.setattr(setup, "build_mesh", functools.partial(build_mesh, devices=jax.devices()[:devices]))
+    monkeypatch.setattr(setup, "build_mesh", lambda axes, _: build_mesh(axes, jax.devices()[:devices]))
     train = dataclasses.replace(config.train, mesh=mesh)
     train_and_evaluate(dataclasses.replace(config, train=train), tmp_path / "run")
     assert "continuing from step 3" in capfd.readouterr().err
