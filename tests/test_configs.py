@@ -163,7 +163,7 @@ def test_table_1_is_covered_and_defaults_are_our_recipe():
 @pytest.mark.parametrize("variant", [f"{name}.py:{part}" for name, variants in TASKS.items() for part in variants])
 def test_no_sample_of_a_task_is_seen_twice(variant):
     config = from_flags(variant)
-    last = (config.data.sequence_length, config.train.steps - sum(stage.updates for stage in config.data.stages))
+    last = (config.data.sequence_length, config.train.updates - sum(stage.updates for stage in config.data.stages))
     taken = [
         count * config.train.batch_size * config.data.sequence_length // length
         for length, count, *_ in (*config.data.stages, last)
@@ -177,7 +177,7 @@ def test_retrieval_settings_bind_where_they_say_so():
         config = load("recall", name)
         windows = (config.model.history_window, config.model.generation_window)
         assert name.startswith(f"{config.data.sequence_length}-{config.data.num_items}")
-        assert config.train.steps * config.train.batch_size * config.data.sequence_length <= 200_000_000
+        assert config.train.updates * config.train.batch_size * config.data.sequence_length <= 200_000_000
         assert 2 * setting.pairs % setting.generation_window == 0  # no answer stands in its question's window
         binds = setting.pairs >= 4 * windows[0] and setting.length >= 32 * windows[0]
         assert binds == name.endswith("tight")
@@ -334,7 +334,6 @@ OVERRIDES = {
         "checkpoint_every": 9,
         "keep_checkpoints": "5+3",
         "max_skipped_updates": 4,
-        "stop_at_accuracy": 0.9,
         "deterministic": True,
         "mesh": "fsdp=4,tensor=3,window=5,context=6,expert=2",
     },

@@ -225,8 +225,7 @@ CHOICES = {
 SWITCHES = {"model": ("token_shift",), "train": ("deterministic",), "data": ("document_masking",)}
 RATES = {
     "model": {"dropout": 1.0},
-    "train": {"stop_at_accuracy": math.nextafter(1.0, 2.0), "ema": 1.0}
-    | dict.fromkeys(("learning_rate", "weight_decay", "z_loss", "clip_norm"), math.inf),
+    "train": {"ema": 1.0} | dict.fromkeys(("learning_rate", "weight_decay", "z_loss", "clip_norm"), math.inf),
 }
 TEXTS = {"data": ("tokenizer", "train_files", "text_field", "cache_dir", "curriculum")}
 
@@ -310,6 +309,7 @@ TOGETHER = [
     {"model.num_experts": 2, "model.experts_per_token": 3},
     {"train.accumulation": 3, "train.batch_size": 4},
     {"train.schedule": "paper", "train.steps": 7},
+    {"train.steps": "7@0.5", "data.dataset": "pydoc", "data.curriculum": ""},
     {"model.attention": "cudnn", "model.dropout": 0.1},
     PLAIN | {"model.architecture": "sliding_window", "model.history_window": "auto", "train.sampled_windows": 0},
     PLAIN | {"model.architecture": "transformer", "train.sampled_windows": 1},

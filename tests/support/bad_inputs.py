@@ -158,6 +158,7 @@ TRAINING = fields(
     ("train.steps=-1", "negative"),
     ("train.steps=0", "zero"),
     ("train.steps=0epochs", "no epochs"),
+    ("train.steps=100@2", "an accuracy above 1"),
     ("train.batch_size=0", "zero"),
     ("train.accumulation=3", "does not divide the batch"),
     ("train.accumulation=0", "zero"),

@@ -32,7 +32,8 @@ VOCABULARY_MULTIPLE = 128
 SMALL_MODEL = {"d_model": 96, "num_heads": 3, "hidden_depth": 0, "history_window": 32, "generation_window": 32}
 OPTIMIZERS = ("adamw", "muon")
 SCHEDULES = ("cosine", "constant", "paper")
-EPOCHS = re.compile(r"([1-9]\d*)epochs?")
+# Updates or epochs, at least one of "epochs" and "@ACCURACY".
+STEPS = re.compile(r"(?!\d+$)([1-9]\d{0,15})(epochs?)?(?:@((?=.*[1-9])0?\.\d+|1(?:\.0*)?))?")
 AND_MORE = re.compile(r"(\d+)(?:\+(\d+))?")  # two counts
 COSINE_TO = re.compile(r"cosine:(\d+(?:\.\d+)?(?:e-?\d+)?)")
 WSD = re.compile(r"wsd:((?=.*[1-9])0?\.\d+|1(?:\.0*)?)")
@@ -44,7 +45,9 @@ UNITS = {"s": 1, "min": 60, "h": 3600}
 # Evaluation stores no activations for a gradient, so it computes several small micro-batches at a time.
 EVALUATION_TOKENS = 16_384
 RULES = {
-    "steps": integer(1, pattern=EPOCHS.pattern, also=", or epochs such as '10epochs'"),
+    "steps": integer(
+        1, pattern=STEPS.pattern, also=", epochs such as '10epochs', or either with '@0.99' to end earlier"
+    ),
     **dict.fromkeys(("batch_size", "accumulation", "log_every"), integer(1)),
     **dict.fromkeys(("sampled_windows", "warmup_steps"), integer(0)),
     "seed": integer(0, LARGEST_SEED),
@@ -69,7 +72,6 @@ RULES = {
         pattern=AND_MORE.pattern,
         also=", or e.g. '3+1': after more than three, one return to a checkpoint",
     ),
-    "stop_at_accuracy": number("must be a number from 0 to 1", lambda share: 0 <= share <= 1),
     "deterministic": TRUE_OR_FALSE,
     "mesh": MESH_RULE,
 }
@@ -83,7 +85,8 @@ class TrainConfig:
     """Length of the training, optimiser, evaluations and checkpoints. A step is one update of the parameters.
 
     Attributes:
-      steps: number of updates; or of passes over the training samples, such as '10epochs'.
+      steps: number of updates; or of passes over the training samples, such as '10epochs'. For tasks, '5000@0.99' ends
+        the run at the first evaluation with at least this fraction of right answers, after 5,000 updates at the latest.
       batch_size: sequences per update, over all devices and micro-batches.
       accumulation: number of micro-batches of an update, computed one after the other; divides batch_size.
       sampled_windows: generation windows of each sequence to train on, drawn without replacement for every
@@ -117,8 +120,6 @@ class TrainConfig:
         this the run stops and keeps its last checkpoint; 0 stops at the first. '3+1' instead returns, once per run, to
         the parameters and optimiser state of the last checkpoint at a multiple of checkpoint_every, and continues with
         the batches after the bad ones.
-      stop_at_accuracy: for tasks; the run ends at the first evaluation with at least this fraction of right answers; 0
-        continues to the last update.
       deterministic: on a GPU, makes two runs, or a run that was killed and resumed, end with the same bits on the same
         kind of device and version of JAX, more slowly. Otherwise XLA chooses kernels by timing, and sums the
         embedding's gradient in the order in which its threads finish. CPUs and TPUs are always deterministic.
@@ -146,7 +147,6 @@ class TrainConfig:
     checkpoint_every: int | str = "10min"
     keep_checkpoints: int | str = 2
     max_skipped_updates: int | str = 0
-    stop_at_accuracy: float = 0.0
     deterministic: bool = False
     mesh: str = ""
 
@@ -178,13 +178,18 @@ class TrainConfig:
     @property
     def epochs(self) -> int:
         """Passes over the training samples; 0 if `steps` counts updates."""
-        match = EPOCHS.fullmatch(str(self.steps))
-        return int(match[1]) if match else 0
+        match = STEPS.fullmatch(str(self.steps))
+        return int(match[1]) if match and match[2] else 0
 
     @property
     def updates(self) -> int:
         """Number of updates; 0 if `steps` counts epochs."""
-        return 0 if self.epochs else int(self.steps)
+        return 0 if self.epochs else int(str(self.steps).partition("@")[0])
+
+    @property
+    def goal(self) -> float:
+        """Fraction of right answers at which the run ends; 0 if it goes on to the last update."""
+        return float(str(self.steps).partition("@")[2] or 0)
 
     @property
     def kept(self) -> tuple[int, int]:
@@ -256,9 +261,9 @@ class RunConfig:
         windows = -(-data.sequence_length // model.generation_window)
         if sampled > windows:
             raise ConfigError("train.sampled_windows", sampled, f"must be at most the {windows} windows of a sequence")
-        if train.stop_at_accuracy and not data.is_task:
-            allowed = f"must be 0 for data.dataset = {data.dataset!r}, which has no answers"
-            raise ConfigError("train.stop_at_accuracy", train.stop_at_accuracy, allowed)
+        if train.goal and not data.is_task:
+            allowed = f"must have no @ACCURACY for data.dataset = {data.dataset!r}, which has no answers"
+            raise ConfigError("train.steps", train.steps, allowed)
         if data.document_masking and (model.recurrent or model.attention == "cudnn"):
             name = "architecture" if model.recurrent else "attention"
             allowed = f"must be False for model.{name} = {getattr(model, name)!r}, which cannot keep documents apart"
