@@ -32,7 +32,7 @@ def config_of(tmp_path, model=(), train=(), data=()):
     path = tmp_path / "text.txt"
     path.write_text(TEXT)
     text = {"dataset": "text", "train_files": str(path), "validation_files": str(path)}
-    text |= {"cache_dir": str(tmp_path / "cache"), "sequence_length": 32}
+    text["sequence_length"] = 32
     return run_config(
         {
             "model": MODEL | dict(model),
@@ -116,7 +116,7 @@ def test_mistakes_are_found(tmp_path, name):
 
 def test_the_command_needs_no_workdir_and_writes_nothing(tmp_path, monkeypatch):
     monkeypatch.delenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS")  # of conftest.py
-    for name in ("HOME", "XDG_CACHE_HOME", "JAX_COMPILATION_CACHE_DIR", "TMPDIR"):
+    for name in ("HOME", "XDG_CACHE_HOME", "TLINFORMER_CACHE", "JAX_COMPILATION_CACHE_DIR", "TMPDIR"):
         monkeypatch.setenv(name, str(tmp_path))
     result = command("tlinformer_jax.main", "--check", "--config=configs/tiny.py", f"--workdir={tmp_path}/run")
     assert result.returncode == 0, result.stderr

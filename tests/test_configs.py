@@ -345,7 +345,6 @@ OVERRIDES = {
         "validation_files": "/c.txt",
         "test_files": "/d.txt",
         "text_field": "body",
-        "cache_dir": "/some/cache",
         "examples": 4321,
         "num_items": 5,
     },

@@ -95,7 +95,7 @@ def test_an_unknown_name_lists_the_names():
         ("modle", "no such section; did you mean model?"),
         (
             "data.zzz",
-            "no such field; the fields are cache_dir, curriculum, dataset, document_masking, examples, num_items, "
+            "no such field; the fields are curriculum, dataset, document_masking, examples, num_items, "
             "sequence_length, shingle, test_files, text_field, tokenizer, train_files, validation_files",
         ),
         ("zzz.yyy", "no such section; the sections are model, train, data"),

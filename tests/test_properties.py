@@ -227,7 +227,7 @@ RATES = {
     "model": {"dropout": 1.0},
     "train": {"ema": 1.0} | dict.fromkeys(("learning_rate", "weight_decay", "z_loss", "clip_norm"), math.inf),
 }
-TEXTS = {"data": ("tokenizer", "train_files", "text_field", "cache_dir", "curriculum")}
+TEXTS = {"data": ("tokenizer", "train_files", "text_field", "curriculum")}
 
 
 def invalid_values() -> dict[str, st.SearchStrategy]:

@@ -28,6 +28,7 @@ class Case:
       arguments: beside the usual ones; one of the same flag stands in the place of the usual one.
       says: what the line must hold.
       usual: whether the usual arguments are given.
+      cache: the environment's TLINFORMER_CACHE.
     """
 
     what: str
@@ -35,6 +36,7 @@ class Case:
     arguments: tuple[str, ...]
     says: str
     usual: bool = True
+    cache: str = "{d}/cache"
 
     def argv(self, folder: str) -> list[str]:
         """All arguments, for files in `folder`."""
@@ -245,15 +247,14 @@ DATA += [
     Case("a .xz that is not compressed", "train", (TRAIN + "{d}/none.txt.xz",), "damaged .xz data"),
     Case("a .zst that is not compressed", "train", (TRAIN + "{d}/none.txt.zst",), "damaged .zst data"),
     Case("a validation split that is too short", "train", (VALIDATION + "{d}/short.txt",), "validation split has only"),
-    Case("a cache directory that is a file", "train", ("--config.data.cache_dir={d}/binary.txt",), "data.cache_dir"),
-    Case(
-        "a cache directory that cannot be written", "train", ("--config.data.cache_dir=/proc/cache",), "data.cache_dir"
-    ),
+    Case("a cache folder that is a file", "train", (), "TLINFORMER_CACHE", cache="{d}/binary.txt"),
+    Case("a cache folder that cannot be written", "train", (), "TLINFORMER_CACHE", cache="/proc/cache"),
     Case(
         "WikiText that is damaged",
         "train",
-        ("--config.data.dataset=wikitext103", "--config.data.cache_dir={d}/cache/damaged"),
+        ("--config.data.dataset=wikitext103",),
         "cache/damaged/downloads/wikitext-103-v1.zip: not the published file",
+        cache="{d}/cache/damaged",
     ),
     Case("to prepare a damaged text", "prepare", (TRAIN + "{d}/cut.txt.gz",), "truncated"),
     Case(
@@ -354,7 +355,7 @@ PATHS = [
     Case("a config file in a bucket", "train", ("--config=gs://bucket/small.py",), BUCKET),
     Case("text in a bucket", "train", ("--config.data.train_files=gs://bucket/*.txt",), BUCKET),
     Case("a tokenizer at a URL", "train", ("--config.data.tokenizer=https://host/tokenizer.json",), BUCKET),
-    Case("a cache in a bucket", "train", ("--config.data.cache_dir=s3://bucket/cache",), BUCKET),
+    Case("a cache in a bucket", "train", (), BUCKET, cache="s3://bucket/cache"),
     Case("to evaluate a bucket", "evaluate", ("--workdir=gs://bucket/run",), BUCKET),
     Case("a text in a bucket", "evaluate", ("--text_file=gs://bucket/a.txt",), BUCKET),
     Case("a result file in a bucket", "evaluate", ("--out=gs://bucket/x.json",), BUCKET),

@@ -92,7 +92,7 @@ def test_a_kill_comes_at_its_moment_and_the_phase_is_told(name, tmp_path, monkey
     monkeypatch.setattr(fault_runs, "_fork", started)
     (tmp_path / "run" / "checkpoints" / "1.saving").mkdir(parents=True)  # an earlier process has left this
     planned, phase, saving, step = MOMENTS[name]
-    process = Process(fault_config(tmp_path, tmp_path / "cache"), tmp_path, 0)
+    process = Process(fault_config(tmp_path), tmp_path, 0)
     outcome = process.wait(planned)
     assert (outcome.status, outcome.phase, outcome.last_step) == (-signal.SIGKILL, phase, step)
     assert outcome.saving == saving

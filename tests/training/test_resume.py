@@ -58,7 +58,6 @@ def run_config(folder: pathlib.Path, **train) -> RunConfig:
             sequence_length=8,
             train_files=str(folder / "train.txt"),
             validation_files=str(folder / "validation.txt"),
-            cache_dir=str(folder / "cache"),
         ),
     )
 
