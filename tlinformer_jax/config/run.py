@@ -207,16 +207,9 @@ class TrainConfig:
         return _counts(self.max_skipped_updates)[1]
 
     @property
-    def cosine_end(self) -> float:
-        """Final learning rate of a cosine schedule, as a fraction of the peak."""
-        match = COSINE_TO.fullmatch(self.schedule)
-        return float(match[1]) if match else 0.0
-
-    @property
-    def decay_share(self) -> float:
-        """Fraction of the steps in which the rate of 'wsd' falls; 0 for other schedules."""
-        match = WSD.fullmatch(str(self.schedule))
-        return float(match[1]) if match else 0.0
+    def schedule_share(self) -> float:
+        """The number in `schedule`: the share of the peak where a cosine ends, or of the steps in which 'wsd' falls."""
+        return float(self.schedule.partition(":")[2] or 0)
 
     @property
     def equal_updates(self) -> bool:

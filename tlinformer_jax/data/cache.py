@@ -50,11 +50,10 @@ def file_identity(path: pathlib.Path) -> Identity:
 
 
 def cache_folder() -> pathlib.Path:
-    """Returns the folder for tokens and downloads.
+    """Returns the folder $TLINFORMER_CACHE; by default $XDG_CACHE_HOME/tlinformer_jax, or ~/.cache/tlinformer_jax.
 
-    It is $TLINFORMER_CACHE, by default $XDG_CACHE_HOME/tlinformer_jax, or else ~/.cache/tlinformer_jax. WikiText-103's
-    zip or parquet files are read from its folder `downloads`; otherwise the zip is downloaded. The data sets of
-    TensorFlow Datasets are in its folder `tensorflow_datasets`.
+    Its folder `downloads` may hold the zip or parquet files of WikiText-103, which is otherwise downloaded. The data
+    sets of TensorFlow Datasets are in its folder `tensorflow_datasets`.
     """
     default = os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "tlinformer_jax")
     return local_path(os.environ.get(FOLDER_VARIABLE) or default, FOLDER_VARIABLE)

@@ -32,8 +32,7 @@ PARTS = {
 DEFAULTS = {
     section: {field.name: field.default for field in dataclasses.fields(kind)} for section, kind in SECTIONS.items()
 }
-# Fields that tell on which devices a run trains, and where and how it reads its text, and so do not change its figures;
-# some exist only in earlier records.
+# Fields that do not change a run's figures: its devices, and where it reads its text; some only in earlier records.
 PLACES = ("train.mesh", "data.manual_dir", "data.cache_dir", "data.full_hash", "data.num_workers")
 FILES = ("train_files", "validation_files", "test_files")
 COMMAND = (sys.executable, "-m", "tlinformer_jax.commands.sweep")  # reads jobs from its stdin

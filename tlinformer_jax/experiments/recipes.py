@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from tlinformer_jax.config.data import DataConfig
 from tlinformer_jax.config.named import load_python
-from tlinformer_jax.config.recipes import set_books, set_own_recipe, set_tokens
+from tlinformer_jax.config.recipes import TOKENS_PER_UPDATE, set_books, set_own_recipe
 from tlinformer_jax.config.run import default_config_dict
 from tlinformer_jax.errors import ConfigError
 
@@ -61,11 +61,16 @@ def set_model(config: "ConfigDict", name: str) -> None:
 
 
 def books_config(row: str, tokens: int) -> "ConfigDict":
-    """Returns the configuration of a row of `config.recipes` with our recipe, trained on `tokens` tokens of books."""
+    """Returns the configuration of a row of `config.recipes` with our recipe, trained on `tokens` tokens of books.
+
+    A tenth of the updates is warm-up; there are ten evaluations, each with a checkpoint.
+    """
     config = default_config_dict()
     set_books(config)
     set_own_recipe(config, row)
-    set_tokens(config, tokens)
+    updates = -(-tokens // TOKENS_PER_UPDATE)
+    tenth = max(1, updates // 10)
+    config.train.update(steps=updates, warmup_steps=tenth, eval_every=tenth, checkpoint_every=tenth)
     return config
 
 

@@ -160,6 +160,11 @@ def _segment(config: ModelConfig, windows: np.ndarray, together: int, chunk: int
 # ---- Rows of an array
 
 
+def pad_rows(array: jax.Array, count: int) -> jax.Array:
+    """Appends `count` rows of zeros to an array [batch, rows, ...]."""
+    return jnp.pad(array, ((0, 0), (0, count), *((0, 0),) * (array.ndim - 2)))
+
+
 def in_chunks(array: jax.Array, chunk: int) -> jax.Array:
     """Splits [batch, length, ...] into [length / chunk, batch, chunk, ...]."""
     return jnp.moveaxis(array.reshape(array.shape[0], -1, chunk, *array.shape[2:]), 1, 0)

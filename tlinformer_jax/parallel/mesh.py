@@ -6,14 +6,12 @@ inside `target` that of a device which need not exist, so that programs for a TP
 
 import contextlib
 import contextvars
-import math
 import re
 from collections.abc import Iterator, Mapping
 
-from tlinformer_jax.errors import ConfigError, Rule
+from tlinformer_jax.errors import Rule
 
 _TARGET: contextvars.ContextVar[tuple[str, str] | None] = contextvars.ContextVar("target", default=None)
-
 
 # Axes of a mesh that a configuration names. One more, `data`, splits the batch over the remaining devices.
 AXES = ("fsdp", "tensor", "window", "context", "expert")
@@ -34,15 +32,6 @@ def axes_of(mesh: str) -> dict[str, int]:
 def mesh_text(sizes: Mapping[str, int]) -> str:
     """Inverts `axes_of`; the text has the axes in the order of AXES and none of size 1."""
     return ",".join(f"{name}={sizes[name]}" for name in AXES if sizes.get(name, 1) > 1)
-
-
-def mesh_shape(sizes: Mapping[str, int], num_devices: int) -> dict[str, int]:
-    """Returns the sizes of all axes for `num_devices` devices; `sizes` are those that are not 1."""
-    data, left = divmod(num_devices, math.prod(sizes.values()))
-    if left or not data:
-        allowed = f"must have a product that divides {num_devices}, the number of devices"
-        raise ConfigError("train.mesh", mesh_text(sizes), allowed)
-    return {"data": data, **dict.fromkeys(AXES, 1), **sizes}
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from tlinformer_jax.errors import ConfigError
-from tlinformer_jax.parallel.mesh import mesh_shape, mesh_text
+from tlinformer_jax.parallel.mesh import AXES, mesh_text
 
 # Axes that split the batch in training; the other axes hold copies of it.
 BATCH_AXES = ("data", "fsdp", "expert")
@@ -53,7 +53,11 @@ NO_WINDOW = -1
 def build_mesh(axes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
     """Returns the mesh over `devices` (default: all), with every axis of type Auto; `axes` are sizes other than 1."""
     devices = jax.devices() if devices is None else devices
-    sizes = mesh_shape(axes, len(devices))
+    data, left = divmod(len(devices), math.prod(axes.values()))
+    if left or not data:
+        allowed = f"must have a product that divides {len(devices)}, the number of devices"
+        raise ConfigError("train.mesh", mesh_text(axes), allowed)
+    sizes = {"data": data, **dict.fromkeys(AXES, 1), **axes}
     return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes), devices=devices)
 
 

@@ -26,7 +26,7 @@ from tlinformer_jax.models.model import (
     prepare_params,
 )
 from tlinformer_jax.models.tlinformer import prepare_sequence
-from tlinformer_jax.models.windows import in_chunks, joined, num_windows
+from tlinformer_jax.models.windows import in_chunks, joined, num_windows, pad_rows
 from tlinformer_jax.parallel.sharding import UNSPLIT, WHOLE, BatchSplit
 from tlinformer_jax.training.window_loss import (
     DeviceBatch,
@@ -56,8 +56,7 @@ def summed_loss(
 ) -> LossAndRight:
     """Returns the weighted sum of the cross-entropy in nats, and the weight of the correctly predicted labels.
 
-    The sequence is computed whole, or window by window to save memory. With several devices the result is this device's
-    share of the sum.
+    With several devices the result is this device's share of the sum.
 
     Args:
       batch: as for `train_step`; with `documents` if samples hold several documents, see `Embedded`.
@@ -218,8 +217,7 @@ def _chunks(array: jax.Array, chunk: int) -> jax.Array:
     """
     batch, length = array.shape[:2]
     columns = max(1, min(length, chunk // batch))
-    array = jnp.pad(array, ((0, 0), (0, -length % columns), *((0, 0),) * (array.ndim - 2)))
-    return in_chunks(array, columns)
+    return in_chunks(pad_rows(array, -length % columns), columns)
 
 
 # ---- Samples with few weighted labels

@@ -20,7 +20,7 @@ from tlinformer_jax.models.model import ModelParams, embed, tokens_before
 from tlinformer_jax.models.recompute import add_wide, rounded, wide_zeros
 from tlinformer_jax.models.streams import History, Stream
 from tlinformer_jax.models.tlinformer import PreparedSequence, place_in_segment, window_states
-from tlinformer_jax.models.windows import Segment, num_windows
+from tlinformer_jax.models.windows import Segment, num_windows, pad_rows
 from tlinformer_jax.parallel.sharding import SequenceSplit, assign_windows
 
 DeviceBatch = dict[str, jax.Array]
@@ -160,11 +160,6 @@ def window_loops(
     which = jnp.sum(windows[:, None] >= firsts, axis=1, dtype=jnp.int32)
     loop = WindowLoop(segments, sequence.history, own, windows, taken, which)
     yield loop.on_device(assign_windows(windows.shape[0], parts))
-
-
-def pad_rows(array: Array, count: int) -> Array:
-    """Appends `count` rows of zeros to an array [batch, rows, ...]."""
-    return jnp.pad(array, ((0, 0), (0, count), *((0, 0),) * (array.ndim - 2)))
 
 
 # ---- One window
