@@ -65,7 +65,7 @@ class Job:
 
 
 def overrides(text: str) -> dict[tuple[str, str], Any]:
-    """Returns the fields of 'section.field=value,section.field=value'; a part without '=' continues the value before.
+    """Returns the fields of 'section.field=value,section.field=value'; any other part continues the value before.
 
     Raises:
       ConfigError: if a part names no field.
@@ -79,7 +79,7 @@ def overrides(text: str) -> dict[tuple[str, str], Any]:
         if equals and field and unknown_field(name) is None:
             last = (section, field)
             fields[last] = _value(value)
-        elif not equals and last is not None:  # a value with a comma, such as train_files
+        elif last is not None and not (equals and field):  # a value with a comma, such as train.mesh
             fields[last] = f"{fields[last]},{part}"
         else:
             raise ConfigError("--set or --try", part, "must be section.field=value of a configuration's field")
