@@ -18,7 +18,7 @@ from unittest import mock
 
 # For each kernel: module and name of the gate that turns it on, and the gate's value without the kernel.
 GATES: dict[str, tuple[str, str, Any]] = {
-    "loss": ("training.cross_entropy", "usable", lambda *_: False),
+    "loss": ("training.loss", "usable", lambda *_: False),
     "norm": ("models.layers", "usable", lambda *_: False),
     "dropout": ("kernels.dropout", "use_kernel", lambda *_: False),
     "token": ("models.cached_attention", "use_token_kernels", lambda _: False),

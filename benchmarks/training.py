@@ -65,7 +65,7 @@ class Job:
 
 
 def overrides(text: str) -> dict[tuple[str, str], Any]:
-    """Returns the fields of 'section.field=value,section.field=value'; a part without '=' continues the value before.
+    """Returns the fields of 'section.field=value,section.field=value'; any other part continues the value before.
 
     Raises:
       ConfigError: if a part names no field.
@@ -79,7 +79,7 @@ def overrides(text: str) -> dict[tuple[str, str], Any]:
         if equals and field and unknown_field(name) is None:
             last = (section, field)
             fields[last] = _value(value)
-        elif not equals and last is not None:  # a value with a comma, such as train_files
+        elif last is not None and not (equals and field):  # a value with a comma, such as train.mesh
             fields[last] = f"{fields[last]},{part}"
         else:
             raise ConfigError("--set or --try", part, "must be section.field=value of a configuration's field")
@@ -238,7 +238,7 @@ def checked_mesh(config: RunConfig) -> Any:
     from tlinformer_jax.parallel.sharding import build_mesh, check_batch_divides
     from tlinformer_jax.training.setup import check_sequences_divide
 
-    mesh = build_mesh(config.mesh)
+    mesh = build_mesh(config.train.axes)
     check_batch_divides(config.train.batch_size, mesh, "--batch_tokens / --lengths")
     check_sequences_divide(mesh, config.model, config.data.sequence_length, config.train.sampled_windows)
     return mesh
@@ -284,7 +284,7 @@ def _base() -> dict[str, dict[str, Any]]:
         if cli.config_given()
         else run_config({"model": dataclasses.asdict(ModelConfig())}).to_dict()
     )
-    base = {name: dict(values.get(name, {})) for name in ("model", "train", "mesh", "data")}
+    base = {name: dict(values.get(name, {})) for name in ("model", "train", "data")}
     base["data"] = {}  # random tokens
     if WINDOW.value:
         base["model"] |= {"history_window": WINDOW.value, "generation_window": WINDOW.value}

@@ -29,5 +29,5 @@ def get_config(variant: str = "512-512-0.5") -> ConfigDict:
     recipes.set_books(config)
     recipes.set_own_recipe(config, variant.removesuffix("-plus"))
     if variant.endswith("-plus"):
-        recipes.set_plus(config)
+        config.model.token_shift = True
     return config

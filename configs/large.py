@@ -12,7 +12,7 @@ Variants, each with the accelerator that its mesh is for:
     1b3    2,048  16 x 128       24      8,192  512 + 512  256 x 8,192 tokens  v5e:16x16
 
 The vocabulary is GPT-2's 50,257 entries padded to 50,304, a multiple of 128; the other 47 never occur. Training uses
-about 20 tokens per parameter. On other machines, change --config.mesh.fsdp and --config.train.accumulation.
+about 20 tokens per parameter. On other machines, change --config.train.mesh and --config.train.accumulation.
 --check_compile prints the memory of a step, and tools.training_topology does so for TPUs that you do not have.
 
 Needs: `pip install "tlinformer-jax[data]"`; files of JSON lines, plain, .gz, .xz or .zst.
@@ -38,7 +38,7 @@ WINDOWS = {"125m": 256, "350m": 256, "1b3": 512}
 LENGTHS = {"125m": 2048, "350m": 2048, "1b3": 8192}
 # Updates, peak learning rate, micro-batches per update.
 TRAINING = {"125m": (4_800, 6e-4, 8), "350m": (13_800, 3e-4, 4), "1b3": (12_800, 2e-4, 1)}
-FSDP = {"125m": 1, "350m": 4, "1b3": 16}
+MESHES = {"125m": "", "350m": "fsdp=4", "1b3": "fsdp=16"}
 
 
 def get_config(variant: str = "125m") -> ConfigDict:
@@ -67,6 +67,6 @@ def get_config(variant: str = "125m") -> ConfigDict:
         warmup_steps=updates // 20,
         eval_every=updates // 10,
         checkpoint_every=200,
+        mesh=MESHES[variant],
     )
-    config.mesh.fsdp = FSDP[variant]
     return config

@@ -24,7 +24,6 @@ tokens, 0.925 at 65,536, 0.880 at 262,144 and 0.805 at 1,048,576 (docs/measureme
 
 from ml_collections import ConfigDict
 
-from tlinformer_jax.config.recipes import set_plus
 from tlinformer_jax.config.run import default_config_dict
 from tlinformer_jax.experiments.recipes import Setting, chosen, set_needles
 
@@ -42,6 +41,6 @@ def get_config(variant: str = "8k") -> ConfigDict:
     tiny = variant == "tiny"
     set_needles(config, chosen(PASSKEY, variant), "passkey", 1 if tiny else 4, tiny)
     if variant.endswith("-plus"):
-        set_plus(config)
+        config.model.token_shift = True
         config.model.longest_wavelength = 64
     return config

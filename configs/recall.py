@@ -35,7 +35,6 @@ import dataclasses
 
 from ml_collections import ConfigDict
 
-from tlinformer_jax.config.recipes import set_plus
 from tlinformer_jax.config.run import default_config_dict
 from tlinformer_jax.experiments.recipes import Setting, chosen, set_task
 
@@ -70,5 +69,5 @@ def get_config(variant: str = "512-64-tight") -> ConfigDict:
     config.data.update(dataset="recall", tokenizer="numbers:8192", num_items=setting.pairs)
     set_task(config, setting, vocab_size=8192, width=128, tokens_per_update=32_768, learning_rate=3e-3)
     if plus:
-        set_plus(config)
+        config.model.token_shift = True
     return config

@@ -18,7 +18,6 @@ import re
 
 from ml_collections import ConfigDict
 
-from tlinformer_jax.config.recipes import set_plus
 from tlinformer_jax.config.run import default_config_dict
 from tlinformer_jax.errors import ConfigError
 from tlinformer_jax.experiments.plan import Sweep
@@ -66,6 +65,6 @@ def _tiny(name: str) -> ConfigDict:
 
 def _recall(pairs: int, vocabulary: int) -> ConfigDict:
     config = default_config_dict()
-    set_plus(config)
+    config.model.token_shift = True
     config.data.update(dataset="recall", tokenizer=f"numbers:{vocabulary}", num_items=pairs)
     return config

@@ -27,7 +27,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from tlinformer_jax.config.run import default_config_dict
+from tlinformer_jax.config.run import TrainConfig, default_config_dict
 from tlinformer_jax.errors import ConfigError
 from tlinformer_jax.experiments.plan import Sweep, overrides_between
 from tlinformer_jax.experiments.recipes import COMPARATORS, books_config, package_config, sweep_points
@@ -61,7 +61,7 @@ def get_sweep(variant: str = "books") -> Sweep:
     if variant == "passkey":
         models = ("tlin-4", "attention-4", *COMPARATORS)
         base, points = sweep_points(package_config("passkey"), ("8k-plus",), models, (1e-3,))
-        base.train.stop_at_accuracy = 0.0
+        base.train.steps = TrainConfig(**base.train).updates
         then = tuple(f"evaluate@{length}" for length in FAR)
         return Sweep(base, points, seeds=(0, 1, 2), then=then, study="retrieval")
     if variant == "tiny":

@@ -64,6 +64,6 @@ def _longer() -> ConfigDict:
     config = package_config("passkey")("8k-plus")
     train, data = config.train, config.data
     updates = TOKENS // (train.batch_size * data.sequence_length)
-    train.update(steps=updates, warmup_steps=updates // 10, eval_every=updates // 8, stop_at_accuracy=0.0)
+    train.update(steps=updates, warmup_steps=updates // 10, eval_every=updates // 8)
     data.examples = DataConfig(**data).samples_before(updates, train.batch_size)
     return config

@@ -93,9 +93,9 @@ def _tiny() -> Sweep:
     config = default_config_dict()
     config.model.update(architecture="transformer", vocab_size=64, d_model=64, num_heads=2, d_ff=128)
     config.model.update(num_blocks=1, hidden_depth=0, history_window=4, generation_window=4)
-    config.train.update(steps=1500, batch_size=64, warmup_steps=100, schedule="cosine:0.1", learning_rate=2e-3)
-    config.train.update(log_every=100, eval_every=100, checkpoint_every=500, weight_decay=0.0, stop_at_accuracy=0.99)
+    config.train.update(steps="1500@0.99", batch_size=64, warmup_steps=100, schedule="cosine:0.1", learning_rate=2e-3)
+    config.train.update(log_every=100, eval_every=100, checkpoint_every=500, weight_decay=0.0)
     config.data.update(dataset="recall", tokenizer="numbers:64", sequence_length=16, num_items=2)
     config.data.examples = 1500 * 64
-    windows = {"model.architecture": "tlinformer", "train.steps": 200}
+    windows = {"model.architecture": "tlinformer", "train.steps": "200@0.99"}
     return Sweep(config, {"16-2_attention-2": {}, "16-2_tlin-2": windows}, then=("evaluate",), study="retrieval")

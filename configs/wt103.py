@@ -8,8 +8,8 @@ Variants: base-512, 512-512-0.382, 512-512-0.5 (the default), 512-512-0.618, bas
 trained as in the paper; then only rows of the same N are comparable, and dropout differs (see `_set_paper_recipe`).
 
 Needs: `pip install "tlinformer-jax[data]"`; 190 MB of download, or its zip or parquet files in the folder `downloads`
-of data.cache_dir; one accelerator. If our recipe's 131,072 tokens at once do not fit in its memory,
---config.train.accumulation=4 computes them in four parts; the result is the same except for the drawn dropout.
+of the cache (`data.cache.cache_folder`); one accelerator. If our recipe's 131,072 tokens at once do not fit in its
+memory, --config.train.accumulation=4 computes them in four parts; the result is the same except for the drawn dropout.
 
 Result: not yet measured.
 """

@@ -4,10 +4,10 @@
 #   launch/gpu.sh [--dry_run] [--gpus=0,1] --config=FILE --workdir=DIR [--config.SECTION.FIELD=VALUE ...]
 #
 #   launch/gpu.sh --config=configs/wt103.py --workdir=runs/wt103
-#   launch/gpu.sh --gpus=0,1 --config=configs/wt103.py --config.mesh.fsdp=2 --workdir=runs/two
+#   launch/gpu.sh --gpus=0,1 --config=configs/wt103.py --config.train.mesh=fsdp=2 --workdir=runs/two
 #
 # --gpus selects GPUs by number; --dry_run prints the commands and runs none. All other flags go to
-# `python -m tlinformer_jax.main` (--helpshort lists them). config.mesh says how the GPUs share the work; by default
+# `python -m tlinformer_jax.main` (--helpshort lists them). config.train.mesh says how the GPUs share the work; by default
 # they split the batch. Ctrl-C or SIGTERM saves and ends with status 0; the same command continues from there.
 #
 # Needs an environment with JAX for CUDA. Set it up once, in the repository:

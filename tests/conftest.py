@@ -38,6 +38,20 @@ jax.config.update("jax_default_matmul_precision", "highest")
 jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR", str(CACHE)))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def tokens_of_tests(tmp_path_factory):
+    """Keeps tokens of the tests' texts out of the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TLINFORMER_CACHE", str(tmp_path_factory.mktemp("tlinformer_cache")))
+        yield
+
+
+@pytest.fixture
+def own_cache(tmp_path, monkeypatch):
+    """Keeps tokens and downloads of a test in a folder of its own."""
+    monkeypatch.setenv("TLINFORMER_CACHE", str(tmp_path / "cache"))
+
+
 @pytest.fixture
 def drawn(monkeypatch) -> dict[str, list[figures.Panel]]:
     """File name -> what each panel of a saved figure shows."""

@@ -14,7 +14,6 @@ from tlinformer_jax.kernels.splash import attend_splash
 from tlinformer_jax.models import attention
 from tlinformer_jax.models.attention import attend
 from tlinformer_jax.models.layers import Dropout
-from tlinformer_jax.parallel.mesh import MeshConfig
 from tlinformer_jax.parallel.sharding import batch_sharding, build_mesh
 
 CASES = {
@@ -58,7 +57,7 @@ def test_splash_runs_on_every_device_of_a_mesh_on_its_share_of_the_batch():
     arrays = inputs(6, 9, batch=8)
     lengths = jnp.array([9, 0, 3, 4, 5, 6, 7, 8])
     truth = attend(*arrays, key_length=lengths, backend="xla")
-    mesh = build_mesh(MeshConfig())
+    mesh = build_mesh({})
     with jax.set_mesh(mesh):
         placed = jax.device_put(arrays, batch_sharding(mesh))
         output = jax.jit(lambda *a: attend(*a, key_length=lengths, backend="splash"))(*placed)

@@ -27,18 +27,17 @@ MODEL = {
 TEXT = "abcdefghij" * 100  # 1,000 bytes and the end of the text: 31 samples of 32
 
 
-def config_of(tmp_path, model=(), train=(), data=(), mesh=()):
+def config_of(tmp_path, model=(), train=(), data=()):
     """A run over a text file of 1,000 bytes."""
     path = tmp_path / "text.txt"
     path.write_text(TEXT)
     text = {"dataset": "text", "train_files": str(path), "validation_files": str(path)}
-    text |= {"cache_dir": str(tmp_path / "cache"), "sequence_length": 32}
+    text["sequence_length"] = 32
     return run_config(
         {
             "model": MODEL | dict(model),
             "train": {"steps": 10, "batch_size": 8, **dict(train)},
             "data": text | dict(data),
-            "mesh": dict(mesh),
         }
     )
 
@@ -68,9 +67,9 @@ def test_epochs_are_counted_once_the_text_is_tokenised(tmp_path):
 
 
 @pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
-@pytest.mark.parametrize("mesh", [{}, {"fsdp": 4}])
+@pytest.mark.parametrize("mesh", ["", "fsdp=4"])
 def test_memory_is_what_the_arrays_take(tmp_path, mesh):
-    run = build_run(config_of(tmp_path, mesh=mesh), ByteTokenizer(), PENDING)
+    run = build_run(config_of(tmp_path, train={"mesh": mesh}), ByteTokenizer(), PENDING)
     state = run.initial_state()
 
     def held(tree):
@@ -79,7 +78,7 @@ def test_memory_is_what_the_arrays_take(tmp_path, mesh):
     found = state_bytes(run)
     assert found.parameters == found.gradients == held(state.params)
     assert found.optimizer == held(state.opt_state)
-    twice = build_run(config_of(tmp_path, mesh=mesh, train={"batch_size": 16, "accumulation": 2}), ByteTokenizer())
+    twice = build_run(config_of(tmp_path, train={"mesh": mesh, "batch_size": 16, "accumulation": 2}), ByteTokenizer())
     assert state_bytes(twice).gradients == 2 * held(state.params)
 
 
@@ -100,8 +99,8 @@ MISTAKES = {
     "tokenizer": ({"model": {"vocab_size": 256}}, "model.vocab_size = 256"),
     "no tokenizer": ({"data": {"tokenizer": "/none.json"}}, "data.tokenizer = '/none.json'"),
     "batch": ({"train": {"batch_size": 12}}, "train.batch_size = 12: must be divisible by 8"),
-    "mesh": ({"mesh": {"fsdp": 3}}, "must have a product that divides 8, the number of devices"),
-    "fsdp": ({"model": {"d_model": 12}, "mesh": {"fsdp": 8}}, "mesh.fsdp = 8"),
+    "mesh": ({"train": {"mesh": "fsdp=3"}}, "must have a product that divides 8, the number of devices"),
+    "fsdp": ({"model": {"d_model": 12}, "train": {"mesh": "fsdp=8"}}, "train.mesh = 'fsdp=8': fsdp must divide"),
     "length": ({"data": {"dataset": "pydoc", "sequence_length": 10**7}}, "data.sequence_length = 10000000"),
 }
 
@@ -117,7 +116,7 @@ def test_mistakes_are_found(tmp_path, name):
 
 def test_the_command_needs_no_workdir_and_writes_nothing(tmp_path, monkeypatch):
     monkeypatch.delenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS")  # of conftest.py
-    for name in ("HOME", "XDG_CACHE_HOME", "JAX_COMPILATION_CACHE_DIR", "TMPDIR"):
+    for name in ("HOME", "XDG_CACHE_HOME", "TLINFORMER_CACHE", "JAX_COMPILATION_CACHE_DIR", "TMPDIR"):
         monkeypatch.setenv(name, str(tmp_path))
     result = command("tlinformer_jax.main", "--check", "--config=configs/tiny.py", f"--workdir={tmp_path}/run")
     assert result.returncode == 0, result.stderr
@@ -126,7 +125,7 @@ def test_the_command_needs_no_workdir_and_writes_nothing(tmp_path, monkeypatch):
     for line in result.stdout.splitlines()[:4]:  # what follows depends on Python's own documentation
         assert line.rpartition(", ")[0] in shown
     assert os.listdir(tmp_path) == []
-    wrong = command("tlinformer_jax.main", "--check", "--config=configs/tiny.py", "--config.mesh.fsdp=3")
+    wrong = command("tlinformer_jax.main", "--check", "--config=configs/tiny.py", "--config.train.mesh=fsdp=3")
     check_refusal(wrong, "must have a product that divides 1, the number of devices")
 
 

@@ -27,7 +27,6 @@ from tlinformer_jax.config.run import (
 from tlinformer_jax.errors import ConfigError
 from tlinformer_jax.experiments.recipes import MODELS
 from tlinformer_jax.models import ModelConfig, build_model
-from tlinformer_jax.parallel.mesh import MeshConfig
 from tlinformer_jax.training.optimizer import Horizon
 from tlinformer_jax.training.step import init_state
 
@@ -163,7 +162,7 @@ def test_table_1_is_covered_and_defaults_are_our_recipe():
 @pytest.mark.parametrize("variant", [f"{name}.py:{part}" for name, variants in TASKS.items() for part in variants])
 def test_no_sample_of_a_task_is_seen_twice(variant):
     config = from_flags(variant)
-    last = (config.data.sequence_length, config.train.steps - sum(stage.updates for stage in config.data.stages))
+    last = (config.data.sequence_length, config.train.updates - sum(stage.updates for stage in config.data.stages))
     taken = [
         count * config.train.batch_size * config.data.sequence_length // length
         for length, count, *_ in (*config.data.stages, last)
@@ -177,7 +176,7 @@ def test_retrieval_settings_bind_where_they_say_so():
         config = load("recall", name)
         windows = (config.model.history_window, config.model.generation_window)
         assert name.startswith(f"{config.data.sequence_length}-{config.data.num_items}")
-        assert config.train.steps * config.train.batch_size * config.data.sequence_length <= 200_000_000
+        assert config.train.updates * config.train.batch_size * config.data.sequence_length <= 200_000_000
         assert 2 * setting.pairs % setting.generation_window == 0  # no answer stands in its question's window
         binds = setting.pairs >= 4 * windows[0] and setting.length >= 32 * windows[0]
         assert binds == name.endswith("tight")
@@ -258,9 +257,9 @@ def test_large_models_fit_their_accelerators_mesh(variant, millions, devices, to
     assert (model.head_dim % 64, model.vocab_size % 128, model.vocab_size) == (0, 0, 50304)
     assert train.batch_size * config.data.sequence_length == tokens
     assert 18 < train.steps * tokens / expected_parameters(model) < 22
-    sizes = config.mesh.sizes(devices)
-    assert train.micro_batch_size % (sizes["data"] * sizes["fsdp"]) == 0
-    assert model.d_model % sizes["fsdp"] == 0
+    assert set(train.axes) <= {"fsdp"}
+    fsdp = train.axes.get("fsdp", 1)
+    assert (devices % fsdp, train.micro_batch_size % devices, model.d_model % fsdp) == (0, 0, 0)
     assert get_config("large") == get_config("large", "125m")
 
 
@@ -334,8 +333,8 @@ OVERRIDES = {
         "checkpoint_every": 9,
         "keep_checkpoints": "5+3",
         "max_skipped_updates": 4,
-        "stop_at_accuracy": 0.9,
         "deterministic": True,
+        "mesh": "fsdp=4,tensor=3,window=5,context=6,expert=2",
     },
     "data": {
         "tokenizer": "/some/tokenizer.json:</s>",
@@ -345,11 +344,9 @@ OVERRIDES = {
         "validation_files": "/c.txt",
         "test_files": "/d.txt",
         "text_field": "body",
-        "cache_dir": "/some/cache",
         "examples": 4321,
         "num_items": 5,
     },
-    "mesh": {"fsdp": 4, "tensor": 3, "window": 5, "context": 6, "expert": 2},
 }
 OTHER = {
     ("model", "memory"): {"auto": "low", "low": "auto"},
@@ -428,9 +425,9 @@ def test_what_a_config_file_leaves_out_can_be_overridden(model, tmp_path):
     path.write_text(README_TEMPLATE.replace("MODEL", model))
     plain = from_flags(path)
     assert plain == run_config(get_config(path))
-    changes = ("mesh.fsdp=2", "train.learning_rate=0.5", "model.history_window=auto", "train.batch_size=3")
+    changes = ("train.mesh=fsdp=2", "train.learning_rate=0.5", "model.history_window=auto", "train.batch_size=3")
     found = from_flags(path, *changes)
-    assert (found.mesh.fsdp, found.train.batch_size, found.train.steps) == (2, 3, 7)
+    assert (found.train.mesh, found.train.batch_size, found.train.steps) == ("fsdp=2", 3, 7)
     assert (found.train.learning_rate, found.model.history_window) == (0.5, "auto")
     assert found.model == dataclasses.replace(plain.model, history_window="auto")
 
@@ -454,7 +451,7 @@ def test_an_empty_configuration_is_small():
 
 
 def test_every_field_is_in_every_config_with_the_defaults_of_the_dataclasses():
-    defaults = RunConfig(ModelConfig(vocab_size=384), TrainConfig(), DataConfig(), MeshConfig())
+    defaults = RunConfig(ModelConfig(vocab_size=384), TrainConfig(), DataConfig())
     assert run_config(default_config_dict()) == defaults
     for name, variant in VARIANTS:
         config = get_config(name, variant)
@@ -471,3 +468,11 @@ def test_our_recipe_sees_the_same_tokens_whatever_the_row():
         for config in [load(name, variant)]
     }
     assert totals == {9_080 * 131_072}
+
+
+def test_equal_meshes_are_equal_configurations():
+    assert TrainConfig(mesh="tensor=2, fsdp=4,window=1") == TrainConfig(mesh="fsdp=4,tensor=2")
+    assert TrainConfig(mesh="tensor=2, fsdp=4,window=1").axes == {"fsdp": 4, "tensor": 2}
+    for wrong in ("fsdp=0", "fsdp=2,tensor=3,fsdp=2", "data=2", "fsdp=2,", "fsdp", "fsdp=" + "9" * 5000):
+        with pytest.raises(ConfigError, match=r"^train\.mesh = .*: must be '' or AXIS=SIZE"):
+            TrainConfig(mesh=wrong)

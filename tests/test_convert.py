@@ -116,7 +116,7 @@ def test_the_commands(tmp_path):
     (tmp_path / "text.txt").write_text(TEXT)
     text = str(tmp_path / "text.txt")
     data = {"dataset": "text", "train_files": text, "validation_files": text, "sequence_length": 32}
-    config = write_config(tmp_path / "config.py", SMALL, data | {"cache_dir": str(tmp_path / "cache")})
+    config = write_config(tmp_path / "config.py", SMALL, data)
     workdir, file = f"--workdir={tmp_path}/run", f"{tmp_path}/again.safetensors"
     made, evaluated, generated, *_ = results = in_forks(
         [

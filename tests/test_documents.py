@@ -25,7 +25,6 @@ from tlinformer_jax.interop import params_from_reference
 from tlinformer_jax.models import attention, block, model, streams
 from tlinformer_jax.models.attention import attend
 from tlinformer_jax.models.layers import Dropout
-from tlinformer_jax.parallel.mesh import MeshConfig
 from tlinformer_jax.training.check import check_run
 from tlinformer_jax.training.checkpoint import load_run
 from tlinformer_jax.training.loop import train_and_evaluate
@@ -284,7 +283,7 @@ def text_stream() -> TokenStream:
 def test_an_evaluation_is_the_references():
     """Documents by hand: each after an end-of-text, in pieces of LENGTH, alone in a sample."""
     config = dataclasses.replace(WINDOWED, vocab_size=257, architecture="transformer")
-    run = build_run(RunConfig(config, TrainConfig(batch_size=4), DATA, MeshConfig()), ByteTokenizer())
+    run = build_run(RunConfig(config, TrainConfig(batch_size=4), DATA), ByteTokenizer())
     stream = run.checked("validation", text_stream())
     weights, tokens, expected, start = golden.random_weights(config), stream.tokens.astype(int), 0.0, 0
     for text in TEXT:
@@ -303,7 +302,7 @@ def test_an_evaluation_is_the_references():
 def test_a_run_trains_and_says_what_it_packs(tmp_path, capfd):
     config = dataclasses.replace(WINDOWED, vocab_size=257, attention="auto")
     train = TrainConfig(steps=2, batch_size=8, learning_rate=1e-3, warmup_steps=1, log_every=1, eval_every=2)
-    run = RunConfig(config, train, dataclasses.replace(DATA, sequence_length=64), MeshConfig())
+    run = RunConfig(config, train, dataclasses.replace(DATA, sequence_length=64))
     figures = train_and_evaluate(run, tmp_path)
     assert figures is not None
     assert 2 < figures["loss"] < 8
@@ -317,7 +316,7 @@ def test_a_run_trains_and_says_what_it_packs(tmp_path, capfd):
 
 def test_data_in_its_own_order_is_refused(tmp_path):
     data = dataclasses.replace(DATA, dataset="tokens", tokenizer="ids:256")
-    run = RunConfig(dataclasses.replace(WINDOWED, vocab_size=257), TrainConfig(steps=1), data, MeshConfig())
+    run = RunConfig(dataclasses.replace(WINDOWED, vocab_size=257), TrainConfig(steps=1), data)
     documents = [[1, 2, 3] * 20, [4, 5] * 20]
     refused = r"data\.document_masking = True: must be False if train_data is an iterable"
     with pytest.raises(ConfigError, match=refused):

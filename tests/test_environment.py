@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import pytest
 
 from tests.support.commands import ROOT, TEXT, command_line
-from tlinformer_jax.config.data import DataConfig
+from tlinformer_jax.data.cache import cache_folder
 from tlinformer_jax.environment import describe_failure, settle
-from tlinformer_jax.errors import ConfigError
+from tlinformer_jax.errors import UserError
 from tlinformer_jax.training.setup import use_compilation_cache
 
 TALKS = """
@@ -122,7 +122,7 @@ def test_without_a_home_directory_nothing_is_cached_there(monkeypatch):
     def no_entry(*_):
         raise KeyError("uid not found")
 
-    for name in ("HOME", "XDG_CACHE_HOME"):
+    for name in ("HOME", "XDG_CACHE_HOME", "TLINFORMER_CACHE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(pwd, "getpwuid", no_entry)
     before = jax.config.jax_compilation_cache_dir
@@ -132,9 +132,8 @@ def test_without_a_home_directory_nothing_is_cached_there(monkeypatch):
         assert jax.config.jax_compilation_cache_dir is None
     finally:
         jax.config.update("jax_compilation_cache_dir", before)
-    with pytest.raises(ConfigError, match=r"data\.cache_dir = '': must name a directory"):
-        _ = DataConfig().cache_path
-    assert DataConfig(cache_dir="/a").cache_path == pathlib.Path("/a")
+    with pytest.raises(UserError, match=r"TLINFORMER_CACHE = '~/.cache/tlinformer_jax': cannot be resolved"):
+        cache_folder()
     with pytest.raises(RuntimeError) as caught:
         pathlib.Path("~/run").expanduser()
     assert "write the path in full" in describe_failure(caught.value)

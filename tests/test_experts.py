@@ -32,7 +32,7 @@ from tlinformer_jax.models.cached_rows import CachedRows
 from tlinformer_jax.models.feed_forward import Router, feed_forward
 from tlinformer_jax.models.model import prepare_params
 from tlinformer_jax.models.rope import rope_table
-from tlinformer_jax.parallel.mesh import MeshConfig, target
+from tlinformer_jax.parallel.mesh import target
 from tlinformer_jax.parallel.sharding import UNSPLIT
 from tlinformer_jax.training.loss import summed_loss
 from tlinformer_jax.training.optimizer import decay_mask
@@ -376,9 +376,11 @@ def test_eight_devices_train_as_one_does(name, monkeypatch, own_traces):
 def test_the_axis_is_refused_where_there_is_nothing_to_split():
     for changes, allowed in (({}, "must be 1 for model.num_experts = 0"), ({"num_experts": 4}, "must divide 4")):
         config = RunConfig(
-            dataclasses.replace(SMALL, vocab_size=257, **changes), TRAIN, DataConfig(), MeshConfig(expert=8)
+            dataclasses.replace(SMALL, vocab_size=257, **changes),
+            dataclasses.replace(TRAIN, mesh="expert=8"),
+            DataConfig(),
         )
-        with pytest.raises(ConfigError, match=f"^mesh.expert = 8: {allowed}"):
+        with pytest.raises(ConfigError, match=f"^train.mesh = 'expert=8': expert {allowed}"):
             build_run(config, ByteTokenizer()).initial_state()
 
 

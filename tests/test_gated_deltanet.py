@@ -27,7 +27,7 @@ from tlinformer_jax.interop import params_from_reference, params_to_reference
 from tlinformer_jax.kernels import delta as delta_kernel
 from tlinformer_jax.models import delta
 from tlinformer_jax.models.layers import prepare_layers
-from tlinformer_jax.parallel.mesh import MeshConfig, target
+from tlinformer_jax.parallel.mesh import target
 from tlinformer_jax.parallel.sharding import build_mesh, tree_shardings
 from tlinformer_jax.training.setup import check_sequences_divide
 
@@ -231,10 +231,10 @@ def test_it_has_no_history_to_split(architecture):
     config = dataclasses.replace(CONFIG, architecture=architecture)
     for axis in ("window", "context"):
         with pytest.raises(
-            ConfigError, match=rf"mesh\.{axis} = 2: must be 1 for model.architecture = '{architecture}'"
+            ConfigError, match=rf"train\.mesh = '{axis}=2': {axis} must be 1 for model.architecture = '{architecture}'"
         ):
-            check_sequences_divide(build_mesh(MeshConfig(**{axis: 2})), config, 16, 0)
-    with pytest.raises(ConfigError, match=r"mesh\.context = 2: must be 1"):
+            check_sequences_divide(build_mesh({axis: 2}), config, 16, 0)
+    with pytest.raises(ConfigError, match=r"generation\.context = 2: must be 1"):
         split_of(context_mesh(2), config)
 
 
@@ -282,7 +282,7 @@ def test_eight_devices_equal_one(architecture):
         return -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(logits[:, :-1]), tokens[:, 1:, None], axis=-1))
 
     expected, gradients = jax.jit(jax.value_and_grad(loss))(variables, tokens)
-    mesh = build_mesh(MeshConfig(fsdp=2, tensor=2))
+    mesh = build_mesh({"fsdp": 2, "tensor": 2})
     shardings = tree_shardings(variables, mesh)
     with jax.set_mesh(mesh):
         spread = jax.device_put(variables, shardings)
@@ -299,8 +299,8 @@ def test_eight_devices_equal_one(architecture):
 def test_an_update_of_eight_devices_equals_one(monkeypatch):
     """The package's own step, where axes that hold copies of the parameters are manual; gradients by Adam's moments."""
     monkeypatch.setattr(test_training, "MODEL", dataclasses.replace(test_training.MODEL, architecture="gated_deltanet"))
-    many, metrics, _ = test_training.after_one_update(build_mesh(MeshConfig(fsdp=4, tensor=2)))
-    one, expected, _ = test_training.after_one_update(build_mesh(MeshConfig(), jax.devices()[:1]))
+    many, metrics, _ = test_training.after_one_update(build_mesh({"fsdp": 4, "tensor": 2}))
+    one, expected, _ = test_training.after_one_update(build_mesh({}, jax.devices()[:1]))
     assert float(metrics["loss"]) == pytest.approx(float(expected["loss"]), abs=1e-5)
     for ours, true in zip(jax.tree.leaves(many.opt_state), jax.tree.leaves(one.opt_state), strict=True):
         assert np.linalg.norm(ours - np.asarray(true)) <= 1e-4 * np.linalg.norm(true)

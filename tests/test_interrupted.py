@@ -60,13 +60,14 @@ def test_a_signal_is_not_lost_in_a_finalizer(number, status):
         ("prepare", signal.SIGINT, 130, "error: interrupted"),
     ],
 )
-def test_an_interrupted_tokenisation_leaves_nothing_and_can_be_repeated(module, number, status, message, tmp_path):
+def test_an_interrupted_tokenisation_leaves_nothing_and_can_be_repeated(
+    module, number, status, message, tmp_path, own_cache
+):
     text = tmp_path / "text.txt"
     text.write_text("abcdefg " * 16 * 1024 * 40)
     prepare = [
         "--config=configs/tiny.py",
         *("--config.data.dataset=text", f"--config.data.train_files={text}", f"--config.data.validation_files={text}"),
-        f"--config.data.cache_dir={tmp_path}/cache",
     ]
     arguments = [*prepare, f"--workdir={tmp_path}/run"] if module.endswith("main") else prepare
     line, environment = command_line(module, *arguments)

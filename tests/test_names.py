@@ -34,7 +34,7 @@ def from_flags(*argv: str):
 
 @pytest.mark.parametrize("config", [None, "tiny", 3, [("model", {})]])
 def test_what_is_no_configuration_is_said(config):
-    said = "must be a mapping of the sections model, train, data and mesh"
+    said = "must be a mapping of the sections model, train and data"
     with pytest.raises(ConfigError, match=rf"^config = .*: {said}"):
         run_config(config)
 
@@ -93,8 +93,12 @@ def test_an_unknown_name_lists_the_names():
         ("modle.d_model", "no such field; did you mean model.d_model?"),
         ("modle.dmodel", "no such field; did you mean model.d_model?"),
         ("modle", "no such section; did you mean model?"),
-        ("mesh.zzz", "no such field; the fields are context, expert, fsdp, tensor, window"),
-        ("zzz.yyy", "no such section; the sections are model, train, data, mesh"),
+        (
+            "data.zzz",
+            "no such field; the fields are curriculum, dataset, document_masking, examples, num_items, "
+            "sequence_length, shingle, test_files, text_field, tokenizer, train_files, validation_files",
+        ),
+        ("zzz.yyy", "no such section; the sections are model, train, data"),
         ("train.steps", None),
         ("data", None),
     ],
@@ -106,7 +110,7 @@ def test_unknown_fields(name, says):
         with pytest.raises(ConfigError) as caught:
             run_config({section: {field: 3} if field else 3})
         # From Python, the section is looked at first.
-        assert str(caught.value).endswith(says) or section not in ("model", "train", "data", "mesh")
+        assert str(caught.value).endswith(says) or section not in ("model", "train", "data")
 
 
 MISSPELT = {

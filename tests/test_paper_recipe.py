@@ -170,7 +170,7 @@ LINES = {"train": ARTICLE * 8, "valid": ARTICLE, "test": ARTICLE[:5]}
 
 
 @pytest.fixture
-def cache_dir(tmp_path, monkeypatch) -> str:
+def filled_cache(tmp_path, monkeypatch, own_cache) -> None:
     """A cache that a user filled by hand with a small file of the real format."""
     published = wikitext103.VARIANTS["wikitext103"]
     path = tmp_path / "cache" / "downloads" / published.zip_name
@@ -185,7 +185,6 @@ def cache_dir(tmp_path, monkeypatch) -> str:
     monkeypatch.setattr(wikitext103, "ROWS", {split: len(lines) for split, lines in splits.items()})
     monkeypatch.setattr(wikitext103, "WORDS", words)
     monkeypatch.setitem(wikitext103.VARIANTS, "wikitext103", small)
-    return str(tmp_path / "cache")
 
 
 def sample_count(lines: list[str], length: int) -> int:
@@ -196,13 +195,13 @@ def sample_count(lines: list[str], length: int) -> int:
 
 
 @pytest.mark.slow
-def test_rehearsal_of_two_epochs_on_real_rows(tmp_path, cache_dir):
+def test_rehearsal_of_two_epochs_on_real_rows(tmp_path, filled_cache):
     """The whole way from a hand-filled directory to metrics.jsonl; only the sizes are smaller."""
     length, warmup, batch, micro = 8, 3, 64, 8
     config = get_config("wt103", "paper-512-512-0.5")
     config.model.update(d_model=16, num_heads=2, num_blocks=1, hidden_depth=0, d_ff=16)
     config.model.update(history_window=4, generation_window=4)
-    config.data.update(sequence_length=length, cache_dir=cache_dir)
+    config.data.sequence_length = length
     config.train.update(
         steps="2epochs", warmup_steps=warmup, batch_size=batch, accumulation=batch // micro, log_every=1
     )

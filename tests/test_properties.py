@@ -227,10 +227,9 @@ CHOICES = {
 SWITCHES = {"model": ("token_shift",), "train": ("deterministic",), "data": ("document_masking",)}
 RATES = {
     "model": {"dropout": 1.0},
-    "train": {"stop_at_accuracy": math.nextafter(1.0, 2.0), "ema": 1.0}
-    | dict.fromkeys(("learning_rate", "weight_decay", "z_loss", "clip_norm"), math.inf),
+    "train": {"ema": 1.0} | dict.fromkeys(("learning_rate", "weight_decay", "z_loss", "clip_norm"), math.inf),
 }
-TEXTS = {"data": ("tokenizer", "train_files", "text_field", "cache_dir", "curriculum")}
+TEXTS = {"data": ("tokenizer", "train_files", "text_field", "curriculum")}
 
 
 def invalid_values() -> dict[str, st.SearchStrategy]:
@@ -255,8 +254,8 @@ def invalid_values() -> dict[str, st.SearchStrategy]:
         for name in TEXTS.get(section, ()):
             found[f"{section}.{name}"] = st.integers() | st.booleans() | never
     found["train.keep_checkpoints"] = st.integers(max_value=0) | fractions | st.booleans() | never
-    for name in ("fsdp", "tensor", "window", "context", "expert"):
-        found[f"mesh.{name}"] = st.integers(max_value=0) | fractions | never
+    wrong_meshes = ["fsdp=0", "fsdp", "data=2", "fsdp=2,", "fsdp=2;tensor=2", "tensor=2,fsdp=1,tensor=2", "window=2.0"]
+    found["train.mesh"] = st.sampled_from(wrong_meshes) | st.integers() | st.booleans() | never
     return found
 
 
@@ -312,6 +311,7 @@ TOGETHER = [
     {"model.num_experts": 2, "model.experts_per_token": 3},
     {"train.accumulation": 3, "train.batch_size": 4},
     {"train.schedule": "paper", "train.steps": 7},
+    {"train.steps": "7@0.5", "data.dataset": "pydoc", "data.curriculum": ""},
     {"model.attention": "cudnn", "model.dropout": 0.1},
     PLAIN | {"model.architecture": "sliding_window", "model.history_window": "auto", "train.sampled_windows": 0},
     PLAIN | {"model.architecture": "transformer", "train.sampled_windows": 1},

@@ -30,7 +30,7 @@ from tlinformer_jax.errors import ConfigError, DataError
 from tlinformer_jax.interop import params_from_reference, params_to_reference
 from tlinformer_jax.interop.files import read_weights, write_safetensors
 from tlinformer_jax.models.model import SHIFT_SCALE, embed, tokens_before
-from tlinformer_jax.training import loss as loss_module
+from tlinformer_jax.training import window_loss as loss_module
 from tlinformer_jax.training.optimizer import Horizon, build_optimizer, decay_mask
 
 SHIFTED = dataclasses.replace(SMALL, hidden_depth=0, history_window=3, token_shift=True)

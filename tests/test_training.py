@@ -19,7 +19,6 @@ from tlinformer_jax.config.run import RunConfig, TrainConfig
 from tlinformer_jax.data.tokenizers import ByteTokenizer
 from tlinformer_jax.interop import params_from_reference
 from tlinformer_jax.models import ModelConfig, build_model
-from tlinformer_jax.parallel.mesh import MeshConfig
 from tlinformer_jax.parallel.sharding import (
     UNSPLIT,
     batch_sharding,
@@ -28,12 +27,12 @@ from tlinformer_jax.parallel.sharding import (
     put_batch,
     tree_shardings,
 )
-from tlinformer_jax.training import cross_entropy as loss_module
+from tlinformer_jax.training import loss as loss_module
 from tlinformer_jax.training.callbacks import Trace
 from tlinformer_jax.training.check import check_run
 from tlinformer_jax.training.checkpoint import restore_params
-from tlinformer_jax.training.cross_entropy import summed_losses_and_hits, token_losses_and_hits
 from tlinformer_jax.training.loop import train_and_evaluate
+from tlinformer_jax.training.loss import summed_losses_and_hits, token_losses_and_hits
 from tlinformer_jax.training.metrics import Throughput
 from tlinformer_jax.training.optimizer import Horizon, decay_mask, learning_rate_schedule
 from tlinformer_jax.training.setup import build_run
@@ -240,8 +239,8 @@ def after_one_update(mesh, optimizer="adamw") -> tuple[TrainState, dict[str, jax
 @pytest.mark.parametrize(("sizes", "optimizer"), [({}, "adamw"), ({"fsdp": 4}, "muon")])
 def test_eight_devices_equal_one(sizes, optimizer):
     """Loss within 1e-5, gradients (by the first moments) within 1e-4; every device holds its part of each array."""
-    many, metrics, old = after_one_update(build_mesh(MeshConfig(**sizes)), optimizer)
-    one, true_metrics, _ = after_one_update(build_mesh(MeshConfig(), jax.devices()[:1]), optimizer)
+    many, metrics, old = after_one_update(build_mesh(sizes), optimizer)
+    one, true_metrics, _ = after_one_update(build_mesh({}, jax.devices()[:1]), optimizer)
     assert int(many.step) == int(one.step) == 1
     assert float(metrics["tokens"]) == float(true_metrics["tokens"]) == 8 * 14 - 11
     assert abs(float(metrics["loss"]) - float(true_metrics["loss"])) < 1e-5
@@ -263,7 +262,7 @@ def test_eight_devices_equal_one(sizes, optimizer):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_parameter_has_a_sharding_rule(architecture):
     """Matrices are split over both axes, the embedding over its width, vectors over 'tensor' or not at all."""
-    mesh = build_mesh(MeshConfig(fsdp=2, tensor=2))
+    mesh = build_mesh({"fsdp": 2, "tensor": 2})
     shift = architecture not in RECURRENT
     model = build_model(dataclasses.replace(MODEL, architecture=architecture, hidden_depth=1, token_shift=shift))
     params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8), jnp.int32))["params"]
@@ -280,14 +279,14 @@ def test_every_parameter_has_a_sharding_rule(architecture):
 
 
 def test_what_cannot_be_sharded_is_named():
-    mesh = build_mesh(MeshConfig(fsdp=8))
-    with pytest.raises(ValueError, match=r"mesh\.fsdp = 8: must divide 12, a dimension of a/qkv_kernel"):
+    mesh = build_mesh({"fsdp": 8})
+    with pytest.raises(ValueError, match=r"train\.mesh = 'fsdp=8': fsdp must divide 12, a dimension of a/qkv_kernel"):
         parameter_spec("a/qkv_kernel", (12, 3, 2, 6), mesh)
     with pytest.raises(ValueError, match="no rule matches"):
         parameter_spec("a/unheard_of", (8, 8), mesh)
     for sizes in ({"fsdp": 3}, {"fsdp": 16}, {"tensor": 4, "context": 4}):
         with pytest.raises(ValueError, match="must have a product that divides 8, the number of devices"):
-            build_mesh(MeshConfig(**sizes))
+            build_mesh(sizes)
 
 
 def test_schedule_warms_up_and_ends_where_it_should():
@@ -335,7 +334,6 @@ def run_config(**changes) -> RunConfig:
         model=dataclasses.replace(MODEL, **changes.pop("model", {})),
         train=dataclasses.replace(TRAIN, **changes.pop("train", {})),
         data=DataConfig(dataset="pydoc", tokenizer="bytes", sequence_length=16),
-        mesh=MeshConfig(**changes.pop("mesh", {})),
     )
 
 
@@ -355,7 +353,7 @@ def test_a_run_leaves_a_complete_workdir_and_continues_exactly(tmp_path, capsys)
     assert list((tmp_path / "whole" / "tensorboard").iterdir())
     written = json.loads((tmp_path / "whole" / "config.json").read_text())
     # The mesh as asked for: a run may go on with other devices.
-    assert written["mesh"] == {"fsdp": 1, "tensor": 1, "window": 1, "context": 1, "expert": 1}
+    assert written["train"]["mesh"] == ""
 
     # The same files that the run left after step 2.
     part = tmp_path / "part"

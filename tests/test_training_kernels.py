@@ -9,9 +9,10 @@ from tlinformer_jax.kernels import common
 from tlinformer_jax.kernels import loss as loss_kernel
 from tlinformer_jax.kernels import norm as norm_kernel
 from tlinformer_jax.models import layers
-from tlinformer_jax.models.recompute import in_chunks, joined, map_steps
+from tlinformer_jax.models.recompute import map_steps
+from tlinformer_jax.models.windows import in_chunks, joined
 from tlinformer_jax.parallel.mesh import target
-from tlinformer_jax.training import cross_entropy as loss
+from tlinformer_jax.training import loss as loss
 
 
 def normal(seed: int, *shape: int) -> jax.Array:

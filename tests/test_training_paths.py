@@ -17,7 +17,7 @@ from tlinformer_jax.config.run import TrainConfig
 from tlinformer_jax.models import DualWindowBlock, attention, block, build_model, streams, windows
 from tlinformer_jax.models import model as model_module
 from tlinformer_jax.models.layers import layer_norm
-from tlinformer_jax.training import loss, step
+from tlinformer_jax.training import step, window_loss
 from tlinformer_jax.training.loss import summed_loss
 from tlinformer_jax.training.optimizer import Horizon
 
@@ -114,7 +114,7 @@ def too_few_chunks(monkeypatch):
 
 def forgotten_windows(monkeypatch):
     """Gradients of what windows share are those of the last window only."""
-    monkeypatch.setattr(loss, "add_wide", lambda total, gradient: jax.tree.map(lambda t, g: g, total, gradient))
+    monkeypatch.setattr(window_loss, "add_wide", lambda total, gradient: jax.tree.map(lambda t, g: g, total, gradient))
 
 
 def first_windows_rows(monkeypatch):

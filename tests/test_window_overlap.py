@@ -30,7 +30,7 @@ from tlinformer_jax.interop import params_from_reference, params_to_reference
 from tlinformer_jax.interop.files import read_weights, write_safetensors
 from tlinformer_jax.models import tlinformer, windows
 from tlinformer_jax.parallel.sharding import SplitRows
-from tlinformer_jax.training import loss as loss_module
+from tlinformer_jax.training import window_loss as loss_module
 from tlinformer_jax.training.loss import summed_loss
 
 OVERLAPPING = dataclasses.replace(SMALL, hidden_depth=0, history_window=3, window_overlap=2)

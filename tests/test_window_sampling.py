@@ -17,10 +17,10 @@ from tlinformer_jax.config.run import RunConfig, TrainConfig
 from tlinformer_jax.models import build_model
 from tlinformer_jax.models.recompute import map_steps
 from tlinformer_jax.models.windows import trained_tokens
-from tlinformer_jax.parallel.mesh import MeshConfig
-from tlinformer_jax.training.loss import draw_windows, summed_loss
+from tlinformer_jax.training.loss import summed_loss
 from tlinformer_jax.training.optimizer import Horizon
 from tlinformer_jax.training.step import TrainState, init_state, train_step
+from tlinformer_jax.training.window_loss import draw_windows
 
 # Compress and restore only, and one history segment: compilation is what these tests cost.
 SMALL = dataclasses.replace(THREE_LAYERS, hidden_depth=0)
@@ -137,7 +137,6 @@ def test_impossible_samples_are_refused(model, train, message):
             dataclasses.replace(SMALL, **model),
             TrainConfig(**train),
             DataConfig(sequence_length=LENGTH),
-            MeshConfig(),
         )
 
 

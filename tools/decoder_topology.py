@@ -52,10 +52,9 @@ def lowered_decoder(config: ModelConfig, devices: Any, length: int) -> dict[str,
     from tlinformer_jax.decoding.params import decoder_params
     from tlinformer_jax.decoding.spread import WHOLE, cache_specs, on_devices, split_of
     from tlinformer_jax.models.model import build_model
-    from tlinformer_jax.parallel.mesh import MeshConfig
     from tlinformer_jax.parallel.sharding import build_mesh
 
-    mesh = build_mesh(MeshConfig(context=len(devices)), devices)
+    mesh = build_mesh({"context": len(devices)}, devices)
     whole = functools.partial(jax.ShapeDtypeStruct, sharding=NamedSharding(mesh, WHOLE))
 
     def params() -> Any:

@@ -35,7 +35,7 @@ CHOSEN = {
 }
 # Values that no field accepts; the error message for them says what is allowed.
 PROBES: tuple[Any, ...] = ("?", -7, 0, -1.5, 10**30, True, [])
-FIELD = re.compile(r"(?<!\[)`((?:model|train|data|mesh)\.[a-z_]+)`")
+FIELD = re.compile(r"(?<!\[)`((?:model|train|data)\.[a-z_]+)`")
 REPORT = "results.md"
 # Files in the repository's root that are also pages.
 PROJECT = ("CONTRIBUTING.md", "DEVELOPERS.md", "CHANGELOG.md")

@@ -53,7 +53,7 @@ def write_texts(folder: pathlib.Path) -> None:
                 file.write(f'{{"text": "{" ".join(rng.choice(words, 6))}", "notes": "{"x" * 30_000}"}}\n')
 
 
-def fault_config(texts: pathlib.Path, cache: pathlib.Path) -> RunConfig:
+def fault_config(texts: pathlib.Path) -> RunConfig:
     """Returns a run with dropout, accumulation and updates over two epochs that saves and evaluates often."""
     shape = {"d_model": 16, "num_heads": 2, "num_blocks": 1, "hidden_depth": 1, "d_ff": 32, "vocab_size": 257}
     windows = {"history_window": 8, "generation_window": 8}
@@ -76,7 +76,6 @@ def fault_config(texts: pathlib.Path, cache: pathlib.Path) -> RunConfig:
                 "sequence_length": 32,
                 "train_files": str(texts / "train.jsonl"),
                 "validation_files": str(texts / "validation.jsonl"),
-                "cache_dir": str(cache),
             },
         }
     )
@@ -274,6 +273,7 @@ def _fork(config: RunConfig, workdir: pathlib.Path, log: int) -> int:
     try:
         os.dup2(log, 1)
         os.dup2(log, 2)
+        os.environ["TLINFORMER_CACHE"] = str(workdir.parent / "cache")
         train_and_evaluate(config, workdir)
         status = 0
     except UserError as error:

@@ -75,7 +75,7 @@ def run_trials(root: pathlib.Path, count: int, seed: int, number: int) -> list[T
 def undisturbed(root: pathlib.Path, folder: pathlib.Path) -> Durations:
     """Runs in `folder` to the end; returns how long its phases took."""
     folder.mkdir()
-    process = Process(fault_config(root, folder / "cache"), folder, 0)
+    process = Process(fault_config(root), folder, 0)
     status = process.wait().status
     if status != 0:
         raise RuntimeError(f"the uninterrupted run ended with status {status}:\n{process.text}")
@@ -86,7 +86,7 @@ def run_trial(root: pathlib.Path, trial: int, durations: Durations, seed: int, n
     """Kills a run at seeded moments, resumes it until it ends, and compares its log with that of root/whole."""
     folder = root / f"{trial}"
     folder.mkdir()
-    config = fault_config(root, folder / "cache")
+    config = fault_config(root)
     outcomes: list[Outcome] = []
     for planned in draw_signals(np.random.default_rng([seed, trial]), trial, durations):
         outcomes.append(Process(config, folder, len(outcomes)).wait(planned, number))

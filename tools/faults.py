@@ -64,7 +64,7 @@ def report(trials: list["Trial"], seconds: float) -> dict[str, Any]:
     import tlinformer_jax
     from tools.fault_runs import AIMS, PHASES, fault_config
 
-    config = fault_config(pathlib.Path(), pathlib.Path())
+    config = fault_config(pathlib.Path())
     killed = [trial for trial in trials if trial.number >= 0]
     hits = [outcome for trial in trials for outcome in trial.outcomes if outcome.signal is not None]
     aims = collections.Counter(outcome.signal.aim for outcome in hits if outcome.signal is not None)

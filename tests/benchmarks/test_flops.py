@@ -11,7 +11,7 @@ from benchmarks.flops import hardware_flops, utilisation
 from tlinformer_jax.analysis.flops import training_flops
 from tlinformer_jax.config.model import ExecutionPlan
 from tlinformer_jax.models import ModelConfig, build_model
-from tlinformer_jax.training.cross_entropy import summed_losses_and_hits
+from tlinformer_jax.training.loss import summed_losses_and_hits
 
 PLAN = ExecutionPlan(segments=8, scan_layers=False)  # a segment for each window: nothing is masked
 AGAIN = dataclasses.replace(PLAN, checkpointing=True)

@@ -75,11 +75,13 @@ def test_documents_are_kept_apart_where_that_is_asked():
 
 
 def test_a_row_that_the_devices_cannot_share_is_refused():
-    values = {"model": {"architecture": "transformer"}, "train": {"batch_size": 8}, "mesh": {"window": 2}}
-    with pytest.raises(ConfigError, match=r"mesh\.window = 2: must be 1 for model.architecture = 'transformer'"):
+    values = {"model": {"architecture": "transformer"}, "train": {"batch_size": 8, "mesh": "window=2"}}
+    with pytest.raises(
+        ConfigError, match=r"train\.mesh = 'window=2': window must be 1 for model.architecture = 'transformer'"
+    ):
         training.checked_mesh(training.run_config(values))
     with pytest.raises(ConfigError, match=r"--batch_tokens / --lengths = 6"):
-        training.checked_mesh(training.run_config({"train": {"batch_size": 6}, "mesh": {"window": 2}}))
+        training.checked_mesh(training.run_config({"train": {"batch_size": 6, "mesh": "window=2"}}))
 
 
 def test_a_trace_tells_as_many_kernels_as_asked(monkeypatch, tmp_path):
@@ -96,8 +98,11 @@ def test_the_best_row_is_the_fastest_of_its_length():
 
 
 def test_settings_take_numbers_words_none_and_lists_of_names():
-    fields = training.overrides("model.d_ff=None,data.train_files=a.txt,b.txt,train.accumulation=4")
+    fields = training.overrides(
+        "model.d_ff=None,train.mesh=fsdp=2,tensor=2,data.train_files=a.txt,b.txt,train.accumulation=4"
+    )
     assert fields == {
+        ("train", "mesh"): "fsdp=2,tensor=2",
         ("model", "d_ff"): None,
         ("data", "train_files"): "a.txt,b.txt",
         ("train", "accumulation"): 4,

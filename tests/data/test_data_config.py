@@ -5,7 +5,8 @@ import pathlib
 import pytest
 
 from tlinformer_jax.config.data import DataConfig
-from tlinformer_jax.errors import ConfigError
+from tlinformer_jax.data.cache import cache_folder
+from tlinformer_jax.errors import ConfigError, UserError
 
 
 @pytest.mark.parametrize(
@@ -32,9 +33,14 @@ def test_a_refused_value_is_named_with_its_field_in_one_line(field, value):
 
 
 def test_the_cache_is_where_the_user_says_else_in_the_users_cache_directory(monkeypatch):
-    assert DataConfig(cache_dir="/somewhere").cache_path == pathlib.Path("/somewhere")
-    assert DataConfig(cache_dir="~/x").cache_path == pathlib.Path.home() / "x"
+    for given, folder in (("/somewhere", "/somewhere"), ("~/x", pathlib.Path.home() / "x")):
+        monkeypatch.setenv("TLINFORMER_CACHE", given)
+        assert cache_folder() == pathlib.Path(folder)
+    monkeypatch.setenv("TLINFORMER_CACHE", "s3://bucket/x")
+    with pytest.raises(UserError, match=r"^TLINFORMER_CACHE = 's3://bucket/x': must be a local path"):
+        cache_folder()
+    monkeypatch.delenv("TLINFORMER_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", "/caches")
-    assert DataConfig().cache_path == pathlib.Path("/caches/tlinformer_jax")
+    assert cache_folder() == pathlib.Path("/caches/tlinformer_jax")
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert DataConfig().cache_path == pathlib.Path.home() / ".cache" / "tlinformer_jax"
+    assert cache_folder() == pathlib.Path.home() / ".cache" / "tlinformer_jax"

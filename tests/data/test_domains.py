@@ -25,6 +25,7 @@ from tlinformer_jax.data.tokenizers import build_tokenizer, load_tokenizer, save
 from tlinformer_jax.errors import ConfigError, DataError
 from tlinformer_jax.training.loop import train_and_evaluate
 
+pytestmark = pytest.mark.usefixtures("own_cache")
 TOKENIZERS = {"idx": "ids:256", "wav": "ids:256", "fasta": "letters:ACGT"}
 END = 256
 
@@ -50,7 +51,7 @@ def wav_bytes(samples, rate=8000, channels=1, bits=16, length=None) -> bytes:
 
 def config_for(tmp_path: pathlib.Path, dataset: str, train: pathlib.Path | str, **changes) -> DataConfig:
     usual = {"dataset": dataset, "tokenizer": TOKENIZERS[dataset], "train_files": str(train)}
-    return DataConfig(**usual | {"cache_dir": str(tmp_path / "cache")} | changes)
+    return DataConfig(**usual | changes)
 
 
 def split_of(config: DataConfig, split: str = "train"):

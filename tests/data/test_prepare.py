@@ -16,7 +16,6 @@ def test_every_split_that_has_text_is_reported_and_found_again(tmp_path):
         dataset="text",
         train_files=str(tmp_path / "a.txt"),
         test_files=str(tmp_path / "b.jsonl"),
-        cache_dir=str(tmp_path / "cache"),
     )
     first, second = list(prepare(config)), list(prepare(config))
     train, test = first

@@ -308,7 +308,7 @@ def test_the_test_samples_of_a_task_are_others_than_the_validation_samples(tmp_p
     files = {"train_files": str(tmp_path / "a.txt"), "validation_files": str(tmp_path / "b.txt")}
     for name, text in (("a", "train "), ("b", "valid ")):
         (tmp_path / f"{name}.txt").write_text(text * 500)
-    hidden = DataConfig(dataset="passkey", sequence_length=512, cache_dir=str(tmp_path / "cache"), **files)
+    hidden = DataConfig(dataset="passkey", sequence_length=512, **files)
     for config in (RECALL, hidden):
         validation, test = (
             load_split(config, split, build_tokenizer(config.tokenizer)) for split in ("validation", "test")

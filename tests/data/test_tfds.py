@@ -9,6 +9,7 @@ from tlinformer_jax.data.sources import load_split, open_split
 from tlinformer_jax.data.tokenizers import ByteTokenizer
 from tlinformer_jax.errors import ConfigError, DataError
 
+pytestmark = pytest.mark.usefixtures("own_cache")
 BOOKS = {"train": ["A whale.", "Two whales, ångström"], "validation": ["A fish."]}
 BYTES = ByteTokenizer()
 
@@ -38,7 +39,7 @@ def builder():
 
 
 def config_for(tmp_path, **changes) -> DataConfig:
-    return DataConfig(**{"dataset": "tfds:tiny_books", "cache_dir": str(tmp_path / "cache")} | changes)
+    return DataConfig(**{"dataset": "tfds:tiny_books"} | changes)
 
 
 def test_every_record_is_a_document(builder, tmp_path):

@@ -23,6 +23,7 @@ from tlinformer_jax.data.streams import ASCII_SPACE, Counts, cut_documents, enco
 from tlinformer_jax.data.tokenizers import ByteTokenizer, NumberTokenizer, Tokenizer, build_tokenizer
 from tlinformer_jax.errors import DataError
 
+pytestmark = pytest.mark.usefixtures("own_cache")
 BYTES = ByteTokenizer()
 
 
@@ -47,7 +48,6 @@ def config_for(tmp_path: pathlib.Path, **changes) -> DataConfig:
     settings = {
         "dataset": "text",
         "train_files": str(tmp_path / "*.jsonl"),
-        "cache_dir": str(tmp_path / "cache"),
     }
     return DataConfig(**settings | changes)
 
@@ -124,7 +124,8 @@ def test_tokens_do_not_depend_on_the_number_of_threads(tmp_path, monkeypatch, na
     expected = np.concatenate([np.append(tokenizer.encode(text), tokenizer.end_of_text) for text in texts])
     for cores in (1, 2, 8):
         monkeypatch.setattr(streams, "available_cores", lambda cores=cores: cores)
-        stream = load_split(config_for(tmp_path, cache_dir=str(tmp_path / f"cache{cores}")), "train", tokenizer)
+        monkeypatch.setenv("TLINFORMER_CACHE", str(tmp_path / f"cache{cores}"))
+        stream = load_split(config_for(tmp_path), "train", tokenizer)
         np.testing.assert_array_equal(stream.tokens, expected)
         assert stream.num_words == 60 * 2000
 
@@ -262,7 +263,7 @@ def test_the_embedded_corpus_comes_through_the_same_door():
 def test_a_place_that_cannot_be_written_is_named(tmp_path):
     write_corpus(tmp_path / "a.jsonl", documents=1)
     (tmp_path / "cache").write_text("a file where the directory should be")
-    with pytest.raises(DataError, match=r"cannot be written \(.*\); see data\.cache_dir") as caught:
+    with pytest.raises(DataError, match=r"cannot be written \(.*\); TLINFORMER_CACHE may name") as caught:
         load_split(config_for(tmp_path), "train", BYTES)
     assert "\n" not in str(caught.value)
 
@@ -295,7 +296,7 @@ def test_a_full_disk_is_one_clear_line_and_leaves_nothing(tmp_path):
     child = _run_child(tmp_path, before=limit)
     _, message = child.communicate(timeout=60)
     assert child.returncode != 0
-    assert "the token cache cannot be written (File too large); see data.cache_dir" in message
+    assert "the token cache cannot be written (File too large); TLINFORMER_CACHE may name" in message
     assert len(message.strip().splitlines()) == 1
     assert caches(tmp_path) == []
     assert not open_split(config_for(tmp_path), "train", BYTES)[1]
@@ -407,22 +408,6 @@ def test_what_is_wrong_with_a_late_document_reaches_the_caller():
     documents = (("1 2 3 " * 20_000 if number < 30 else "1 word", True) for number in range(40))
     with pytest.raises(DataError, match="'word' must be a number"):
         list(streams.encode_documents(documents, NumberTokenizer(10)))
-
-
-def test_a_stored_configuration_is_read_without_writing_outside_this_users_cache(tmp_path, monkeypatch):
-    own, elsewhere = tmp_path / "own", tmp_path / "elsewhere"
-    monkeypatch.setenv("XDG_CACHE_HOME", str(own))
-    write_corpus(tmp_path / "a.jsonl", documents=2)
-    config = config_for(tmp_path, cache_dir=str(elsewhere))
-    expected = np.array(load_stored_split(config, "train", BYTES).tokens)
-    assert (own / "tlinformer_jax" / "tokens").is_dir()
-    assert not elsewhere.exists()
-    # What training has left there is read where it lies.
-    load_split(config, "train", BYTES)
-    before = sorted(elsewhere.rglob("*"))
-    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/none")
-    np.testing.assert_array_equal(load_stored_split(config, "train", BYTES).tokens, expected)
-    assert sorted(elsewhere.rglob("*")) == before
 
 
 def test_patterns_of_a_stored_configuration_search_no_disks(tmp_path, monkeypatch):

@@ -21,6 +21,7 @@ from tlinformer_jax.data.tokenizers import ByteTokenizer, build_tokenizer
 from tlinformer_jax.errors import DataError
 
 # As in wiki.*.tokens: a line starts and ends with a space; a blank line holds one space.
+pytestmark = pytest.mark.usefixtures("own_cache")
 LINES = {
     "train": [" \n", " = Title <unk> = \n", " \n", " Senjō no 戦場 @-@ 3 , a\u00a0b . \n", " \n"] * 700,
     "valid": [" \n", " = Valid = \n", " one two \n"],
@@ -66,8 +67,7 @@ def expect_zip(monkeypatch, data: bytes, variant: str = "wikitext103", **changes
 
 
 def config_for(tmp_path: pathlib.Path, **changes) -> DataConfig:
-    settings = {"dataset": "wikitext103", "cache_dir": str(tmp_path / "cache")}
-    return DataConfig(**settings | changes)
+    return DataConfig(**{"dataset": "wikitext103"} | changes)
 
 
 @pytest.fixture

@@ -18,7 +18,6 @@ from tlinformer_jax.decoding.spread import on_devices
 from tlinformer_jax.errors import ConfigError
 from tlinformer_jax.interop import params_from_reference
 from tlinformer_jax.models import cached_rows
-from tlinformer_jax.parallel.mesh import MeshConfig
 from tlinformer_jax.parallel.sharding import SplitRows, build_mesh
 from tools.collectives import Collective, collectives
 
@@ -83,7 +82,7 @@ def test_tokens_and_probabilities_are_those_of_one_device(monkeypatch, own_trace
         for mesh in (
             None,
             context_mesh(8),
-            build_mesh(MeshConfig(tensor=2, fsdp=2, context=2)),
+            build_mesh({"tensor": 2, "fsdp": 2, "context": 2}),
         )
     ]
     for other in found[1:]:
@@ -204,10 +203,12 @@ def test_the_gpu_kernels_on_each_device(interpreted_kernels):
 
 
 def test_mistakes_are_named():
-    with pytest.raises(ConfigError, match=r"mesh\.context = 9: must be from 1 to 8"):
+    with pytest.raises(ConfigError, match=r"generation\.context = 9: must be from 1 to 8"):
         context_mesh(9)
-    with pytest.raises(ConfigError, match=r"mesh\.context = 0: must be from 1 to 8"):
+    with pytest.raises(ConfigError, match=r"generation\.context = 0: must be from 1 to 8"):
         context_mesh(0)
-    with pytest.raises(ConfigError, match=r"mesh\.context = 2: must be 1 for model\.architecture = 'transformer'"):
+    with pytest.raises(
+        ConfigError, match=r"generation\.context = 2: must be 1 for model\.architecture = 'transformer'"
+    ):
         make_decoder(dataclasses.replace(SMALL, architecture="transformer", hidden_depth=0), 2)
     assert context_mesh(1) is None

@@ -24,7 +24,6 @@ from tlinformer_jax.decoding.decoder import Decoder
 from tlinformer_jax.decoding.stream import Call, TextStream
 from tlinformer_jax.errors import UserError
 from tlinformer_jax.interop import params_from_reference
-from tlinformer_jax.parallel.mesh import MeshConfig
 from tlinformer_jax.training.saving import Checkpoints
 from tlinformer_jax.training.step import TrainState
 
@@ -46,7 +45,7 @@ PROMPT = "Grüße"
 def workdir(tmp_path_factory) -> pathlib.Path:
     """What a training run leaves behind, with weights of the golden files' scale."""
     folder = tmp_path_factory.mktemp("run")
-    save_config(RunConfig(MODEL, TrainConfig(), DataConfig(tokenizer="bytes"), MeshConfig()), folder)
+    save_config(RunConfig(MODEL, TrainConfig(), DataConfig(tokenizer="bytes")), folder)
     save_tokenizer(ByteTokenizer(), folder)
     params = params_from_reference(golden.random_weights(MODEL), MODEL)["params"]
     with Checkpoints(folder, keep=1) as checkpoints:

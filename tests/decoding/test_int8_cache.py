@@ -258,12 +258,11 @@ RECALL = {
         "dtype": "float32",
     },
     "train": {
-        "steps": 1500,
+        "steps": "1500@0.98",
         "batch_size": 32,
         "warmup_steps": 50,
         "learning_rate": 1e-2,
         "eval_every": 200,
-        "stop_at_accuracy": 0.98,
     },
     "data": {
         "dataset": "recall",

@@ -16,7 +16,6 @@ from tlinformer_jax.data.domains import mu_law
 from tlinformer_jax.data.tokenizers import build_tokenizer, save_tokenizer
 from tlinformer_jax.errors import UserError
 from tlinformer_jax.interop import params_from_reference
-from tlinformer_jax.parallel.mesh import MeshConfig
 from tlinformer_jax.training.saving import Checkpoints
 from tlinformer_jax.training.step import TrainState
 
@@ -24,7 +23,7 @@ from tlinformer_jax.training.step import TrainState
 def workdir(folder, dataset, tokenizer, length=16):
     """What a training run leaves behind."""
     data = DataConfig(dataset=dataset, tokenizer=tokenizer, train_files="/none", sequence_length=length)
-    save_config(RunConfig(MODEL, TrainConfig(), data, MeshConfig()), folder)
+    save_config(RunConfig(MODEL, TrainConfig(), data), folder)
     save_tokenizer(build_tokenizer(tokenizer), folder)
     params = params_from_reference(golden.random_weights(MODEL), MODEL)["params"]
     with Checkpoints(folder, keep=1) as checkpoints:

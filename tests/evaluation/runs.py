@@ -11,7 +11,6 @@ from tlinformer_jax.config.run import RunConfig, TrainConfig
 from tlinformer_jax.data.tokenizers import ByteTokenizer
 from tlinformer_jax.interop import params_from_reference
 from tlinformer_jax.models import ModelConfig
-from tlinformer_jax.parallel.mesh import MeshConfig
 from tlinformer_jax.training.setup import TrainedRun, build_run
 
 MODEL = ModelConfig(
@@ -37,7 +36,7 @@ def weights(model: ModelConfig) -> dict[str, np.ndarray]:
 def trained(model: ModelConfig = MODEL) -> TrainedRun:
     """A run of 7 "steps" whose weights are of golden scale."""
     data = DataConfig(dataset="pydoc", tokenizer="bytes", sequence_length=LENGTH)
-    run = build_run(RunConfig(model, TrainConfig(batch_size=4), data, MeshConfig()), ByteTokenizer())
+    run = build_run(RunConfig(model, TrainConfig(batch_size=4), data), ByteTokenizer())
     params = params_from_reference(weights(model), model)["params"]
     return TrainedRun(run, jax.device_put(params, run.shardings.params), 7)
 

@@ -62,8 +62,9 @@ def test_runs_that_differ_in_their_seed_alone_are_one_group():
     points = points_of(frame_of(results)).set_index("label")
     assert points["seeds"].to_dict() == {"256-256": [0, 1], "128-384": [0]}
     assert list(points.loc["256-256", [PERPLEXITY, f"{PERPLEXITY}.std"]]) == [20.5, pytest.approx(0.5**0.5)]
-    elsewhere = [made_result("a", 1.0, data={"cache_dir": "/a", "train_files": "/a/x-*.txt, /a/y.txt"})]
-    elsewhere.append(made_result("b", 1.0, 1, data={"cache_dir": "/b", "train_files": "b/x-*.txt,b/y.txt"}))
+    elsewhere = [made_result("a", 1.0, data={"train_files": "/a/x-*.txt, /a/y.txt"})]
+    elsewhere.append(made_result("b", 1.0, 1, data={"train_files": "b/x-*.txt,b/y.txt"}, train={"mesh": "fsdp=2"}))
+    elsewhere[0]["config"]["data"]["cache_dir"] = "/a"  # a field of earlier records
     assert seeds_of(*elsewhere) == [[0, 1]]
     assert seeds_of(*elsewhere, made_result("c", 1.0, 2, data={"train_files": "b/z-*.txt,b/y.txt"})) == [[0, 1], [2]]
     other_rate = made_result("x", 20.0, train={"learning_rate": 0.5})

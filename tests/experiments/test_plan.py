@@ -64,7 +64,7 @@ def test_flags_change_the_base_of_all_points():
     [
         ({"model.num_heads": 7}, "point bad: model.num_heads = 7: must divide"),
         ({"model.widnow": 7}, "point bad: model.widnow = 7: no such field"),
-        ({"modle.window": 7}, "point bad: modle.window = 7: no such field; did you mean mesh.window?"),
+        ({"modle.dtpye": 7}, "point bad: modle.dtpye = 7: no such field; did you mean model.dtype?"),
         ({"window": 7}, "point bad: window = 7: no such section"),
         ({"model": 7}, "point bad: model = 7: must be a section of fields"),
         ({"train.seed": -1}, "point bad: train.seed = -1"),

@@ -28,7 +28,7 @@ def cell(model, rate, accuracy, seed=0, reached=False, steps=100, **parts):
         point,
         study="retrieval",
         model=WINDOWS | model,
-        train={"learning_rate": rate, "stop_at_accuracy": 0.99, "steps": 100},
+        train={"learning_rate": rate, "steps": "100@0.99"},
         data=parts.pop("data", DATA),
         validation=figures,
         target={"accuracy": 0.99, "reached": reached, "most_steps": 100},

@@ -32,7 +32,7 @@ def get_sweep(variant="four"):
     points = {
         "first": {"model.history_window": 8},
         "long": {"model.history_window": 16, "train.steps": 600},
-        "wrong": {"model.history_window": 24, "mesh.fsdp": 3},
+        "wrong": {"model.history_window": 24, "train.mesh": "fsdp=3"},
         "last": {"model.history_window": 24},
     }
     return Sweep(base, points, then=("evaluate",))

@@ -88,7 +88,7 @@ def test_a_run_that_has_reached_its_goal_keeps_its_parameters(tmp_path, trained,
         return [figures | {"accuracy": accuracy} for figures, accuracy in zip(real(*given), (0.9, 0.1))]
 
     monkeypatch.setattr(together, "_evaluated", with_accuracy)
-    goal = {"train__stop_at_accuracy": 0.5}
+    goal = {"train__steps": "6@0.5"}
     first, second = train_together([job(tmp_path, seed, 1e-2, **goal) for seed in (0, 1)])
     assert (first["steps"], second["steps"]) == (3, 6)
     assert [step for step, *_ in first["history"]] == [3]

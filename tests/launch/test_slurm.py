@@ -59,7 +59,7 @@ def logged_steps(workdir) -> list[int]:
 @pytest.mark.long
 def test_two_tasks_on_two_nodes_train_to_the_end(cluster, tmp_path):
     workdir = tmp_path / "run"
-    arguments = (*SMALL, "--config.train.steps=6", "--config.mesh.fsdp=2")
+    arguments = (*SMALL, "--config.train.steps=6", "--config.train.mesh=fsdp=2")
     script = ("--nodes=2", "--ntasks-per-node=1", "launch/slurm/train.sbatch")
     run(cluster, tmp_path, *script, *arguments, f"--workdir={workdir}")
     output = told(tmp_path)

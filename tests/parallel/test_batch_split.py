@@ -16,7 +16,6 @@ from tlinformer_jax.config.run import TrainConfig
 from tlinformer_jax.data.tasks import AnswerPlaces
 from tlinformer_jax.errors import ConfigError
 from tlinformer_jax.models import ModelConfig, build_model, streams
-from tlinformer_jax.parallel.mesh import MeshConfig
 from tlinformer_jax.parallel.sharding import (
     NO_WINDOW,
     UNSPLIT,
@@ -65,7 +64,7 @@ def program(model, train, mesh=None, answers=None):
     if mesh is None:
         alone = jax.jit(functools.partial(batch_gradient, split=UNSPLIT, **options))
         return lambda data, params, step: alone(data, params, divisor, jnp.int32(step))
-    mesh = build_mesh(MeshConfig(**mesh))
+    mesh = build_mesh(mesh)
 
     @jax.jit
     def spread(batch, params, *rest):
@@ -213,13 +212,17 @@ def test_no_device_has_much_more_attention_than_the_mean(length, parts):
 
 
 def test_axes_that_split_sequences_are_refused_where_they_cannot():
-    mesh = build_mesh(MeshConfig(window=8))
+    mesh = build_mesh({"window": 8})
     baseline = dataclasses.replace(MODEL, architecture="transformer")
-    with pytest.raises(ConfigError, match=r"mesh.window = 8: must be 1 for model.architecture = 'transformer'"):
+    with pytest.raises(
+        ConfigError, match=r"train.mesh = 'window=8': window must be 1 for model.architecture = 'transformer'"
+    ):
         check_sequences_divide(mesh, baseline, LENGTH, 0)
     for length, sampled in ((17, 0), (LENGTH, 5)):
-        with pytest.raises(ConfigError, match=r"mesh.window = 8: must be at most the 5 windows of a sequence"):
+        with pytest.raises(
+            ConfigError, match=r"train.mesh = 'window=8': window must be at most the 5 windows of a sequence"
+        ):
             check_sequences_divide(mesh, MODEL, length, sampled)
     check_sequences_divide(mesh, MODEL, LENGTH, 0)
-    with pytest.raises(ConfigError, match=r"mesh.context = 8: must be 1 for"):
-        check_sequences_divide(build_mesh(MeshConfig(context=8)), baseline, LENGTH, 0)
+    with pytest.raises(ConfigError, match=r"train.mesh = 'context=8': context must be 1 for"):
+        check_sequences_divide(build_mesh({"context": 8}), baseline, LENGTH, 0)

@@ -10,7 +10,6 @@ from jax.sharding import PartitionSpec
 
 from tlinformer_jax.kernels.common import merge_softmaxes
 from tlinformer_jax.models.attention import attend
-from tlinformer_jax.parallel.mesh import MeshConfig
 from tlinformer_jax.parallel.sharding import SplitRows, build_mesh
 
 PARTS = 4
@@ -19,7 +18,7 @@ SPLIT = SplitRows("context", PARTS)
 
 def on_devices(function):
     """`function` on four devices, on arrays that all hold whole; results are stacked over the devices."""
-    mesh = build_mesh(MeshConfig(context=PARTS), jax.devices()[:PARTS])
+    mesh = build_mesh({"context": PARTS}, jax.devices()[:PARTS])
 
     def stacked(*arguments):
         return jax.tree.map(lambda array: array[None], function(*arguments))

@@ -11,7 +11,6 @@ from tests.support.models import SMALL
 from tlinformer_jax.config.model import ExecutionPlan
 from tlinformer_jax.config.run import TrainConfig
 from tlinformer_jax.models.model import build_model
-from tlinformer_jax.parallel.mesh import MeshConfig
 from tlinformer_jax.parallel.sharding import BatchSplit, batch_sharding, build_mesh, tree_shardings
 from tlinformer_jax.training.step import batch_gradient
 from tools.collectives import collectives
@@ -23,7 +22,7 @@ MODEL = dataclasses.replace(
 
 def compiled(length, **mesh):
     """Collectives of loss and gradient of one sequence, and the number of parameters."""
-    model, mesh = build_model(MODEL), build_mesh(MeshConfig(**mesh))
+    model, mesh = build_model(MODEL), build_mesh(mesh)
     params = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"])
     params = jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),

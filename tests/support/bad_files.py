@@ -151,7 +151,6 @@ def _write_configs(folder: pathlib.Path) -> None:
         "sequence_length": 32,
         "train_files": str(folder / "train.txt"),
         "validation_files": str(folder / "validation.txt"),
-        "cache_dir": str(folder / "cache"),
     }
     changed = {field.name: getattr(MODEL, field.name) for field in dataclasses.fields(MODEL)}
     values = {"model": changed, "train": {"steps": 4, "batch_size": 4, "checkpoint_every": 2}, "data": data}

@@ -28,6 +28,7 @@ class Case:
       arguments: beside the usual ones; one of the same flag stands in the place of the usual one.
       says: what the line must hold.
       usual: whether the usual arguments are given.
+      cache: the environment's TLINFORMER_CACHE.
     """
 
     what: str
@@ -35,6 +36,7 @@ class Case:
     arguments: tuple[str, ...]
     says: str
     usual: bool = True
+    cache: str = "{d}/cache"
 
     def argv(self, folder: str) -> list[str]:
         """All arguments, for files in `folder`."""
@@ -158,6 +160,7 @@ TRAINING = fields(
     ("train.steps=-1", "negative"),
     ("train.steps=0", "zero"),
     ("train.steps=0epochs", "no epochs"),
+    ("train.steps=100@2", "an accuracy above 1"),
     ("train.batch_size=0", "zero"),
     ("train.accumulation=3", "does not divide the batch"),
     ("train.accumulation=0", "zero"),
@@ -185,13 +188,15 @@ TRAINING = fields(
     ("train.keep_checkpoints=2+", "no number after +"),
     ("train.max_skipped_updates=-1", "negative"),
     ("train.max_skipped_updates=1+", "no number after +"),
-    ("mesh.fsdp=0", "zero"),
+    ("train.mesh=fsdp=0", "zero"),
+    ("train.mesh=fsdp=2,fsdp=4", "an axis twice"),
+    ("train.mesh=data=2", "unknown axis"),
 )
 TRAINING += [
     Case(
         "a mesh of more devices than the machine has",
         "train",
-        ("--config.mesh.fsdp=3",),
+        ("--config.train.mesh=fsdp=3",),
         "divides 1, the number of devices",
     ),
     Case(
@@ -200,7 +205,9 @@ TRAINING += [
         ("--config.train.sampled_windows=1", "--config.model.architecture=transformer"),
         "train.sampled_windows = 1",
     ),
-    Case("the same with --check", "train", ("--check", "--config.mesh.fsdp=3"), "divides 1, the number of devices"),
+    Case(
+        "the same with --check", "train", ("--check", "--config.train.mesh=fsdp=3"), "divides 1, the number of devices"
+    ),
 ]
 
 TRAIN, VALIDATION = "--config.data.train_files=", "--config.data.validation_files="
@@ -240,15 +247,14 @@ DATA += [
     Case("a .xz that is not compressed", "train", (TRAIN + "{d}/none.txt.xz",), "damaged .xz data"),
     Case("a .zst that is not compressed", "train", (TRAIN + "{d}/none.txt.zst",), "damaged .zst data"),
     Case("a validation split that is too short", "train", (VALIDATION + "{d}/short.txt",), "validation split has only"),
-    Case("a cache directory that is a file", "train", ("--config.data.cache_dir={d}/binary.txt",), "data.cache_dir"),
-    Case(
-        "a cache directory that cannot be written", "train", ("--config.data.cache_dir=/proc/cache",), "data.cache_dir"
-    ),
+    Case("a cache folder that is a file", "train", (), "TLINFORMER_CACHE", cache="{d}/binary.txt"),
+    Case("a cache folder that cannot be written", "train", (), "TLINFORMER_CACHE", cache="/proc/cache"),
     Case(
         "WikiText that is damaged",
         "train",
-        ("--config.data.dataset=wikitext103", "--config.data.cache_dir={d}/cache/damaged"),
+        ("--config.data.dataset=wikitext103",),
         "cache/damaged/downloads/wikitext-103-v1.zip: not the published file",
+        cache="{d}/cache/damaged",
     ),
     Case("to prepare a damaged text", "prepare", (TRAIN + "{d}/cut.txt.gz",), "truncated"),
     Case(
@@ -349,7 +355,7 @@ PATHS = [
     Case("a config file in a bucket", "train", ("--config=gs://bucket/small.py",), BUCKET),
     Case("text in a bucket", "train", ("--config.data.train_files=gs://bucket/*.txt",), BUCKET),
     Case("a tokenizer at a URL", "train", ("--config.data.tokenizer=https://host/tokenizer.json",), BUCKET),
-    Case("a cache in a bucket", "train", ("--config.data.cache_dir=s3://bucket/cache",), BUCKET),
+    Case("a cache in a bucket", "train", (), BUCKET, cache="s3://bucket/cache"),
     Case("to evaluate a bucket", "evaluate", ("--workdir=gs://bucket/run",), BUCKET),
     Case("a text in a bucket", "evaluate", ("--text_file=gs://bucket/a.txt",), BUCKET),
     Case("a result file in a bucket", "evaluate", ("--out=gs://bucket/x.json",), BUCKET),

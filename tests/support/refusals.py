@@ -57,6 +57,7 @@ def run_all() -> list[Result]:
     folder = pathlib.Path(tempfile.mkdtemp(prefix="bad-inputs-"))
     try:
         bad_files.write_files(folder)
+        os.environ["TLINFORMER_CACHE"] = str(folder / "cache")
         status, _, err = forks.forked("train", [f"--config={folder}/small.py", f"--workdir={folder}/run"], folder)
         assert status == 0, err
         for name, change in bad_files.CHANGES.items():
@@ -73,11 +74,13 @@ def run_all() -> list[Result]:
 
 def run_case(group, case, folder: pathlib.Path, before: dict[str, str]) -> Result:
     """Runs one case over the files in `folder`, of which the first case found `before`."""
+    os.environ["TLINFORMER_CACHE"] = case.cache.replace("{d}", str(folder))
     status, out, err = forks.forked(case.command, case.argv(str(folder)), folder)
     after = contents(folder)
     shutil.rmtree(folder / "new", ignore_errors=True)  # so that no case meets what another has left
     changed = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
-    shown = [case.command, *(case.arguments if case.usual else case.argv("{d}"))]
+    cache = [] if case.cache == type(case).cache else [f"TLINFORMER_CACHE={case.cache}"]
+    shown = [*cache, case.command, *(case.arguments if case.usual else case.argv("{d}"))]
     command = " ".join(json.dumps(part) if " " in part else part for part in shown)
     says = case.says.replace("{d}", "DIR")
     shown_err = err.replace(str(folder), "DIR").replace(f"{ROOT}/", "").replace(str(ROOT), "CHECKOUT")

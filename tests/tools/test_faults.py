@@ -93,7 +93,7 @@ def test_a_kill_comes_at_its_moment_and_the_phase_is_told(tmp_path, monkeypatch)
     def ended(name: str):
         folder = tmp_path / name
         (folder / "run" / "checkpoints" / "1.saving").mkdir(parents=True)  # an earlier process has left this
-        found = Process(fault_config(folder, folder / "cache"), folder, 0).wait(MOMENTS[name][0])
+        found = Process(fault_config(folder), folder, 0).wait(MOMENTS[name][0])
         return found.status, found.phase, found.saving, found.last_step
 
     monkeypatch.setattr(fault_runs, "_fork", started)
@@ -171,8 +171,8 @@ BREAKS = {
 }
 SIGNALS = [[PlannedSignal("step", 18, 0), PlannedSignal("saving", 1, 0)], *[[PlannedSignal("step", 27, 0)]] * 3]
 
-def short(*folders):
-    made = config(*folders)
+def short(root):
+    made = config(root)
     return dataclasses.replace(made, train=dataclasses.replace(made.train, steps="2epochs"))
 
 def chosen(root, trial, durations, seed, number):

@@ -70,7 +70,7 @@ def test_v5e_with_its_kernel_and_one_reduction_of_the_gradient():
 
 @pytest.mark.slow
 def test_v6e_with_parameters_split():
-    text = check("v6e:2x2", "--config.mesh.fsdp=4", "--config.model.vocab_size=384")
+    text = check("v6e:2x2", "--config.train.mesh=fsdp=4", "--config.model.vocab_size=384")
     assert "4 x TPU v6 lite" in text
     assert "'fsdp': 4" in text
     assert re.search(r"^all-gather: ", text, re.M)

@@ -250,7 +250,7 @@ def test_a_run_of_a_task_is_evaluated_on_all_of_a_text():
 @pytest.mark.slow
 def test_a_run_that_is_accurate_enough_is_finished(tmp_path, monkeypatch):
     """Also after an interruption between the evaluation and the save, and bit by bit the same."""
-    config = changed(train={"stop_at_accuracy": 0.01, "steps": 100, "log_every": 100})
+    config = changed(train={"steps": "100@0.01", "log_every": 100})
     (tmp_path / "whole").mkdir()
     result = run_job(Job("whole", config, tmp_path / "whole", "command"))
     assert (result["steps"], result["tokens"]) == (2, 2 * 16 * 18)
@@ -277,7 +277,7 @@ def test_a_run_that_is_accurate_enough_is_finished(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_where_the_cap_binds_the_record_says_so(tmp_path):
-    result = run_job(Job("run", changed(train={"stop_at_accuracy": 1.0}), tmp_path, "command"))
+    result = run_job(Job("run", changed(train={"steps": "6@1"}), tmp_path, "command"))
     assert (result["steps"], result["target"]["reached"], result["target"]["most_steps"]) == (6, False, 6)
 
 
@@ -317,10 +317,10 @@ def test_tiny_settings_of_the_memory_suite_train(name, chance, tmp_path):
 
 def test_what_has_no_answers_cannot_wait_for_them():
     grown = {"dataset": "passkey", "tokenizer": "bytes", "curriculum": "256:3", "sequence_length": 512}
-    with pytest.raises(ConfigError, match=r"train\.stop_at_accuracy = 0.5: must be 0 for data.dataset = 'pydoc'"):
-        run_config({"train": {"stop_at_accuracy": 0.5}})
-    with pytest.raises(ConfigError, match=r"train\.stop_at_accuracy = 2: must be a number from 0 to 1"):
-        changed(train={"stop_at_accuracy": 2})
+    with pytest.raises(ConfigError, match=r"train\.steps = '9@0.5': must have no @ACCURACY for data.dataset = 'pydoc'"):
+        run_config({"train": {"steps": "9@0.5"}})
+    with pytest.raises(ConfigError, match=r"train\.steps = '9@2': must be an integer >= 1, epochs such as"):
+        changed(train={"steps": "9@2"})
     with pytest.raises(ConfigError, match=r"data\.curriculum = '256:3': must be '' for train\.schedule = 'paper'"):
         changed(train={"schedule": "paper", "steps": "1epoch"}, data=grown)
     with pytest.raises(ConfigError, match=r"data\.curriculum = '256:3': must end before train.steps = 3, but has 3"):

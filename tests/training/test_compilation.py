@@ -52,7 +52,7 @@ def test_a_step_is_compiled_once_beside_what_else_a_run_needs(data, tmp_path, ca
 def test_the_short_update_of_a_paper_epoch_is_the_same_program(tmp_path, caplog):
     (tmp_path / "a.txt").write_bytes(bytes(range(32, 127)) * 4)  # 23 samples: three updates, the last of seven
     files = {"train_files": str(tmp_path / "a.txt"), "validation_files": str(tmp_path / "a.txt")}
-    data = TEXT | {"dataset": "text", "cache_dir": str(tmp_path / "cache"), **files}
+    data = TEXT | {"dataset": "text", **files}
     assert len(compilations(caplog, tmp_path / "run", data, steps="1epochs", schedule="paper")) == 1
 
 

@@ -115,13 +115,12 @@ def test_a_stored_configuration_means_the_same_files_from_any_directory(tmp_path
         folder.mkdir()
         (folder / "t.txt").write_text(f"{folder.name} " * 99)
     monkeypatch.chdir(one)
-    paths = {"train_files": "t.txt, *.txt", "validation_files": "t.txt", "cache_dir": "cache"}
+    paths = {"train_files": "t.txt, *.txt", "validation_files": "t.txt"}
     config = with_data(run_config(tmp_path), **paths, tokenizer="tok.json")
     save_config(config, tmp_path)
     monkeypatch.chdir(two)
     data = load_config(tmp_path).data
     assert data == config.data
-    assert data.cache_path == one / "cache"
     assert data.tokenizer == str(one / "tok.json")
     run = build_run(with_data(load_config(tmp_path), tokenizer="bytes"), build_tokenizer("bytes"))
     assert bytes(run.split("validation").tokens[:3].astype("uint8")) == b"one"
@@ -137,9 +136,11 @@ def test_a_current_directory_that_paths_cannot_start_from_is_named(tmp_path, mon
     folder = tmp_path / "a,b"
     folder.mkdir()
     monkeypatch.chdir(folder)
-    assert DataConfig(cache_dir="cache", train_files="/t.txt").train_files == "/t.txt"
+    assert DataConfig(tokenizer="t.json", train_files="/t.txt").train_files == "/t.txt"
     with pytest.raises(ConfigError, match=r"data\.train_files = 't\.txt': must be absolute: .*a,b holds a comma"):
         DataConfig(train_files="t.txt")
     folder.rmdir()
-    with pytest.raises(ConfigError, match=r"data\.cache_dir = 'c': must be absolute: the current directory is gone"):
-        DataConfig(cache_dir="c")
+    with pytest.raises(
+        ConfigError, match=r"data\.tokenizer = 't\.json': must be absolute: the current directory is gone"
+    ):
+        DataConfig(tokenizer="t.json")

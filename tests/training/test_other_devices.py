@@ -1,14 +1,12 @@
 """A run that is taken up on another number, or another shape, of devices."""
 
 import dataclasses
-import functools
 import shutil
 
 import jax
 import pytest
 
 from tests.training.test_resume import events, run_config
-from tlinformer_jax.parallel.mesh import MeshConfig
 from tlinformer_jax.parallel.sharding import build_mesh
 from tlinformer_jax.training import callbacks, setup
 from tlinformer_jax.training.loop import train_and_evaluate
@@ -22,8 +20,9 @@ def stopped(tmp_path_factory):
     """A configuration over 8 devices, what the whole run logs, and a directory that crashed after step 3 of 6."""
     folder = tmp_path_factory.mktemp("devices")
     # Without accumulation: each of 8 devices has rows of its own, whose dropout must not depend on where they are.
-    config = run_config(folder, log_every=1, eval_every=3, checkpoint_every=3, keep_checkpoints=2, accumulation=1)
-    config = dataclasses.replace(config, mesh=MeshConfig(fsdp=2))
+    config = run_config(
+        folder, log_every=1, eval_every=3, checkpoint_every=3, keep_checkpoints=2, accumulation=1, mesh="fsdp=2"
+    )
     train_and_evaluate(config, folder / "whole")
     log_step = callbacks.log_step
 
@@ -39,14 +38,15 @@ def stopped(tmp_path_factory):
     return config, events(folder / "whole"), folder / "stopped"
 
 
-@pytest.mark.parametrize(("devices", "mesh"), [(8, MeshConfig()), (2, MeshConfig(fsdp=2)), (1, MeshConfig())])
+@pytest.mark.parametrize(("devices", "mesh"), [(8, ""), (2, "fsdp=2"), (1, "")])
 def test_a_run_on_eight_devices_goes_on_with_others_and_the_losses_are_the_same(
     devices, mesh, stopped, tmp_path, monkeypatch, capfd
 ):
     config, whole, workdir = stopped
     shutil.copytree(workdir, tmp_path / "run")
-    monkeypatch.setattr(setup, "build_mesh", functools.partial(build_mesh, devices=jax.devices()[:devices]))
-    train_and_evaluate(dataclasses.replace(config, mesh=mesh), tmp_path / "run")
+    monkeypatch.setattr(setup, "build_mesh", lambda axes, _: build_mesh(axes, jax.devices()[:devices]))
+    train = dataclasses.replace(config.train, mesh=mesh)
+    train_and_evaluate(dataclasses.replace(config, train=train), tmp_path / "run")
     assert "continuing from step 3" in capfd.readouterr().err
     found = events(tmp_path / "run")
     assert [event["step"] for event in found] == [event["step"] for event in whole] == [1, 2, 3, 3, 4, 5, 6, 6]

@@ -78,7 +78,7 @@ def test_where_open_folders_have_no_path_such_a_name_is_refused_before_training(
 def test_urls_are_refused_with_a_way_to_use_buckets(path):
     with pytest.raises(UserError, match=r"--workdir = '.*': must be a local path; to use a bucket, mount it"):
         local_path(path, "--workdir")
-    for field in ("train_files", "validation_files", "test_files", "tokenizer", "cache_dir"):
+    for field in ("train_files", "validation_files", "test_files", "tokenizer"):
         with pytest.raises(ConfigError, match=rf"data\.{field} = .*must be a local path"):
             DataConfig(**{field: str(path)})
 

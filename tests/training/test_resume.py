@@ -13,7 +13,6 @@ from tlinformer_jax.config.data import DataConfig
 from tlinformer_jax.config.run import RunConfig, TrainConfig
 from tlinformer_jax.data.tokenizers import ByteTokenizer
 from tlinformer_jax.models import ModelConfig
-from tlinformer_jax.parallel.mesh import MeshConfig
 from tlinformer_jax.training import callbacks, loop, setup
 from tlinformer_jax.training.checkpoint import restore_params
 from tlinformer_jax.training.loop import train_and_evaluate
@@ -59,9 +58,7 @@ def run_config(folder: pathlib.Path, **train) -> RunConfig:
             sequence_length=8,
             train_files=str(folder / "train.txt"),
             validation_files=str(folder / "validation.txt"),
-            cache_dir=str(folder / "cache"),
         ),
-        mesh=MeshConfig(),
     )
 
 

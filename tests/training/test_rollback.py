@@ -28,7 +28,7 @@ from tlinformer_jax.training.saving import Checkpoints
 @pytest.fixture
 def spoil(monkeypatch):
     """Makes batches (from 0) bad: one weight of theirs is NaN. One device, to be quick."""
-    monkeypatch.setattr(setup, "build_mesh", functools.partial(build_mesh, devices=jax.devices()[:1]))
+    monkeypatch.setattr(setup, "build_mesh", lambda axes, _: build_mesh(axes, jax.devices()[:1]))
     plain, bad = TrainingBatches.batch, set()
 
     def batch(self, step, *arguments):

@@ -9,7 +9,7 @@ import jax
 import pytest
 
 from tests.support import golden
-from tlinformer_jax.config.run import load_config, run_config
+from tlinformer_jax.config.run import run_config
 from tlinformer_jax.decoding.generator import Generator
 from tlinformer_jax.errors import DataError
 from tlinformer_jax.interop.files import write_safetensors
@@ -103,7 +103,7 @@ def test_a_model_with_fewer_layers_than_the_stored_one_is_refused(tmp_path):
     ("[" * 100_000, r"no readable config\.json \(nested too deeply\)"),
     ('{"data": ' + '{"a": ' * 100_000, r"no readable config\.json \(nested too deeply\)"),
     ('{"data": {"train_files": "a\\u0000b"}}', r"data\.train_files = .*a\\x00b': must hold printable characters"),
-    ('{"data": {"cache_dir": "\\ud800"}}', r"data\.cache_dir = .*\\ud800': must hold printable characters"),
+    ('{"data": {"tokenizer": "\\ud800"}}', r"data\.tokenizer = .*\\ud800': must hold printable characters"),
     ('{"data": {"sequence_length": 1e99}}', r"data\.sequence_length = 1e\+99: must be of type int"),
     ('{"data": {"sequence_length": 10000000000}}', r"data\.sequence_length = 10000000000: must be an integer"),
     ('{"model": {"generation_window": 1000000000}}', r"generation_window = 1000000000: must be an integer from 1 to"),
@@ -122,13 +122,3 @@ def test_files_that_would_never_end_are_not_waited_for(workdir):
     (workdir / "config.json").unlink()
     os.mkfifo(workdir / "config.json")
     check_refused(workdir, r"no readable config\.json \(it is not a regular file\)")
-
-
-def test_a_split_is_tokenised_in_this_users_cache_only(workdir, tmp_path, monkeypatch):
-    (tmp_path / "t.txt").write_text("some text " * 99)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "own"))
-    change(workdir, "data", validation_files=str(tmp_path / "t.txt"), cache_dir=str(tmp_path / "theirs"))
-    run = load_run(workdir).run
-    assert len(run.split("validation").tokens) == 991
-    assert load_config(workdir).data.cache_path == tmp_path / "theirs"
-    assert not (tmp_path / "theirs").exists()

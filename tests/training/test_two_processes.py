@@ -33,7 +33,7 @@ def test_two_processes_of_one_device_train_what_one_process_of_two_does(tmp_path
     one, two = tmp_path / "one", tmp_path / "two"
     steps = ("--config.train.steps=6", "--config.train.keep_checkpoints=9+1")
     steps += ("--config.train.checkpoint_every=0.000001s",)  # after every step
-    steps += ("--config.mesh.fsdp=2",)  # each saves parameters that the other does not hold
+    steps += ("--config.train.mesh=fsdp=2",)  # each saves parameters that the other does not hold
     run(start(MAIN, *SMALL, *steps, f"--workdir={one}", devices=2))
     told = run(*start_two(MAIN, *SMALL, *steps, f"--workdir={two}"))
     assert "2 x cpu" in told[0]
@@ -64,7 +64,7 @@ def test_two_processes_of_one_device_train_what_one_process_of_two_does(tmp_path
 def test_a_mesh_over_processes_trains_what_one_process_does(tmp_path):
     one, four = f"--workdir={tmp_path}/one", f"--workdir={tmp_path}/four"
     run(start(MAIN, *WINDOWS, one))
-    run(*start_many(4, MAIN, *WINDOWS, "--config.mesh.window=2", "--config.mesh.context=2", four))
+    run(*start_many(4, MAIN, *WINDOWS, "--config.train.mesh=window=2,context=2", four))
     for mine, other in zip(events(tmp_path / "four"), events(tmp_path / "one"), strict=True):
         assert mine == pytest.approx(other, rel=1e-5)
 

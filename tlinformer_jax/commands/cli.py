@@ -115,8 +115,7 @@ def errors_by_flag() -> Iterator[None]:
     except ConfigError as error:
         section, _, name = error.field.rpartition(".")
         name = FLAG_OF_OPTION.get(name, name)
-        asked = section in ("evaluation", "generation", "sampling") or error.field == "mesh.context"
-        if asked and name in flags.FLAGS:
+        if section in ("evaluation", "generation", "sampling") and name in flags.FLAGS:
             raise UserError(f"--{name}={error.value}: {error.allowed}") from None
         raise
 

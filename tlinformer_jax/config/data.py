@@ -26,7 +26,7 @@ DATASETS = ("pydoc", *TEXT_FILES, TOKENS, *SYMBOL_FILES, *WIKITEXT, *TASKS)
 TFDS = "tfds:"  # prefix of datasets from TensorFlow Datasets
 SPLITS = ("train", "validation", "test")
 FILES = ("train_files", "validation_files", "test_files")
-PATHS = (*FILES, "tokenizer", "cache_dir")
+PATHS = (*FILES, "tokenizer")
 MOST_NEEDLES = 100  # names of passkeys have two digits
 STAGE = re.compile(r"([0-9]+):([0-9]+)(?:@([0-9]*\.?[0-9]+))?")
 
@@ -46,7 +46,8 @@ class Stage(NamedTuple):
 class DataConfig:
     """Dataset, tokenizer and sample length. Names in brackets are the datasets that use a field.
 
-    Paths are made absolute, so that a stored configuration names the same files from any directory.
+    Paths are made absolute, so that a stored configuration names the same files from any directory. The environment
+    variable TLINFORMER_CACHE names the folder for tokens and downloads, see `data.cache.cache_folder`.
 
     Attributes:
       dataset: "pydoc" (79 articles that are part of every CPython), "text" (your files), "lines" (the same, but every
@@ -74,9 +75,6 @@ class DataConfig:
         row, directly or through other records, are a family; the held-out split takes every 20th family instead of
         every 20th document, and no record is cut. 0 ignores families.
       text_field: [text, lines, tfds] the field of a .jsonl line or record, or the column, that contains the document.
-      cache_dir: folder for tokens and downloads; "" is $XDG_CACHE_HOME/tlinformer_jax, or ~/.cache/tlinformer_jax.
-        [wikitext103] The zip or parquet files are read from its folder `downloads`; otherwise the zip is downloaded.
-        [tfds] The datasets are in its folder `tensorflow_datasets`.
       examples: [tasks] different samples in the training split; an epoch uses each once.
       num_items: [recall, recall-gap] pairs of a key and a value in a sample of N tokens; a shorter sample has
         proportionally fewer. [passkey, niah-1, niah-2, niah-3] needles hidden in a sample; training asks for all of
@@ -98,7 +96,6 @@ class DataConfig:
     test_files: str = ""
     shingle: int = 0
     text_field: str = "text"
-    cache_dir: str = ""
     examples: int = 100_000
     num_items: int = 4
     curriculum: str = ""
@@ -192,16 +189,6 @@ class DataConfig:
     def samples_before(self, update: int, batch_size: int) -> int:
         """Returns the samples that the first `update` updates of `batch_size` rows use if no stage ends early."""
         return stage_at(self.stages, self.sequence_length, batch_size, update)[1]
-
-    @property
-    def cache_path(self) -> pathlib.Path:
-        """The directory that `cache_dir` names."""
-        root = self.cache_dir or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "tlinformer_jax")
-        path = pathlib.Path(os.path.expanduser(root))
-        if path.parts[:1] == ("~",):
-            allowed = "must name a directory: this user has no home directory"
-            raise ConfigError("data.cache_dir", self.cache_dir, allowed)
-        return path
 
 
 def absolute_paths(values: Mapping[str, Any], base: pathlib.Path) -> dict[str, Any]:

@@ -85,21 +85,6 @@ def set_own_recipe(config: "ConfigDict", row: str) -> None:
     )
 
 
-def set_plus(config: "ConfigDict") -> None:
-    """Turns on the token shift, which makes recall easier to learn; see docs/quality.md."""
-    config.model.token_shift = True
-
-
-def set_tokens(config: "ConfigDict", tokens: int) -> None:
-    """Shortens this project's recipe to `tokens` tokens, rounded up to whole updates.
-
-    A tenth of the updates is warm-up; there are ten evaluations, each with a checkpoint.
-    """
-    updates = -(-tokens // TOKENS_PER_UPDATE)
-    tenth = max(1, updates // 10)
-    config.train.update(steps=updates, warmup_steps=tenth, eval_every=tenth, checkpoint_every=tenth)
-
-
 def set_small(config: "ConfigDict", length: int, window: int, tokens: int, batch: int) -> None:
     """Sets a model of 6 layers with W_oh = W_og = `window`, and training on `tokens` tokens.
 

@@ -1,7 +1,7 @@
 """A run's whole configuration, read from a config file or a working directory and checked.
 
 A config file is a Python file whose `get_config()` returns a `ml_collections.ConfigDict` with the sections `model`,
-`train`, `data` and `mesh`. The fields of a section are those of a frozen dataclass, such as `TrainConfig`.
+`train` and `data`. The fields of a section are those of a frozen dataclass, such as `TrainConfig`.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.data.tokenizers import build_tokenizer
 from tlinformer_jax.errors import TRUE_OR_FALSE, ConfigError, DataError, Rule, check_fields, integer, number, one_of
 from tlinformer_jax.files import read_json, write_text
-from tlinformer_jax.parallel.mesh import MeshConfig
+from tlinformer_jax.parallel.mesh import MESH_RULE, axes_of, mesh_text
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
@@ -32,7 +32,8 @@ VOCABULARY_MULTIPLE = 128
 SMALL_MODEL = {"d_model": 96, "num_heads": 3, "hidden_depth": 0, "history_window": 32, "generation_window": 32}
 OPTIMIZERS = ("adamw", "muon")
 SCHEDULES = ("cosine", "constant", "paper")
-EPOCHS = re.compile(r"([1-9]\d*)epochs?")
+# Updates or epochs, at least one of "epochs" and "@ACCURACY".
+STEPS = re.compile(r"(?!\d+$)([1-9]\d{0,15})(epochs?)?(?:@((?=.*[1-9])0?\.\d+|1(?:\.0*)?))?")
 AND_MORE = re.compile(r"(\d+)(?:\+(\d+))?")  # two counts
 COSINE_TO = re.compile(r"cosine:(\d+(?:\.\d+)?(?:e-?\d+)?)")
 WSD = re.compile(r"wsd:((?=.*[1-9])0?\.\d+|1(?:\.0*)?)")
@@ -44,7 +45,9 @@ UNITS = {"s": 1, "min": 60, "h": 3600}
 # Evaluation stores no activations for a gradient, so it computes several small micro-batches at a time.
 EVALUATION_TOKENS = 16_384
 RULES = {
-    "steps": integer(1, pattern=EPOCHS.pattern, also=", or epochs such as '10epochs'"),
+    "steps": integer(
+        1, pattern=STEPS.pattern, also=", epochs such as '10epochs', or either with '@0.99' to end earlier"
+    ),
     **dict.fromkeys(("batch_size", "accumulation", "log_every"), integer(1)),
     **dict.fromkeys(("sampled_windows", "warmup_steps"), integer(0)),
     "seed": integer(0, LARGEST_SEED),
@@ -69,8 +72,8 @@ RULES = {
         pattern=AND_MORE.pattern,
         also=", or e.g. '3+1': after more than three, one return to a checkpoint",
     ),
-    "stop_at_accuracy": number("must be a number from 0 to 1", lambda share: 0 <= share <= 1),
     "deterministic": TRUE_OR_FALSE,
+    "mesh": MESH_RULE,
 }
 
 
@@ -82,7 +85,8 @@ class TrainConfig:
     """Length of the training, optimiser, evaluations and checkpoints. A step is one update of the parameters.
 
     Attributes:
-      steps: number of updates; or of passes over the training samples, such as '10epochs'.
+      steps: number of updates; or of passes over the training samples, such as '10epochs'. For tasks, '5000@0.99' ends
+        the run at the first evaluation with at least this fraction of right answers, after 5,000 updates at the latest.
       batch_size: sequences per update, over all devices and micro-batches.
       accumulation: number of micro-batches of an update, computed one after the other; divides batch_size.
       sampled_windows: generation windows of each sequence to train on, drawn without replacement for every
@@ -116,11 +120,13 @@ class TrainConfig:
         this the run stops and keeps its last checkpoint; 0 stops at the first. '3+1' instead returns, once per run, to
         the parameters and optimiser state of the last checkpoint at a multiple of checkpoint_every, and continues with
         the batches after the bad ones.
-      stop_at_accuracy: for tasks; the run ends at the first evaluation with at least this fraction of right answers; 0
-        continues to the last update.
       deterministic: on a GPU, makes two runs, or a run that was killed and resumed, end with the same bits on the same
         kind of device and version of JAX, more slowly. Otherwise XLA chooses kernels by timing, and sums the
         embedding's gradient in the order in which its threads finish. CPUs and TPUs are always deterministic.
+      mesh: how devices share the work, such as 'fsdp=4,tensor=2'. The axis `fsdp` splits the batch and the parameters,
+        `tensor` heads and the feed-forward's features, `window` the generation windows of each sequence, `context` the
+        rows of the history, `expert` the batch and the experts of model.num_experts. The remaining devices split the
+        batch, each with a copy of the parameters; with '' these are all devices.
     """
 
     steps: int | str = 1000
@@ -141,11 +147,12 @@ class TrainConfig:
     checkpoint_every: int | str = "10min"
     keep_checkpoints: int | str = 2
     max_skipped_updates: int | str = 0
-    stop_at_accuracy: float = 0.0
     deterministic: bool = False
+    mesh: str = ""
 
     def __post_init__(self) -> None:
         check_fields("train", self, RULES)
+        object.__setattr__(self, "mesh", mesh_text(self.axes))  # equal meshes have equal texts
         if self.schedule == "paper" and not self.epochs:
             raise ConfigError(
                 "train.steps", self.steps, "must be in epochs, such as '10epochs', for train.schedule = 'paper'"
@@ -159,6 +166,11 @@ class TrainConfig:
             raise ConfigError("train.accumulation", self.accumulation, allowed)
 
     @property
+    def axes(self) -> dict[str, int]:
+        """Sizes of the axes of `mesh`."""
+        return axes_of(self.mesh)
+
+    @property
     def micro_batch_size(self) -> int:
         """Sequences per micro-batch."""
         return self.batch_size // self.accumulation
@@ -166,13 +178,18 @@ class TrainConfig:
     @property
     def epochs(self) -> int:
         """Passes over the training samples; 0 if `steps` counts updates."""
-        match = EPOCHS.fullmatch(str(self.steps))
-        return int(match[1]) if match else 0
+        match = STEPS.fullmatch(str(self.steps))
+        return int(match[1]) if match and match[2] else 0
 
     @property
     def updates(self) -> int:
         """Number of updates; 0 if `steps` counts epochs."""
-        return 0 if self.epochs else int(self.steps)
+        return 0 if self.epochs else int(str(self.steps).partition("@")[0])
+
+    @property
+    def goal(self) -> float:
+        """Fraction of right answers at which the run ends; 0 if it goes on to the last update."""
+        return float(str(self.steps).partition("@")[2] or 0)
 
     @property
     def kept(self) -> tuple[int, int]:
@@ -190,16 +207,9 @@ class TrainConfig:
         return _counts(self.max_skipped_updates)[1]
 
     @property
-    def cosine_end(self) -> float:
-        """Final learning rate of a cosine schedule, as a fraction of the peak."""
-        match = COSINE_TO.fullmatch(self.schedule)
-        return float(match[1]) if match else 0.0
-
-    @property
-    def decay_share(self) -> float:
-        """Fraction of the steps in which the rate of 'wsd' falls; 0 for other schedules."""
-        match = WSD.fullmatch(str(self.schedule))
-        return float(match[1]) if match else 0.0
+    def schedule_share(self) -> float:
+        """The number in `schedule`: the share of the peak where a cosine ends, or of the steps in which 'wsd' falls."""
+        return float(self.schedule.partition(":")[2] or 0)
 
     @property
     def equal_updates(self) -> bool:
@@ -234,7 +244,6 @@ class RunConfig:
     model: ModelConfig
     train: TrainConfig
     data: DataConfig
-    mesh: MeshConfig
 
     def __post_init__(self) -> None:
         model, train, data = self.model, self.train, self.data
@@ -245,9 +254,9 @@ class RunConfig:
         windows = -(-data.sequence_length // model.generation_window)
         if sampled > windows:
             raise ConfigError("train.sampled_windows", sampled, f"must be at most the {windows} windows of a sequence")
-        if train.stop_at_accuracy and not data.is_task:
-            allowed = f"must be 0 for data.dataset = {data.dataset!r}, which has no answers"
-            raise ConfigError("train.stop_at_accuracy", train.stop_at_accuracy, allowed)
+        if train.goal and not data.is_task:
+            allowed = f"must have no @ACCURACY for data.dataset = {data.dataset!r}, which has no answers"
+            raise ConfigError("train.steps", train.steps, allowed)
         if data.document_masking and (model.recurrent or model.attention == "cudnn"):
             name = "architecture" if model.recurrent else "attention"
             allowed = f"must be False for model.{name} = {getattr(model, name)!r}, which cannot keep documents apart"
@@ -284,7 +293,7 @@ def run_config(values: Mapping[str, Any]) -> RunConfig:
     size, rounded up to a multiple of VOCABULARY_MULTIPLE. Without a section `model` the model is SMALL_MODEL.
     """
     if not hasattr(values, "items"):
-        raise ConfigError("config", values, "must be a mapping of the sections model, train, data and mesh")
+        raise ConfigError("config", values, "must be a mapping of the sections model, train and data")
     for name, section in values.items():
         if missing := unknown_field(name):
             raise ConfigError(name, "...", missing)
@@ -298,7 +307,7 @@ def run_config(values: Mapping[str, Any]) -> RunConfig:
     if model.get("vocab_size", AUTO) == AUTO:
         entries = build_tokenizer(data.tokenizer).vocab_size
         model["vocab_size"] = entries + -entries % VOCABULARY_MULTIPLE
-    return RunConfig(ModelConfig(**model), TrainConfig(**fields["train"]), data, MeshConfig(**fields["mesh"]))
+    return RunConfig(ModelConfig(**model), TrainConfig(**fields["train"]), data)
 
 
 def default_config_dict() -> "ConfigDict":

@@ -19,8 +19,8 @@ from numpy.typing import ArrayLike
 
 from tlinformer_jax.config.data import Stage, stage_at
 from tlinformer_jax.data.documents import DocumentStream
-from tlinformer_jax.data.streams import RowStream, TokenStream, in_threads
-from tlinformer_jax.data.tasks import Split, TaskSplit, in_order, take_task_samples
+from tlinformer_jax.data.streams import RowStream, TokenStream, in_order, in_threads
+from tlinformer_jax.data.tasks import Split, TaskSplit, take_task_samples
 from tlinformer_jax.errors import DataError
 
 Batch = dict[str, np.ndarray]

@@ -1,9 +1,9 @@
 """The token cache: each split is tokenised once, stored in its own directory, and memory-mapped afterwards.
 
-    CACHE_DIR/tokens/<key>/meta.json    the tokens' identity, counts, size and hashes of tokens.bin, and its own hash
-    CACHE_DIR/tokens/<key>/tokens.bin   the ids, in the smallest unsigned type that fits the vocabulary
-    CACHE_DIR/tokens/<key>.lock         held while the cache is being made
-    CACHE_DIR/tokens/<key>.tmp-*        an unfinished cache, also one left by a killed run
+    FOLDER/tokens/<key>/meta.json    the tokens' identity, counts, size and hashes of tokens.bin, and its own hash
+    FOLDER/tokens/<key>/tokens.bin   the ids, in the smallest unsigned type that fits the vocabulary
+    FOLDER/tokens/<key>.lock         held while the cache is being made
+    FOLDER/tokens/<key>.tmp-*        an unfinished cache, also one left by a killed run
 
 A cache is made in a temporary directory and renamed, so a cache under its final name is complete. On file systems
 without locks, the first of several processes wins.
@@ -27,8 +27,9 @@ import numpy as np
 
 from tlinformer_jax.data.streams import Counts, Encoded, TokenStream
 from tlinformer_jax.errors import DataError, file_errors_as
-from tlinformer_jax.files import read_own, sealed_text, sync_folder, unsealed, write_text
+from tlinformer_jax.files import local_path, read_own, sealed_text, sync_folder, unsealed, write_text
 
+FOLDER_VARIABLE = "TLINFORMER_CACHE"
 FORMAT = 4  # part of every cache's key, so that caches of other formats are not found
 META_FILE = "meta.json"
 TOKENS_FILE = "tokens.bin"
@@ -48,34 +49,44 @@ def file_identity(path: pathlib.Path) -> Identity:
     return {"path": str(path), "size": status.st_size, "mtime_ns": status.st_mtime_ns, "ends": ends.hexdigest()}
 
 
-def cached_tokens(root: pathlib.Path, identity: Identity, encode: Encode) -> tuple[TokenStream, bool]:
+def cache_folder() -> pathlib.Path:
+    """Returns the folder $TLINFORMER_CACHE; by default $XDG_CACHE_HOME/tlinformer_jax, or ~/.cache/tlinformer_jax.
+
+    Its folder `downloads` may hold the zip or parquet files of WikiText-103, which is otherwise downloaded. The data
+    sets of TensorFlow Datasets are in its folder `tensorflow_datasets`.
+    """
+    default = os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "tlinformer_jax")
+    return local_path(os.environ.get(FOLDER_VARIABLE) or default, FOLDER_VARIABLE)
+
+
+def cached_tokens(identity: Identity, encode: Encode) -> tuple[TokenStream, bool]:
     """Returns the memory-mapped tokens of `identity`, and whether they were already stored.
 
     `identity` is all that the tokens depend on, as JSON. `encode` yields missing tokens in order, with their counts.
     """
-    final = _directory(root, identity)
-    if stream := find_tokens(root, identity):
+    final = _directory(identity)
+    if stream := find_tokens(identity):
         return stream, True
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
         with exclusive(final.with_name(f"{final.name}.lock")) as locked:
-            if stream := find_tokens(root, identity):
+            if stream := find_tokens(identity):
                 return stream, True
             shutil.rmtree(final, ignore_errors=True)  # a damaged cache
             for left in final.parent.glob(f"{final.name}.tmp-{platform.node()}-*") if locked else ():
                 shutil.rmtree(left, ignore_errors=True)  # left by a killed run
             _make(final, identity, encode)
     except OSError as error:
-        why = f"the token cache cannot be written ({error.strerror or error}); see data.cache_dir"
+        why = f"the token cache cannot be written ({error.strerror or error}); {FOLDER_VARIABLE} may name another"
         raise DataError(f"{error.filename or final}: {why}") from None
     made = _open_sound(final)
     assert made is not None
     return made, False
 
 
-def find_tokens(root: pathlib.Path, identity: Identity) -> TokenStream | None:
+def find_tokens(identity: Identity) -> TokenStream | None:
     """Returns the stream of a cache that `cached_tokens` has made; None if missing or damaged. Writes nothing."""
-    return _open_sound(_directory(root, identity))
+    return _open_sound(_directory(identity))
 
 
 @contextlib.contextmanager
@@ -93,9 +104,9 @@ def exclusive(path: pathlib.Path) -> Iterator[bool]:
         yield locked
 
 
-def _directory(root: pathlib.Path, identity: Identity) -> pathlib.Path:
+def _directory(identity: Identity) -> pathlib.Path:
     text = json.dumps({"format": FORMAT} | identity, sort_keys=True)
-    return root / "tokens" / hashlib.sha256(text.encode()).hexdigest()[:32]
+    return cache_folder() / "tokens" / hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def _open_sound(directory: pathlib.Path) -> TokenStream | None:

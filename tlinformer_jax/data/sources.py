@@ -51,12 +51,11 @@ def load_split(config: DataConfig, split: str, tokenizer: Tokenizer) -> Split:
 
 
 def load_stored_split(config: DataConfig, split: str, tokenizer: Tokenizer) -> Split:
-    """Loads a split of a configuration that another person may have written: writes only to this user's own cache."""
+    """Loads a split of a configuration that another person may have written, whose patterns may not search disks."""
     if config.dataset in (*TEXT_FILES, *SYMBOL_FILES, *NEEDLES) and split in SPLITS:
         field = config.field_of_files(split)
         check_patterns(getattr(config, field), f"data.{field}")
-    found = find_split(config, split, tokenizer)
-    return found or load_split(dataclasses.replace(config, cache_dir=""), split, tokenizer)
+    return load_split(config, split, tokenizer)
 
 
 def open_split(config: DataConfig, split: str, tokenizer: Tokenizer) -> tuple[Split, bool]:
@@ -67,7 +66,7 @@ def open_split(config: DataConfig, split: str, tokenizer: Tokenizer) -> tuple[Sp
     if config.dataset == TOKENS:
         return given.load_token_file(config, split), True
     if identity := _identity(config, split, tokenizer):
-        text, found = cached_tokens(config.cache_path, identity, lambda: _checked(identity, config, split, tokenizer))
+        text, found = cached_tokens(identity, lambda: _checked(identity, config, split, tokenizer))
     return _split_of(text, config, split, tokenizer), found
 
 
@@ -76,7 +75,7 @@ def find_split(config: DataConfig, split: str, tokenizer: Tokenizer) -> Split | 
     if config.dataset == TOKENS:
         return given.load_token_file(config, split)
     identity = _identity(config, split, tokenizer)
-    text = find_tokens(config.cache_path, identity) if identity else None
+    text = find_tokens(identity) if identity else None
     if identity and text is None:
         return None
     return _split_of(text, config, split, tokenizer)

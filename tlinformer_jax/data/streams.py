@@ -70,6 +70,13 @@ def parts_of(tokens: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
             mapping.madvise(mmap.MADV_DONTNEED)
 
 
+def in_order(count: int, batch_size: int, rows: np.ndarray | slice) -> Iterator[np.ndarray]:
+    """Yields the given rows of batches of the numbers below `count`, int [rows]; the last batch is filled with -1."""
+    for start in range(0, count, batch_size):
+        indices = np.arange(start, start + batch_size)
+        yield np.where(indices < count, indices, -1)[rows]
+
+
 def outside_vocabulary(where: str, token: int, vocab_size: int) -> DataError:
     """Returns the error for a token id outside the model's vocabulary."""
     allowed = f"model.vocab_size = {vocab_size} allows 0 to {vocab_size - 1}; the default is that of data.tokenizer"

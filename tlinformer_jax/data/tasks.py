@@ -22,7 +22,7 @@ from typing import Protocol
 
 import numpy as np
 
-from tlinformer_jax.data.streams import TokenStream
+from tlinformer_jax.data.streams import TokenStream, in_order
 from tlinformer_jax.errors import ConfigError
 
 REGIONS = ("own", "observed", "history")
@@ -100,13 +100,6 @@ def take_task_samples(split: TaskSplit, length: int, indices: np.ndarray) -> tup
     weights = (samples.answers & real[:, None]).astype(np.float32)
     labels = tokens[:, 1:] if samples.labels is None else np.where(real[:, None], samples.labels, 0).astype(np.int32)
     return {"inputs": tokens[:, :-1], "labels": labels, "weights": weights}, samples
-
-
-def in_order(count: int, batch_size: int, rows: np.ndarray | slice) -> Iterator[np.ndarray]:
-    """Yields the given rows of batches of the numbers below `count`, int [rows]; the last batch is filled with -1."""
-    for start in range(0, count, batch_size):
-        indices = np.arange(start, start + batch_size)
-        yield np.where(indices < count, indices, -1)[rows]
 
 
 def answer_batches(

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from tlinformer_jax.config.data import TFDS, DataConfig
+from tlinformer_jax.data.cache import cache_folder
 from tlinformer_jax.data.files import TextPiece
 from tlinformer_jax.errors import ConfigError, DataError, first_line
 
@@ -41,7 +42,7 @@ def _builder(config: DataConfig) -> Any:
         needed = "needs the package tensorflow-datasets: pip install 'tlinformer-jax[data]'"
         raise ConfigError("data.dataset", config.dataset, needed) from None
     name = config.dataset.removeprefix(TFDS)
-    folder = str(config.cache_path / "tensorflow_datasets")
+    folder = str(cache_folder() / "tensorflow_datasets")
     try:
         return tensorflow_datasets.builder(name, data_dir=folder, file_format="array_record")
     except Exception as error:

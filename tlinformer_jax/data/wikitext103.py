@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from tlinformer_jax.config.data import DataConfig
-from tlinformer_jax.data.cache import exclusive
+from tlinformer_jax.data.cache import cache_folder, exclusive
 from tlinformer_jax.data.files import TextPiece, blocks_of, decoded, read_column, read_lines
 from tlinformer_jax.data.streams import Counts
 from tlinformer_jax.errors import DataError
@@ -83,7 +83,7 @@ def read_documents(config: DataConfig, split: str) -> Iterator[TextPiece]:
 
 def _rows(config: DataConfig, split: str) -> Iterator[str]:
     facts = VARIANTS[config.dataset]
-    directory = config.cache_path / "downloads"
+    directory = cache_folder() / "downloads"
     path = directory / facts.zip_name
     if not path.is_file():
         if paths := facts.parquet_files(directory, split):
@@ -100,7 +100,7 @@ def check_counts(counts: Counts, config: DataConfig, split: str) -> None:
     most_off = VARIANTS[config.dataset].words_tolerance * words
     if counts.num_documents != rows or abs(counts.num_words - words) > most_off:
         found = f"{config.dataset} {split} has {counts.num_documents} rows and {counts.num_words} words"
-        raise DataError(f"{config.cache_path}: {found}, must have {rows} and {words}")
+        raise DataError(f"{cache_folder()}: {found}, must have {rows} and {words}")
 
 
 def _download(config: DataConfig, facts: Facts, path: pathlib.Path) -> None:

@@ -17,7 +17,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.decoding.cache import Cache, WindowedCache, init_cache
 from tlinformer_jax.errors import ConfigError
-from tlinformer_jax.parallel.mesh import MeshConfig
 from tlinformer_jax.parallel.sharding import SplitRows, build_mesh
 
 AXIS = "context"
@@ -33,8 +32,8 @@ def context_mesh(context: int) -> Mesh | None:
     devices = jax.local_devices()
     if not 1 <= context <= len(devices):
         allowed = f"must be from 1 to {len(devices)}, the number of devices of this machine"
-        raise ConfigError("mesh.context", context, allowed)
-    return None if context == 1 else build_mesh(MeshConfig(context=context), devices[:context])
+        raise ConfigError("generation.context", context, allowed)
+    return None if context == 1 else build_mesh({AXIS: context}, devices[:context])
 
 
 def split_of(mesh: Mesh | None, config: ModelConfig) -> SplitRows | None:
@@ -50,7 +49,7 @@ def split_of(mesh: Mesh | None, config: ModelConfig) -> SplitRows | None:
             f"must be 1 for model.architecture = {config.architecture!r}; "
             "only the history of tlinformer and tconstformer can be spread over devices"
         )
-        raise ConfigError("mesh.context", mesh.shape[AXIS], allowed)
+        raise ConfigError("generation.context", mesh.shape[AXIS], allowed)
     return SplitRows(AXIS, mesh.shape[AXIS])
 
 

@@ -35,7 +35,7 @@ from tlinformer_jax.models.rope import rope_table
 from tlinformer_jax.models.streams import History, PlacedWindow, Stream, observed_stream, place_window
 from tlinformer_jax.models.tlinformer import window_states
 from tlinformer_jax.models.windows import WindowFrame, num_windows
-from tlinformer_jax.training.cross_entropy import LOSS_CHUNK, token_losses_and_hits
+from tlinformer_jax.training.loss import LOSS_CHUNK, token_losses_and_hits
 from tlinformer_jax.training.setup import TrainedRun
 
 SAMPLES = 64

@@ -27,8 +27,9 @@ from tlinformer_jax.parallel.sharding import EVALUATION_AXES, process_rows, put_
 from tlinformer_jax.training.checkpoint import load_run
 from tlinformer_jax.training.console import EVALUATION_ADVICE, memory_advice
 from tlinformer_jax.training.evaluation import Answers, Evaluation, summary
-from tlinformer_jax.training.loss import DeviceBatch, weighted_loss
+from tlinformer_jax.training.loss import weighted_loss
 from tlinformer_jax.training.setup import Run, TrainedRun
+from tlinformer_jax.training.window_loss import DeviceBatch
 
 Report = dict[str, Any]
 LONGEST = 2**31 - 1  # positions are int32

@@ -88,7 +88,7 @@ def record_of(
     """Returns the record of a finished run, before its actions.
 
     In the record, cache counts the bytes of one sequence of N tokens in generation. history lists update and validation
-    loss of each evaluation, and for a task the accuracy. target is None without train.stop_at_accuracy.
+    loss of each evaluation, and for a task the accuracy. target is None if train.steps has no accuracy.
 
     Args:
       job: the run.
@@ -105,7 +105,7 @@ def record_of(
     # The expected number if windows are sampled.
     tokens_of_step = train.batch_size * trained_tokens(model, config.data.sequence_length, train.sampled_windows)
     cache = cache_bytes_at(model, config.data.sequence_length)
-    least, figures = train.stop_at_accuracy, dict(evaluations[-1][1])
+    least, figures = train.goal, dict(evaluations[-1][1])
     target = {"accuracy": least, "reached": figures.get("accuracy", 0) >= least}
     measured = ("loss", *(["accuracy"] if config.data.is_task else []))
     return {

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from tlinformer_jax.config.data import DataConfig
 from tlinformer_jax.config.named import load_python
-from tlinformer_jax.config.recipes import set_books, set_own_recipe, set_tokens
+from tlinformer_jax.config.recipes import TOKENS_PER_UPDATE, set_books, set_own_recipe
 from tlinformer_jax.config.run import default_config_dict
 from tlinformer_jax.errors import ConfigError
 
@@ -61,11 +61,16 @@ def set_model(config: "ConfigDict", name: str) -> None:
 
 
 def books_config(row: str, tokens: int) -> "ConfigDict":
-    """Returns the configuration of a row of `config.recipes` with our recipe, trained on `tokens` tokens of books."""
+    """Returns the configuration of a row of `config.recipes` with our recipe, trained on `tokens` tokens of books.
+
+    A tenth of the updates is warm-up; there are ten evaluations, each with a checkpoint.
+    """
     config = default_config_dict()
     set_books(config)
     set_own_recipe(config, row)
-    set_tokens(config, tokens)
+    updates = -(-tokens // TOKENS_PER_UPDATE)
+    tenth = max(1, updates // 10)
+    config.train.update(steps=updates, warmup_steps=tenth, eval_every=tenth, checkpoint_every=tenth)
     return config
 
 
@@ -109,7 +114,7 @@ def set_needles(config: "ConfigDict", setting: Setting, dataset: str, needles: i
         shorten(config, 40)
     else:
         set_task(config, setting, vocab_size=50257, width=256, tokens_per_update=65_536, learning_rate=1e-3)
-        config.train.eval_every = config.train.steps // 8  # an evaluation in samples of 8,192 tokens reads 1.6 M tokens
+        config.train.eval_every = TOKENS // 65_536 // 8  # an evaluation in samples of 8,192 tokens reads 1.6 M tokens
 
 
 def set_task(
@@ -128,7 +133,7 @@ def set_task(
     config.data.update(sequence_length=setting.length, curriculum=setting.curriculum)
     rows, updates = tokens_per_update // setting.length, TOKENS // tokens_per_update
     config.train.update(
-        steps=updates,
+        steps=f"{updates}@{STOP_AT}",
         batch_size=rows,
         learning_rate=learning_rate,
         warmup_steps=updates // 10,
@@ -138,14 +143,14 @@ def set_task(
         log_every=50,
         eval_every=updates // EVALUATIONS,
         checkpoint_every=updates // 4,
-        stop_at_accuracy=STOP_AT,
     )
     config.data.examples = DataConfig(**config.data).samples_before(updates, rows)
 
 
 def shorten(config: "ConfigDict", steps: int) -> None:
     """Shortens a run to a trial of `steps` updates, evaluated twice."""
-    config.train.update(steps=steps, warmup_steps=steps // 10, eval_every=steps // 2, checkpoint_every=steps // 2)
+    config.train.update(steps=f"{steps}@{STOP_AT}", warmup_steps=steps // 10)
+    config.train.update(eval_every=steps // 2, checkpoint_every=steps // 2)
     config.data.examples = DataConfig(**config.data).samples_before(steps, config.train.batch_size)
 
 

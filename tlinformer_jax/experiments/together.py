@@ -1,8 +1,8 @@
 """Trains runs that differ only in seed and learning rate as one program, side by side on one device.
 
 A small model leaves a GPU idle: its kernels take less time than their launch. `jax.vmap` makes each kernel compute all
-copies, and the program is compiled once. Copies share only the program. A copy that reaches `train.stop_at_accuracy`
-keeps its parameters of that evaluation. No checkpoints are saved.
+copies, and the program is compiled once. Copies share only the program. A copy that reaches the accuracy in
+`train.steps` keeps its parameters of that evaluation. No checkpoints are saved.
 """
 
 import contextlib
@@ -175,7 +175,7 @@ def _trained(run: Run, splits: dict[str, Split], jobs: Sequence[Job]) -> tuple[C
             for history, each, goes in zip(evaluations, figures, going):
                 if goes:
                     history.append((steps[-1] + 1, each))
-            goal = train.stop_at_accuracy or math.inf  # only tasks have such a goal
+            goal = train.goal or math.inf  # only tasks have such a goal
             reached = np.array([each.get("accuracy", 0.0) >= goal for each in figures])
             copies = end(copies, jnp.asarray(reached), jnp.int32(steps[-1] + 1))
             shown = "accuracy" if "accuracy" in figures[0] else "loss"

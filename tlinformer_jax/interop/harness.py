@@ -22,7 +22,7 @@ from tlinformer_jax.decoding.generator import Generator
 from tlinformer_jax.errors import ConfigError, UserError
 from tlinformer_jax.models.model import LanguageModel
 from tlinformer_jax.training.checkpoint import load_run
-from tlinformer_jax.training.cross_entropy import LOSS_CHUNK, token_losses_and_hits
+from tlinformer_jax.training.loss import LOSS_CHUNK, token_losses_and_hits
 
 
 def _fail(error: UserError) -> NoReturn:

@@ -21,7 +21,7 @@ State = Float[Array, "batch heads d d"]
 def why_plain(dtype: Any, width: int, partitioned: bool) -> str | None:
     """Returns why the kernels cannot compute heads of `width` features in `dtype` here; None if they can.
 
-    `partitioned` is true if the compiler partitions the program over devices (mesh.fsdp, mesh.tensor).
+    `partitioned` is true if the compiler partitions the program over devices (axes fsdp and tensor).
     """
     if not is_nvidia_gpu() or not any(name in device_kind().lower() for name in HOPPER):
         return "the kernels of jax-linear-attention are for Hopper GPUs"
@@ -31,7 +31,7 @@ def why_plain(dtype: Any, width: int, partitioned: bool) -> str | None:
         return f"the kernels need half precision, not {dtype}"
     if width not in WIDTHS:
         return f"the kernels need heads of 64 or 128 features, not {width}"
-    return "the kernels cannot be partitioned over mesh.fsdp or mesh.tensor" if partitioned else None
+    return "the kernels cannot be partitioned over the mesh's axes fsdp and tensor" if partitioned else None
 
 
 def serving(dtype: Any, width: int, partitioned: bool) -> str:

@@ -1,6 +1,6 @@
 """Cross-entropy and its gradient in training: a GPU kernel in Pallas for Triton.
 
-The kernel reads a token's logits twice, the plain version (`training.cross_entropy`) three times. Without the kernel a
+The kernel reads a token's logits twice, the plain version (`training.loss`) three times. Without the kernel a
 step takes 7.7% longer at N = 512, and 2.1% at 8,192.
 """
 

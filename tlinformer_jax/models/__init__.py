@@ -2,7 +2,7 @@
 
 block             compress, hidden, restore: the paper's equations
 streams           C, z and x with their projections
-windows           positions of generation windows
+windows           positions of generation windows, and their rows
 layers            the layer of all architectures: parameters, dropout, `project`, `update`
 attention, rope   softmax attention, rotary positions
 feed_forward      the feed-forward of a layer, which may be a mixture of experts

@@ -16,7 +16,8 @@ from tlinformer_jax.kernels import dropout as dropout_kernel
 from tlinformer_jax.kernels.common import Scores, is_half, merge_softmaxes
 from tlinformer_jax.kernels.splash import attend_splash
 from tlinformer_jax.models.layers import Dropout
-from tlinformer_jax.models.recompute import in_chunks, joined, map_steps
+from tlinformer_jax.models.recompute import map_steps
+from tlinformer_jax.models.windows import in_chunks, joined
 from tlinformer_jax.parallel.mesh import is_nvidia_gpu, platform
 
 # Keys per part when attention to many keys is split; a power of two.

@@ -77,11 +77,14 @@ def map_routers(function: Any, params: Any) -> Any:
     return jax.tree.map(lambda node: function(node) if is_router(node) else node, params, is_leaf=is_router)
 
 
-def with_router_losses(params: Any, weight: jax.Array) -> Any:
-    """Sets the weight of the losses of all routers to `weight`, with tallies of zeros."""
-    return map_routers(
-        lambda router: router.replace(weight=weight, tally=jnp.zeros(router.kernel.shape[1:], jnp.float32)), params
-    )
+def with_router_losses(params: Any, weights: jax.Array, divisor: jax.Array | float) -> Any:
+    """Sets the weight of all routers' losses to sum(`weights`) / `divisor`, that of these labels; tallies are zeros."""
+
+    def with_losses(router: Any) -> Any:
+        tally = jnp.zeros(router.kernel.shape[1:], jnp.float32)
+        return router.replace(weight=jnp.sum(weights) / divisor, tally=tally)
+
+    return map_routers(with_losses, params)
 
 
 def with_tallies(params: Any, tallies: Float[Array, "layers E"]) -> Any:

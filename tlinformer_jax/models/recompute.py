@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
 
 # One step: (shared, fixed, (item, number)) -> output. It must not close over traced values.
 Branch = Callable[[Any, Any, tuple[Any, Any]], Any]
@@ -29,17 +28,6 @@ def add_wide(total: Any, gradient: Any) -> Any:
 def rounded(total: Any, shared: Any) -> Any:
     """Casts a sum of gradients to the dtypes of the arrays in `shared`."""
     return jax.tree.map(lambda sum_, array: sum_.astype(array.dtype), total, shared)
-
-
-def in_chunks(array: Array, chunk: int) -> Array:
-    """Splits [batch, length, ...] into [length / chunk, batch, chunk, ...]."""
-    return jnp.moveaxis(array.reshape(array.shape[0], -1, chunk, *array.shape[2:]), 1, 0)
-
-
-def joined(chunks: Array) -> Array:
-    """Inverts `in_chunks`."""
-    array = jnp.moveaxis(chunks, 0, 1)
-    return array.reshape(array.shape[0], -1, *array.shape[3:])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -16,9 +16,9 @@ from tlinformer_jax.kernels.common import merge_softmaxes
 from tlinformer_jax.models.attention import Documents, attend
 from tlinformer_jax.models.feed_forward import split_router_losses
 from tlinformer_jax.models.layers import Dropout, LayerParams, part_of, project
-from tlinformer_jax.models.recompute import in_chunks, joined, map_steps
+from tlinformer_jax.models.recompute import map_steps
 from tlinformer_jax.models.rope import Rope
-from tlinformer_jax.models.windows import PerWindow, WindowFrame, repeat_for_windows, slice_rows
+from tlinformer_jax.models.windows import PerWindow, WindowFrame, in_chunks, joined, repeat_for_windows, slice_rows
 from tlinformer_jax.parallel.sharding import SplitRows
 
 AnyStream = TypeVar("AnyStream", bound="Stream")

@@ -18,7 +18,7 @@ from tlinformer_jax.config.model import ExecutionPlan, ModelConfig
 from tlinformer_jax.models.block import BlockParams, dual_window_block
 from tlinformer_jax.models.feed_forward import split_router_losses
 from tlinformer_jax.models.layers import Dropout, Embedded, part_of
-from tlinformer_jax.models.recompute import joined, map_steps
+from tlinformer_jax.models.recompute import map_steps
 from tlinformer_jax.models.rope import Rope, rope_table
 from tlinformer_jax.models.streams import History, Stream, place_window
 from tlinformer_jax.models.windows import (
@@ -26,6 +26,7 @@ from tlinformer_jax.models.windows import (
     PerWindow,
     Segment,
     WindowFrame,
+    joined,
     num_windows,
     padded_length,
     plan_segments,

@@ -1,4 +1,4 @@
-"""Generation windows: their positions, and how a sequence's windows are grouped into loops of equal shapes."""
+"""Generation windows: their positions, how they are grouped into loops of equal shapes, and rows cut out of arrays."""
 
 import dataclasses
 from typing import Any
@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from tlinformer_jax.config.model import ExecutionPlan, ModelConfig
-from tlinformer_jax.models.recompute import in_chunks
 from tlinformer_jax.parallel.sharding import WHOLE, SequenceSplit
 
 # A position or length: a number for all windows, or int32 [g] for g windows that run together.
@@ -147,6 +146,36 @@ def padded_length(config: ModelConfig, windows: int, segments: tuple[Segment, ..
     return rows + -rows % row_parts
 
 
+def _segment(config: ModelConfig, windows: np.ndarray, together: int, chunk: int, row_parts: int) -> Segment:
+    lengths = windows * config.generation_window - config.window_overlap
+    observed = np.array([config.observed_rows(int(length)) for length in lengths])
+    width = int(max(observed.max(), 1))
+    # With history_window 'auto' a slice of the segment's common width can reach past the end of a window's history.
+    rows = max(int(lengths[-1]), int((lengths - observed).max()) + width)
+    chunk = chunk if chunk * row_parts < rows else 0
+    rows += -rows % (max(chunk, 1) * row_parts)
+    return Segment(int(windows[0]), tuple(map(int, observed)), width, rows, chunk, together)
+
+
+# ---- Rows of an array
+
+
+def pad_rows(array: jax.Array, count: int) -> jax.Array:
+    """Appends `count` rows of zeros to an array [batch, rows, ...]."""
+    return jnp.pad(array, ((0, 0), (0, count), *((0, 0),) * (array.ndim - 2)))
+
+
+def in_chunks(array: jax.Array, chunk: int) -> jax.Array:
+    """Splits [batch, length, ...] into [length / chunk, batch, chunk, ...]."""
+    return jnp.moveaxis(array.reshape(array.shape[0], -1, chunk, *array.shape[2:]), 1, 0)
+
+
+def joined(chunks: jax.Array) -> jax.Array:
+    """Inverts `in_chunks`."""
+    array = jnp.moveaxis(chunks, 0, 1)
+    return array.reshape(array.shape[0], -1, *array.shape[3:])
+
+
 def window_rows(
     config: ModelConfig, array: jax.Array, first: int, count: int, together: int = 1, overlap: int = 0
 ) -> jax.Array:
@@ -166,17 +195,6 @@ def window_rows(
         rows = rows.reshape(batch, -1, *array.shape[2:])
     groups = in_chunks(rows, together * (overlap + size))
     return groups.reshape(-1, batch * together, overlap + size, *array.shape[2:])
-
-
-def _segment(config: ModelConfig, windows: np.ndarray, together: int, chunk: int, row_parts: int) -> Segment:
-    lengths = windows * config.generation_window - config.window_overlap
-    observed = np.array([config.observed_rows(int(length)) for length in lengths])
-    width = int(max(observed.max(), 1))
-    # With history_window 'auto' a slice of the segment's common width can reach past the end of a window's history.
-    rows = max(int(lengths[-1]), int((lengths - observed).max()) + width)
-    chunk = chunk if chunk * row_parts < rows else 0
-    rows += -rows % (max(chunk, 1) * row_parts)
-    return Segment(int(windows[0]), tuple(map(int, observed)), width, rows, chunk, together)
 
 
 def slice_rows(array: jax.Array, start: PerWindow, length: int, batch: int | None = None) -> jax.Array:

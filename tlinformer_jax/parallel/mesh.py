@@ -1,4 +1,4 @@
-"""The sizes of the device mesh, and the kind of device that a program is compiled for; importable without JAX.
+"""The axes of the device mesh, and the kind of device that a program is compiled for; importable without JAX.
 
 Code that depends on the kind of device must ask this module, not JAX. The kind is that of JAX's default device, or
 inside `target` that of a device which need not exist, so that programs for a TPU compile on a machine without one.
@@ -6,43 +6,32 @@ inside `target` that of a device which need not exist, so that programs for a TP
 
 import contextlib
 import contextvars
-import dataclasses
-import math
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 
-from tlinformer_jax.errors import ConfigError, check_fields, integer
+from tlinformer_jax.errors import Rule
 
 _TARGET: contextvars.ContextVar[tuple[str, str] | None] = contextvars.ContextVar("target", default=None)
 
+# Axes of a mesh that a configuration names. One more, `data`, splits the batch over the remaining devices.
+AXES = ("fsdp", "tensor", "window", "context", "expert")
+_AXIS = rf"(?:{'|'.join(AXES)})=[1-9][0-9]{{0,8}}"
+_MESH = re.compile(rf"(?!.*\b(\w+)=.*\b\1=)(?:{_AXIS}(?:, *{_AXIS})*)?")  # no axis twice
+MESH_RULE = Rule(
+    f"must be '' or AXIS=SIZE, separated by commas, such as 'fsdp=4,tensor=2'; the axes are {', '.join(AXES)}, each at "
+    "most once; the remaining devices split the batch",
+    lambda mesh: isinstance(mesh, str) and _MESH.fullmatch(mesh) is not None,
+)
 
-@dataclasses.dataclass(frozen=True)
-class MeshConfig:
-    """Sizes of the mesh's axes. One more axis, `data`, splits the batch over the remaining devices.
 
-    Attributes:
-      fsdp: splits the batch and the parameters, of which `data`, `window` and `context` hold copies.
-      tensor: splits heads and the feed-forward's features.
-      window: splits the generation windows of each sequence, in training.
-      context: splits the rows of the history, in training and in generation.
-      expert: splits the batch and the experts of `model.num_experts`.
-    """
+def axes_of(mesh: str) -> dict[str, int]:
+    """Returns the sizes of the axes that a mesh such as 'fsdp=4,tensor=2' names."""
+    return {name: int(size) for name, size in re.findall(r"(\w+)=(\d+)", mesh)}
 
-    fsdp: int = 1
-    tensor: int = 1
-    window: int = 1
-    context: int = 1
-    expert: int = 1
 
-    def __post_init__(self) -> None:
-        check_fields("mesh", self, dict.fromkeys(dataclasses.asdict(self), integer(1)))
-
-    def sizes(self, num_devices: int) -> dict[str, int]:
-        """Returns the sizes of all axes for `num_devices` devices."""
-        sizes = dataclasses.asdict(self)
-        data, left = divmod(num_devices, math.prod(sizes.values()))
-        if left or not data:
-            raise ConfigError("mesh", sizes, f"must have a product that divides {num_devices}, the number of devices")
-        return {"data": data, **sizes}
+def mesh_text(sizes: Mapping[str, int]) -> str:
+    """Inverts `axes_of`; the text has the axes in the order of AXES and none of size 1."""
+    return ",".join(f"{name}={sizes[name]}" for name in AXES if sizes.get(name, 1) > 1)
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ import functools
 import itertools
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,7 +18,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from tlinformer_jax.errors import ConfigError
-from tlinformer_jax.parallel.mesh import MeshConfig
+from tlinformer_jax.parallel.mesh import AXES, mesh_text
 
 # Axes that split the batch in training; the other axes hold copies of it.
 BATCH_AXES = ("data", "fsdp", "expert")
@@ -50,10 +50,14 @@ NO_WINDOW = -1
 # ---- The mesh
 
 
-def build_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """Returns the mesh over `devices` (default: all), with every axis of type Auto."""
+def build_mesh(axes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
+    """Returns the mesh over `devices` (default: all), with every axis of type Auto; `axes` are sizes other than 1."""
     devices = jax.devices() if devices is None else devices
-    sizes = config.sizes(len(devices))
+    data, left = divmod(len(devices), math.prod(axes.values()))
+    if left or not data:
+        allowed = f"must have a product that divides {len(devices)}, the number of devices"
+        raise ConfigError("train.mesh", mesh_text(axes), allowed)
+    sizes = {"data": data, **dict.fromkeys(AXES, 1), **axes}
     return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes), devices=devices)
 
 
@@ -77,6 +81,11 @@ def ways(mesh: Mesh, axes: Sequence[str]) -> int:
     return math.prod(mesh.shape[name] for name in axes)
 
 
+def mesh_error(mesh: Mesh, allowed: str) -> ConfigError:
+    """Returns the error for a mesh that does not fit a run."""
+    return ConfigError("train.mesh", mesh_text(mesh.shape), allowed)
+
+
 def check_batch_divides(batch_size: int, mesh: Mesh, field: str) -> None:
     """Raises a ConfigError if the mesh's batch axes cannot split the batch evenly."""
     parts = ways(mesh, BATCH_AXES)
@@ -94,8 +103,7 @@ def parameter_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSp
         raise ConfigError("sharding rules", path, "no rule matches this parameter")
     for size, axis in zip(shape, spec, strict=False):
         if axis is not None and size % mesh.shape[axis]:
-            allowed = f"must divide {size}, a dimension of {path} {list(shape)}"
-            raise ConfigError(f"mesh.{axis}", mesh.shape[axis], allowed)
+            raise mesh_error(mesh, f"{axis} must divide {size}, a dimension of {path} {list(shape)}")
     return spec
 
 

@@ -3,7 +3,7 @@
 loop          `train_and_evaluate`, and the loop over updates
 setup         the fixed parts of a run: model, mesh, shardings, splits
 step          one update: the train step and its state; optimizer: optimisers and learning rates
-loss          the loss of a batch, window by window; cross_entropy: over a large vocabulary
+loss          the loss of a batch; window_loss: of a long sequence, window by window
 evaluation    the loss of a split
 callbacks     actions between updates; metrics: where figures go; console: messages to the user; wandb
 saving        writes checkpoints during a run; checkpoint: their files, verified and read

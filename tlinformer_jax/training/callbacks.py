@@ -316,8 +316,8 @@ class Evaluate(Callback):
             self.save.finish(view)
         session.checkpoints.record_validation(view.step, figures["loss"])
         session.throughput.restart(keep_saving=True)
-        least = run.config.train.stop_at_accuracy
-        return least > 0 and figures["accuracy"] >= least
+        goal = run.config.train.goal
+        return goal > 0 and figures["accuracy"] >= goal
 
     def finish(self, view: TrainingView) -> None:
         if self.figures.get("step") == view.step:

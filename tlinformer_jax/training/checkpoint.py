@@ -28,7 +28,6 @@ from tlinformer_jax.data.tokenizers import load_tokenizer
 from tlinformer_jax.errors import DataError, first_line
 from tlinformer_jax.files import local_path, open_own, plain_path, read_own, sealed_text, unsealed, write_text
 from tlinformer_jax.models.model import build_model
-from tlinformer_jax.parallel.mesh import MeshConfig
 from tlinformer_jax.training.console import say
 from tlinformer_jax.training.setup import LoadSplit, TrainedRun, build_run
 
@@ -203,7 +202,8 @@ def load_run(
     """
     workdir = local_path(workdir, "workdir")
     # The mesh of the training does not matter here: use all devices of this machine.
-    config = dataclasses.replace(load_config(workdir), mesh=MeshConfig())
+    config = load_config(workdir)
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, mesh=""))
     load: LoadSplit = load_stored_split
     if validation_data is not None:
         load = given_loader({"validation": validation_data}, config.model.vocab_size)

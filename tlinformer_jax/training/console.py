@@ -37,7 +37,7 @@ from tlinformer_jax.training.step import WINDOW, Competence, TrainState
 
 TRAINING_ADVICE = (
     "a step needs less memory with model.memory = 'low', a larger train.accumulation, a smaller train.batch_size or "
-    "data.sequence_length, or mesh.fsdp over several devices (--check_compile prints how much memory it needs)"
+    "data.sequence_length, or axis fsdp of train.mesh over several devices (--check_compile prints how much it needs)"
 )
 MORE = "or a device with more memory may help (on a GPU, XLA_PYTHON_CLIENT_MEM_FRACTION sets JAX's share)"
 EVALUATION_ADVICE = f"a smaller --batch_size, {MORE}"

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Int
 from tlinformer_jax.data.streams import TokenStream
 from tlinformer_jax.data.tasks import DEPTHS, REGIONS, Split
 from tlinformer_jax.models.model import LanguageModel
-from tlinformer_jax.training.cross_entropy import (
+from tlinformer_jax.training.loss import (
     LOSS_CHUNK,
     AnswersOf,
     at_places,

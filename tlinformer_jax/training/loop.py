@@ -136,7 +136,7 @@ def train_run(
             directory.save_description(run, splits, workdir)
         goal = console.describe(run, splits)
         # Evaluate again where the result could end the run, and after the last step, for its figures.
-        evaluated = evaluated and not train.stop_at_accuracy and first < last
+        evaluated = evaluated and not train.goal and first < last
 
         # ---- Train
         log = stack.enter_context(MetricsLog(workdir, main, first, keep_evaluation=evaluated))

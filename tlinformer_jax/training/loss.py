@@ -1,48 +1,45 @@
-"""The loss of a batch, computed from the model's hidden states.
+"""The loss of a batch: the cross-entropy of the model's hidden states, without holding all tokens' logits at once.
 
-The loss of a long sequence is computed window by window, each window's gradient together with its loss. Windows are
-independent given the embeddings, so k sampled windows of n, weighted by n / k, have the right gradient in expectation.
-The sampled windows are the same for all sequences of a micro-batch.
+A short sequence is computed whole, a long one window by window, see `training.window_loss`.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from tlinformer_jax.config.model import ModelConfig
+from tlinformer_jax.data.tasks import AnswerPlaces
+from tlinformer_jax.kernels import loss as loss_kernel
+from tlinformer_jax.kernels.common import usable
 from tlinformer_jax.models.feed_forward import with_router_losses
-from tlinformer_jax.models.layers import Dropout, Embedded, layer_norm
+from tlinformer_jax.models.layers import Dropout
 from tlinformer_jax.models.model import (
     LanguageModel,
-    ModelParams,
     embed,
     hidden_states,
+    output_logits,
+    padded_vocabulary,
     prepare_params,
-    tokens_before,
 )
-from tlinformer_jax.models.recompute import add_wide, rounded, wide_zeros
-from tlinformer_jax.models.streams import History, Stream
-from tlinformer_jax.models.tlinformer import PreparedSequence, place_in_segment, prepare_sequence, window_states
-from tlinformer_jax.models.windows import Segment, num_windows
-from tlinformer_jax.parallel.sharding import UNSPLIT, WHOLE, BatchSplit, SequenceSplit, assign_windows
-from tlinformer_jax.training.cross_entropy import (
-    LOSS_CHUNK,
-    AnswersOf,
-    at_places,
-    summed_losses_and_hits,
-    weighted_places,
+from tlinformer_jax.models.tlinformer import prepare_sequence
+from tlinformer_jax.models.windows import in_chunks, joined, num_windows, pad_rows
+from tlinformer_jax.parallel.sharding import UNSPLIT, WHOLE, BatchSplit
+from tlinformer_jax.training.window_loss import (
+    DeviceBatch,
+    LossAndRight,
+    embed_rows,
+    sum_with_gradients,
+    window_loops,
+    window_loss,
 )
 
-DeviceBatch = dict[str, jax.Array]
-LossAndRight = tuple[Float[Array, ""], Float[Array, ""]]
-RowsLoss = Callable[[jax.Array, jax.Array, DeviceBatch], LossAndRight]
-WindowLoss = Callable[[Any, Any, Any, Any], LossAndRight]
+LOSS_CHUNK = 8192  # tokens of a micro-batch whose logits are in memory at a time
+# Length of a sample -> positions of the labels that count; None if all do.
+AnswersOf = Callable[[int], AnswerPlaces | None]
 
 
 def summed_loss(
@@ -59,8 +56,7 @@ def summed_loss(
 ) -> LossAndRight:
     """Returns the weighted sum of the cross-entropy in nats, and the weight of the correctly predicted labels.
 
-    The sequence is computed whole, or window by window to save memory. With several devices the result is this device's
-    share of the sum.
+    With several devices the result is this device's share of the sum.
 
     Args:
       batch: as for `train_step`; with `documents` if samples hold several documents, see `Embedded`.
@@ -82,7 +78,7 @@ def summed_loss(
     first = start // shape.generation_window
     plan = shape.plan(num_windows(shape, length) - first)
     if windows is None and sequences == WHOLE and not (shape.windowed and plan.checkpointing):
-        typed = count_routers(typed, shape, rows["weights"], divisor)
+        typed = with_router_losses(typed, rows["weights"], divisor)
         hidden = hidden_states(typed, shape, embed(typed, shape, inputs, documents=documents), dropout, start)
         rows = jax.tree.map(lambda array: array[:, start:], rows)
         total, right = rows_loss(hidden, typed.embedding, rows)
@@ -105,64 +101,6 @@ def summed_loss(
     return total * weight / divisor, right
 
 
-def embed_rows(
-    typed: ModelParams,
-    shape: ModelConfig,
-    inputs: Int[Array, "batch length"],
-    documents: Int[Array, "batch length"] | None,
-    sequences: SequenceSplit,
-) -> Embedded:
-    """Returns the embeddings of a sequence; of this device's rows if devices split the rows."""
-    if sequences.rows is None:
-        return embed(typed, shape, inputs, documents=documents)
-    # Each device holds rows from all over the sequence, so the token before a row is usually on another device.
-    padding = -inputs.shape[1] % sequences.row_parts
-    before = None
-    if shape.token_shift:
-        before = sequences.rows.take(pad_rows(tokens_before(inputs, documents), padding))
-    return embed(typed, shape, sequences.rows.take(pad_rows(inputs, padding)), before, documents)
-
-
-def window_loss(
-    shape: ModelConfig,
-    segment: Segment,
-    rows_loss: RowsLoss,
-    fixed: Any,
-    step: tuple[jax.Array, DeviceBatch],
-    shared: tuple[ModelParams, History],
-    x: Stream | None,
-) -> LossAndRight:
-    """Returns `weighted_loss` of a generation window, or of windows computed together; used by `sum_with_gradients`.
-
-    `step` holds the window's index, labels and weights; `shared` the parameters and the history; `x` the window's own
-    rows, after those that overlap. If devices split the rows, the loss is of this device's rows, and `x` is None.
-    """
-    (params, history), (index, rows) = shared, step
-    size, split, overlap = shape.generation_window, history.split, segment.overlap(shape)
-    if split is not None:
-        whole = Stream(history.rows, history.Q, history.K, history.V)
-        x = jax.tree.map(lambda array: history.slice(array, segment.starts(shape, index), overlap + size), whole)
-    assert x is not None
-    if x.rows.shape[1] > overlap + size:  # a sampled first window: it has no overlap
-        x = jax.tree.map(lambda array: array[:, -size:], x)
-    C, frame, dropout = place_in_segment(shape, segment, history, fixed, index)
-    params = count_routers(params, shape, rows["weights"], split.parts if split else 1)
-    states = window_states(params.blocks, shape, C, x, frame, dropout)
-    if overlap:
-        states = states[:, overlap:]
-    if split is not None:
-        states, rows = jax.tree.map(lambda array: split.take(pad_rows(array, -size % split.parts)), (states, rows))
-    hidden = layer_norm(states, params.norm_scale, params.norm_bias)
-    return rows_loss(hidden, params.embedding, rows)
-
-
-def count_routers(
-    params: ModelParams, shape: ModelConfig, weights: jax.Array, divisor: jax.Array | float
-) -> ModelParams:
-    """Returns the parameters with router losses of weight sum(`weights`) / `divisor`, the weight of these labels."""
-    return with_router_losses(params, jnp.sum(weights) / divisor) if shape.mixture else params
-
-
 def weighted_loss(
     hidden: jax.Array, embedding: jax.Array, rows: DeviceBatch, most: int | None, z_loss: float
 ) -> LossAndRight:
@@ -172,142 +110,130 @@ def weighted_loss(
     return summed_losses_and_hits(hidden, embedding, rows["labels"], rows["weights"], LOSS_CHUNK, z_loss)
 
 
-# ---- Window after window
+# ---- Cross-entropy over a large vocabulary
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def sum_with_gradients(
-    branches: tuple[WindowLoss, ...],
-    shared: Any,
-    parts: Any,
-    fixed: Any,
-    steps: Any,
-    which: Int[Array, " steps"] | None,
-) -> LossAndRight:
-    """Sums the windows' losses, and keeps no window's intermediate values for differentiation.
+def token_losses_and_hits(
+    hidden: Float[Array, "batch length D"],
+    embedding: Float[Array, "V D"],
+    labels: Int[Array, "batch length"],
+    chunk: int,
+) -> tuple[Float[Array, "batch length"], Bool[Array, "batch length"]]:
+    """Returns each token's cross-entropy in nats, and whether greedy decoding would choose its label."""
+    table = _table(embedding, hidden.dtype)
 
-    A window reads the whole history before it, so what its backward pass needs is as large as that history. Over N
-    tokens JAX would keep this for every window: memory that grows with N^2 / W_og. `jax.checkpoint` around each window
-    would compute the window twice, and sum gradients of shared arrays in bfloat16, where a growing sum loses its terms.
+    def both(part: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        rows, targets = part
+        losses, logits, _ = _chunk_losses(rows, table, targets, embedding.shape[0])
+        return losses, jnp.argmax(logits, axis=-1) == targets
 
-    But the loss is a sum, so its gradient can be computed term by term; the rest of the program only scales it by a
-    factor, the cotangent of the sum. So the *forward* pass computes, window by window,
+    found = jax.lax.map(both, (_chunks(hidden, chunk), _chunks(labels, chunk)))
+    losses, hits = (joined(array)[:, : hidden.shape[1]] for array in found)
+    return losses, hits
 
-        loss_w, pull = jax.vjp(window_loss, shared, part_w)        the window's forward pass
-        gradient    += pull(1)                                     its backward pass, summed in float32
 
-    and keeps only the summed gradient, which the backward pass multiplies by the cotangent. Memory is that of one
-    window and of the gradients, and nothing is computed twice.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def summed_losses_and_hits(
+    hidden: jax.Array, embedding: jax.Array, labels: jax.Array, weights: jax.Array, chunk: int, z_loss: float = 0.0
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the weighted sum of the cross-entropy in nats, and the weight of the labels that greedy decoding chooses.
 
-    Windows of different static shapes, such as sampled ones, use several branches, among which `which` chooses.
-
-    Args:
-      branches: window_loss(fixed, step, shared, part) -> the loss, and a second sum without a gradient. They must not
-        close over traced values.
-      shared: pytree of floating-point arrays that every window reads, parameters and history; differentiated.
-      parts: pytree of floating-point arrays [steps, ...] (or empty), a slice for each window; differentiated.
-      fixed: pytree that every window reads; not differentiated.
-      steps: pytree of arrays [steps, ...], a slice for each window; not differentiated.
-      which: the branch of each window; None with a single branch.
+    Used in training. The first result has the gradient of weights * (cross-entropy + z_loss * Z^2), where Z is the
+    log-sum-exp of a token's logits; the second has none. Gradients are computed together with the loss, chunk by chunk:
+    logits are computed once, and their gradient is rounded to hidden's dtype.
     """
-
-    def body(sums: Any, item: Any) -> tuple[Any, None]:
-        part, step, index = item
-        branch = branches[0] if index is None else functools.partial(jax.lax.switch, index, branches)
-        return jax.tree.map(jnp.add, sums, branch(fixed, step, shared, part)), None
-
-    return jax.lax.scan(body, (jnp.float32(0), jnp.float32(0)), (parts, steps, which))[0]
+    losses, hits = token_losses_and_hits(hidden, embedding, labels, chunk)
+    return jnp.sum(losses * weights), jnp.sum(hits * weights)
 
 
-def _forward(branches, shared, parts, fixed, steps, which):
-    start = (jnp.float32(0), jnp.float32(0)), wide_zeros(shared)
-    choices = [functools.partial(_add_loss_and_gradient, branch, shared, fixed) for branch in branches]
+def _forward(hidden, embedding, labels, weights, chunk, z_loss):
+    table = _table(embedding, hidden.dtype)
 
-    def chosen(carry, item):
-        return jax.lax.switch(item[2], choices, carry, item)
+    def body(table_gradient, part):
+        rows, targets, weight = part
+        losses, hits, slope = _chunk_slope(rows, table, targets, weight, embedding.shape[0], z_loss)
+        table_gradient += jnp.einsum("bcv,bcd->vd", slope, rows, preferred_element_type=jnp.float32)
+        return table_gradient, (losses, hits, jnp.einsum("bcv,vd->bcd", slope, table))
 
-    body = choices[0] if which is None else chosen
-    found = jax.lax.scan(body, start, (parts, steps, which))
-    (sums, total), part_gradients = jax.lax.optimization_barrier(found)
-    return sums, (rounded(total, shared), part_gradients)
-
-
-def _add_loss_and_gradient(branch, shared, fixed, carry, item):
-    """Adds one window's loss and gradient to the sums over the windows before it."""
-    (sums, total), (part, step, _) = carry, item
-    loss, pull, aux = jax.vjp(functools.partial(branch, fixed, step), shared, part, has_aux=True)
-    gradient, part_gradient = pull(jnp.ones_like(loss))
-    return (jax.tree.map(jnp.add, sums, (loss, aux)), add_wide(total, gradient)), part_gradient
+    zero = jnp.zeros(table.shape, jnp.float32)
+    parts = (_chunks(hidden, chunk), _chunks(labels, chunk), _chunks(weights, chunk))
+    table_gradient, outputs = jax.lax.scan(body, zero, parts)
+    losses, hits, hidden_gradient = (joined(array)[:, : hidden.shape[1]] for array in outputs)
+    # No caller differentiates by the weights with z_loss, so their gradient has no term for Z.
+    gradients = (hidden_gradient, table_gradient[: embedding.shape[0]].astype(embedding.dtype), losses)
+    return (jnp.sum(losses * weights), jnp.sum(hits * weights)), gradients
 
 
-def _backward(branches, gradients, cotangents):
-    slope, _ = cotangents
-    shared, parts = jax.tree.map(lambda array: (array.astype(jnp.float32) * slope).astype(array.dtype), gradients)
-    return shared, parts, None, None, None
+def _backward(chunk, z_loss, gradients, cotangents):
+    cotangent, _ = cotangents
+    hidden, embedding, weights = ((array.astype(jnp.float32) * cotangent).astype(array.dtype) for array in gradients)
+    return hidden, embedding, None, weights
 
 
-sum_with_gradients.defvjp(_forward, _backward)
+summed_losses_and_hits.defvjp(_forward, _backward)
 
 
-def draw_windows(key: jax.Array, config: ModelConfig, length: int, count: int) -> jax.Array | None:
-    """Draws `count` different windows, int32 [count], ascending; None if all windows are to be trained."""
-    windows = num_windows(config, length)
-    if count == 0 or count >= windows:
-        return None
-    return jnp.sort(jax.random.permutation(key, windows)[:count]).astype(jnp.int32)
+def _chunk_slope(
+    rows: jax.Array, table: jax.Array, targets: jax.Array, weights: jax.Array, vocab_size: int, z_loss: float
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns losses and hits [batch, c], and the gradient of the losses with respect to the logits, [batch, c, V]."""
+    if usable("loss", rows.dtype):
+        logits = output_logits(rows, table).reshape(-1, table.shape[0])
+        losses, slope = loss_kernel.loss_and_slope(
+            logits, targets.reshape(-1), weights.reshape(-1), vocab_size, rows.dtype, z_loss
+        )
+        hits = jnp.argmax(logits[:, :vocab_size], axis=-1) == targets.reshape(-1)
+        return losses.reshape(targets.shape), hits.reshape(targets.shape), slope.reshape(*targets.shape, -1)
+    losses, logits, norm = _chunk_losses(rows, table, targets, vocab_size)
+    chosen = jnp.arange(table.shape[0]) == targets[..., None]
+    shares = jnp.exp(logits - norm[..., None])
+    if z_loss:
+        shares *= 1.0 + 2.0 * z_loss * norm[..., None]
+    slope = ((shares - chosen) * weights[..., None]).astype(rows.dtype)
+    return losses, jnp.argmax(logits, axis=-1) == targets, slope
 
 
-class WindowLoop(NamedTuple):
-    """The windows of one loop, as arguments of `sum_with_gradients`."""
-
-    segments: tuple[Segment, ...]  # one for each static shape of a window; a branch for each
-    history: History  # as much as these windows can read
-    own: Stream | None  # the windows' own rows; None if devices split them
-    indices: Array  # int32 [steps], or [steps, g] for g windows computed together
-    rows: Any  # labels and weights, [steps, ...]; zeros for steps without a window
-    which: Array | None = None  # index into `segments` for each window; None with a single one
-
-    def on_device(self, assigned: np.ndarray) -> "WindowLoop":
-        """Returns the loop over this device's windows; `assigned` comes from `assign_windows`."""
-        if assigned.shape[1] == 1:
-            return self
-        places = jnp.asarray(assigned, jnp.int32)[:, jax.lax.axis_index("window")]
-        beyond = jnp.where(places < 0, assigned.size, places)
-        take = functools.partial(jnp.take, indices=jnp.maximum(places, 0), axis=0)
-        fill = functools.partial(jnp.take, indices=beyond, axis=0, mode="fill", fill_value=0)
-        own, indices, which = jax.tree.map(take, (self.own, self.indices, self.which))
-        return self._replace(own=own, indices=indices, rows=jax.tree.map(fill, self.rows), which=which)
+def _chunk_losses(
+    rows: jax.Array, table: jax.Array, targets: jax.Array, vocab_size: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns losses [batch, c], logits [batch, c, padded V] and their log-sum-exp [batch, c]."""
+    logits = output_logits(rows, table)
+    if table.shape[0] != vocab_size:
+        logits = jnp.where(jnp.arange(table.shape[0]) < vocab_size, logits, -jnp.inf)
+    norm = jax.nn.logsumexp(logits, axis=-1)
+    return norm - jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0], logits, norm
 
 
-def window_loops(
-    config: ModelConfig, sequence: PreparedSequence, rows: Any, split: SequenceSplit, windows: Array | None
-) -> Iterator[WindowLoop]:
-    """Yields the loops over a sequence's windows, or over this device's share; `rows` are arrays [batch, length, ...].
+def _table(embedding: jax.Array, dtype: Any) -> jax.Array:
+    """Returns the output embedding in `dtype`, padded with rows of zeros."""
+    padding = padded_vocabulary(embedding.shape[0], dtype) - embedding.shape[0]
+    return jnp.pad(embedding.astype(dtype), ((0, padding), (0, 0)))
 
-    With `windows`, int32 [k], ascending, there is one loop over these windows; else one loop for each segment.
+
+def _chunks(array: jax.Array, chunk: int) -> jax.Array:
+    """Splits [batch, length, ...] into [chunks, batch, columns, ...], padding the last columns with zeros.
+
+    Every chunk has the whole batch, because devices split the batch.
     """
-    padding = sequence.count * config.generation_window - jax.tree.leaves(rows)[0].shape[1]
-    rows = jax.tree.map(lambda array: pad_rows(array, padding), rows)
-    parts, segments = split.window_parts, sequence.segments
-    if windows is None:
-        rounds = 0
-        for segment in segments:
-            own, indices = sequence.windows(config, segment, segment.overlap(config)), jnp.asarray(segment.windows)
-            loop = WindowLoop((segment,), sequence.reach(config, segment), own, indices, segment.rows(config, rows))
-            assigned = assign_windows(segment.count, parts, rounds)
-            rounds += len(assigned)
-            yield loop.on_device(assigned)
-        return
-    every = Segment(0, (0,) * sequence.count, 0, 0)  # only its range of windows is used
-    arrays = sequence.windows(config, every, config.window_overlap), every.rows(config, rows)
-    own, taken = jax.tree.map(lambda array: jnp.take(array, windows, axis=0), arrays)
-    # A window takes the branch of the segment that contains it.
-    firsts = jnp.asarray([segment.first for segment in segments[1:]], jnp.int32)
-    which = jnp.sum(windows[:, None] >= firsts, axis=1, dtype=jnp.int32)
-    loop = WindowLoop(segments, sequence.history, own, windows, taken, which)
-    yield loop.on_device(assign_windows(windows.shape[0], parts))
+    batch, length = array.shape[:2]
+    columns = max(1, min(length, chunk // batch))
+    return in_chunks(pad_rows(array, -length % columns), columns)
 
 
-def pad_rows(array: Array, count: int) -> Array:
-    """Appends `count` rows of zeros to an array [batch, rows, ...]."""
-    return jnp.pad(array, ((0, 0), (0, count), *((0, 0),) * (array.ndim - 2)))
+# ---- Samples with few weighted labels
+
+
+def weighted_places(weights: jax.Array, most: int) -> jax.Array | None:
+    """Returns the positions of the labels that count, int32 [batch, most]; None if `most` is the whole sample."""
+    return jax.lax.top_k(weights, most)[1] if most < weights.shape[1] else None
+
+
+def at_places(array: jax.Array, places: jax.Array) -> jax.Array:
+    """Gathers [batch, most, ...] from [batch, length, ...]."""
+    return jnp.take_along_axis(array, places.reshape(*places.shape, *(1,) * (array.ndim - 2)), axis=1)
+
+
+def put_back(array: jax.Array, places: jax.Array, length: int, rest: Any) -> jax.Array:
+    """Inverts `at_places`, with `rest` at all other positions."""
+    rows = jnp.arange(array.shape[0])[:, None]
+    return jnp.full((array.shape[0], length), rest, array.dtype).at[rows, places].set(array)

@@ -82,12 +82,12 @@ def learning_rate_schedule(config: TrainConfig, horizon: Horizon) -> optax.Sched
     after_warmup = max(1, horizon.decay_end - config.warmup_steps)
     if config.schedule == "constant":
         schedule = optax.constant_schedule(config.learning_rate)
-    elif config.decay_share:
-        decay = min(max(1, round(config.decay_share * horizon.decay_end)), after_warmup)
+    elif config.schedule.startswith("wsd"):
+        decay = min(max(1, round(config.schedule_share * horizon.decay_end)), after_warmup)
         fall = functools.partial(_fall, config.learning_rate, decay)
         schedule = optax.join_schedules([optax.constant_schedule(config.learning_rate), fall], [after_warmup - decay])
     else:
-        schedule = optax.cosine_decay_schedule(config.learning_rate, after_warmup, config.cosine_end)
+        schedule = optax.cosine_decay_schedule(config.learning_rate, after_warmup, config.schedule_share)
     if config.warmup_steps:
         warmup = optax.linear_schedule(0.0, config.learning_rate, config.warmup_steps)
         schedule = optax.join_schedules([warmup, schedule], [config.warmup_steps])

@@ -41,6 +41,7 @@ from tlinformer_jax.parallel.sharding import (
     build_mesh,
     check_batch_divides,
     connect,
+    mesh_error,
     process_rows,
     put_batch,
     replicated,
@@ -216,10 +217,9 @@ def build_run(
 ) -> Run:
     """Builds the fixed parts of a run and checks that they fit together."""
     check_vocab(tokenizer, config.model.vocab_size)
-    mesh = build_mesh(config.mesh) if devices is None else build_mesh(config.mesh, devices)
+    mesh = build_mesh(config.train.axes, devices)
     if mesh.shape["expert"] > 1 and not config.model.mixture:
-        allowed = f"must be 1 for model.num_experts = {config.model.num_experts}"
-        raise ConfigError("mesh.expert", mesh.shape["expert"], allowed)
+        raise mesh_error(mesh, f"expert must be 1 for model.num_experts = {config.model.num_experts}")
     if devices is None:
         connect(mesh)
     if horizon != UNTRAINED:
@@ -234,11 +234,10 @@ def check_sequences_divide(mesh: Mesh, config: ModelConfig, length: int, sampled
     """Checks that the mesh can split sequences of `length` tokens."""
     for name in ("window", "context"):
         if mesh.shape[name] > 1 and not config.windowed:
-            allowed = f"must be 1 for model.architecture = {config.architecture!r}"
-            raise ConfigError(f"mesh.{name}", mesh.shape[name], allowed)
+            raise mesh_error(mesh, f"{name} must be 1 for model.architecture = {config.architecture!r}")
     windows = min(num_windows(config, length), sampled_windows or length)
     if mesh.shape["window"] > windows:
-        raise ConfigError("mesh.window", mesh.shape["window"], f"must be at most the {windows} windows of a sequence")
+        raise mesh_error(mesh, f"window must be at most the {windows} windows of a sequence")
 
 
 def given_data(

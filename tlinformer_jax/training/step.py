@@ -16,9 +16,9 @@ from tlinformer_jax.data.batches import LAG
 from tlinformer_jax.models.model import LanguageModel
 from tlinformer_jax.parallel.mesh import is_nvidia_gpu, platform
 from tlinformer_jax.parallel.sharding import BatchSplit, replicated
-from tlinformer_jax.training.cross_entropy import AnswersOf
-from tlinformer_jax.training.loss import DeviceBatch, LossAndRight, draw_windows, summed_loss
+from tlinformer_jax.training.loss import AnswersOf, summed_loss
 from tlinformer_jax.training.optimizer import Horizon, build_optimizer, learning_rate_schedule
+from tlinformer_jax.training.window_loss import DeviceBatch, LossAndRight, draw_windows
 
 WINDOW = 20  # a curriculum stage ends by the mean accuracy over this many updates
 

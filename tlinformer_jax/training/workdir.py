@@ -18,6 +18,7 @@ from typing import Any
 import jax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.config.run import CONFIG_FILE, RunConfig, differences, load_config, save_config
 from tlinformer_jax.data.tasks import Split, TaskSplit
 from tlinformer_jax.data.tokenizers import TOKENIZER_FILE, Tokenizer, load_tokenizer, save_tokenizer
@@ -38,15 +39,14 @@ SHAPES = (
 )
 # A parameter whose initial value has no effect, so the origin may lack it.
 NEUTRAL = "shift"
+# The model's fields that decide only how it is computed.
+EXECUTION = ("dtype", "attention", "memory")
 # A run continues only with the same values of these fields, and not across a change to or from the paper's schedule.
-WINDOWS = ("history_window", "generation_window", "longest_wavelength", "window_overlap")
 IDENTITY = (
-    *(f"model.{name}" for name in (*SHAPES, *WINDOWS, "experts_per_token", "dropout")),
-    *(
-        f"data.{name}"
-        for name in ["dataset", "sequence_length", "curriculum", "examples", "num_items", "document_masking"]
-    ),
-    *(f"train.{name}" for name in ["batch_size", "sampled_windows", "seed", "optimizer", "clip_norm", "ema"]),
+    *(f"model.{field.name}" for field in dataclasses.fields(ModelConfig) if field.name not in EXECUTION),
+    *("data.dataset", "data.sequence_length", "data.curriculum", "data.examples", "data.num_items"),
+    *("data.document_masking", "train.batch_size", "train.sampled_windows", "train.seed", "train.optimizer"),
+    *("train.clip_norm", "train.ema"),
 )
 
 
