@@ -18,8 +18,8 @@ about 20 tokens per parameter. On other machines, change --config.train.mesh and
 Needs: `pip install "tlinformer-jax[data]"`; files of JSON lines, plain, .gz, .xz or .zst.
 tools.training_topology also needs `pip install "tlinformer-jax[tpu]"` in an environment of its own, on Linux on x86-64.
 Result: none has been trained. A step of 1b3, compiled for v5e:16x16, takes 9.55 GiB a chip (docs/performance.md) with
-scanned layers and the history in one segment, as configured here. Compiled for an H100 with model.memory=auto, 32
-samples of 125m take 30 GB, and 16 of 350m 48 GB.
+scanned layers and the history in one segment, as configured here. On an H200 with model.memory=auto, 32 samples of
+125m take 23 GB, and 16 of 350m 48 GB when three windows are computed at a time; the speed of "low" was not compared.
 """
 
 from ml_collections import ConfigDict

@@ -192,6 +192,13 @@ def test_offsets_of_long_caches(kept, rows, reached, monkeypatch, capsys):
     assert offsets == ({"64" if cache.key.size > 2**31 else "32"} if reached else set())
 
 
+def test_what_reads_an_int8_cache_is_said_with_the_arrays_that_kernels_do_not_reach(monkeypatch):
+    monkeypatch.setattr(cached_attention, "use_kernels", lambda *_: True)
+    monkeypatch.setattr(cached_attention, "use_token_kernels", lambda _: True)
+    line = "int8 cache: read by a kernel for a token, by a kernel for prefill and slide"
+    assert cached_attention.int8_readers(CONFIG) == f"{line}; arrays of 2^31 to 2^32 numbers by plain JAX"
+
+
 @pytest.mark.parametrize("rows", [5 * MILLION, 10 * MILLION])
 def test_long_int8_caches_are_written_and_read_by_what_reaches_them(rows, monkeypatch):
     cache, reached = cache_of("int8", 1, rows), rows == 10 * MILLION

@@ -41,7 +41,7 @@ CONTEXT = flags.DEFINE_integer("context", 1, "Number of devices over which the h
 CACHE_DTYPE = flags.DEFINE_string(
     "cache_dtype",
     "auto",
-    "Dtype of the cached history: auto is the model's, int8 takes about half of bfloat16's memory.",
+    "Dtype of the cached history: auto is the model's, int8 takes about half of bfloat16's memory and more time.",
 )
 STOP = flags.DEFINE_multi_string("stop", [], "Text that ends a sample; may be given several times.")
 STOP_AT_END = flags.DEFINE_bool("stop_at_end", True, "Whether the tokenizer's end of text ends a sample.")

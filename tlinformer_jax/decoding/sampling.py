@@ -118,7 +118,7 @@ class GenerationConfig:
       chunk: most tokens per device call. A small value streams sooner and draws fewer tokens after a stop string. None:
         16 when streaming or with stop strings, else 256.
       cache_dtype: dtype of cached keys and values that grow with a sequence. 'auto' is the model's compute dtype;
-        'int8' needs little more than half of bfloat16's memory and reading time, and changes logits a little.
+        'int8' needs little more than half of bfloat16's memory and more time, and changes logits a little.
     """
 
     temperature: float = 0.0

@@ -10,6 +10,6 @@ splash     attention by JAX's own TPU kernel
 delta      the delta rule of Gated DeltaNet, by the kernels of jax-linear-attention if installed (GPU)
 common     checks whether a kernel can run, and code that kernels share
 
-The gains in the modules' docstrings are from docs/performance.md, "Kernels against plain XLA", on an H100. The gains of
-`delta` and of an int8 cache have not been measured.
+The gains in the modules' docstrings are from docs/performance.md, "Kernels against plain XLA", on an H100. The gain of
+`delta` has not been measured. An int8 cache saves memory and costs time: "An int8 cache" there.
 """

@@ -118,13 +118,14 @@ def use_token_kernels(config: ModelConfig) -> bool:
 
 
 def int8_readers(config: ModelConfig) -> str:
-    """Returns a line that says which code reads an int8 cache here, if its arrays are `addressable`."""
+    """Returns a line that says which code reads an int8 cache here."""
     names = {True: "a kernel", False: "plain JAX"}
-    line = f"int8 cache: read by {names[use_token_kernels(config)]} for a token"
-    if not config.windowed:
-        return line
-    many = names[use_kernels(config.compute_dtype, config.head_dim, config.attention)]
-    return f"{line}, by {many} for prefill and slide"
+    kernels = [use_token_kernels(config)]
+    line = f"int8 cache: read by {names[kernels[0]]} for a token"
+    if config.windowed:
+        kernels.append(use_kernels(config.compute_dtype, config.head_dim, config.attention))
+        line += f", by {names[kernels[1]]} for prefill and slide"
+    return line + ("; arrays of 2^31 to 2^32 numbers by plain JAX" if any(kernels) else "")
 
 
 def _projected(params: TokenLayerParams, x: Array, interpret: bool) -> Array:
