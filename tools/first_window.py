@@ -3,6 +3,9 @@
 The first window has no history, so that there a TLinFormer computes what a Transformer with the same parameters does.
 After a conversion by --init_from, both runs must agree until the first update (--after_step=0). Logits are computed in
 float32 for the first tokens of samples of the second run's validation split. Prints a JSON object.
+
+Layers are not looped over here: a Transformer loops over all of its layers and a TLinFormer only over a block's hidden
+ones, and the compiler rounds a layer in a loop differently from the same layer outside.
 """
 
 import dataclasses
@@ -31,7 +34,9 @@ OUT = flags.DEFINE_string("out", "", "File that also gets the result.")
 
 def logits(trained: TrainedRun, tokens: np.ndarray) -> np.ndarray:
     """Returns a run's logits in float32, [samples, tokens, V]."""
-    config = dataclasses.replace(trained.run.config.model, dtype="float32")
+    config = trained.run.config.model
+    plan = dataclasses.replace(config.plan(), scan_layers=False)  # see above
+    config = dataclasses.replace(config, dtype="float32", memory=plan)
     with jax.default_matmul_precision("highest"):
         return np.asarray(jax.jit(build_model(config).apply)({"params": trained.params}, tokens))
 
