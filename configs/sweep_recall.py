@@ -17,7 +17,7 @@ Variants:
 Controls are chance (H_P / P for P pairs, shown in the figures), attention, TConstFormer and sliding window. TLinFormer
 with B = 2 and H = 0 is compared with 4 layers of attention, with H = 1 with 6. attention-2 checks the setup: it must
 find 99% in the protocol's settings. All have width 128 and 2 heads. A cell ends at 99%, or after 200 M tokens (6,103
-updates of 32,768 tokens); the record says which.
+updates of 32,768 tokens); the record says which. An override of train.steps must repeat the @0.99.
 
 Cells are so small that several can share a device: run eight processes with XLA_PYTHON_CLIENT_PREALLOCATE=false and
 --point=K --points=8, K = 0 .. 7; docs/performance.md has their times. Seeds and rates of a cell run as one program with

@@ -13,7 +13,7 @@ from tests.support.commands import ROOT
 from tlinformer_jax.kernels import common
 from tlinformer_jax.kernels import dropout as dropout_kernel
 from tlinformer_jax.models import ModelConfig, cached_attention, layers
-from tlinformer_jax.training import cross_entropy
+from tlinformer_jax.training import loss
 
 X = jnp.zeros((2, 16), jnp.bfloat16)
 
@@ -21,7 +21,7 @@ X = jnp.zeros((2, 16), jnp.bfloat16)
 def used() -> dict[str, bool]:
     """Which kernels would be used for shapes that all of them take."""
     return {
-        "loss": cross_entropy.usable("loss", X.dtype),
+        "loss": loss.usable("loss", X.dtype),
         "norm": layers.usable("norm", X.dtype),
         "dropout": dropout_kernel.use_kernel(X.dtype, 36),
         "token": cached_attention.use_token_kernels(ModelConfig()),

@@ -261,7 +261,8 @@ def run_lines(frame: pd.DataFrame) -> list[str]:
     table = frame[list(RUN_COLUMNS)].set_axis(RUN_COLUMNS.values(), axis=1)
     for name in ("parameters", "steps", "tokens"):
         table[name] = table[name].map("{:,}".format)
-    return ["## Runs", "", *table_of(table), "", "Commands:", "", *fenced("\n".join(frame["command"].unique()))]
+    commands = fenced("\n".join(frame["command"].unique()))
+    return ["## Runs", "", *table_of(table), "", "Commands, with the options of their time:", "", *commands]
 
 
 def fenced(text: str) -> list[str]:
