@@ -169,3 +169,11 @@ def test_the_command_refuses_it_before_anything_is_written(trained, tmp_path):
     arguments = ("--config=configs/tiny.py", f"--init_from={trained[1]}")
     message = f"init_from = '{trained[1]}': parameter blocks_0/compress/"
     check_refusal(command("tlinformer_jax.main", *arguments, "--check"), message)
+
+
+def test_layers_of_another_kind_are_refused(trained, tmp_path):
+    config, source = trained
+    model = dataclasses.replace(config.model, architecture="gated_deltanet")
+    message = r"/A_log is missing there .*must agree in model\.architecture: 'tlinformer' -> 'gated_deltanet'$"
+    with pytest.raises(ConfigError, match=message):
+        train_and_evaluate(dataclasses.replace(config, model=model), tmp_path / "run", init_from=source)

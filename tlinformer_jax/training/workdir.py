@@ -191,8 +191,10 @@ def check_origin(origin: Origin, config: RunConfig) -> None:
         if there.get(name) == here.get(name) or (name == NEUTRAL and name not in there):
             continue
         texts = [str(list(shapes[name])) if name in shapes else "missing" for shapes in (there, here)]
-        fields = [f"model.{field}" for field in SHAPES if field != "architecture"]
+        fields = [f"model.{field}" for field in SHAPES]
         lines = [line for line in differences(other, config) if line.split(":")[0] in fields]
+        # Architectures of equal layers may differ, so this field is the reason only if it is the one difference.
+        lines = [line for line in lines if not line.startswith("model.architecture")] or lines
         allowed = f"parameter {name} is {texts[0]} there and {texts[1]} here; must agree in {', '.join(lines)}"
         raise ConfigError("init_from", str(origin.workdir), allowed)
 
