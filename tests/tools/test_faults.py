@@ -154,40 +154,32 @@ def test_moments_are_those_of_the_seed():
     assert all(1 <= one.occurrence <= 9 and 0 <= one.delay < 0.5 for one in signals)
 
 
-# Makes runs last two epochs.
-SHORT = """
-import dataclasses
+# Runs of two epochs: one that is killed in a step and then while a checkpoint is saved; one whose data begins anew and
+# one whose log keeps lost steps, both killed seven steps after a checkpoint; one that gets SIGTERM.
+TRIALS = """
+import contextlib, dataclasses, signal
+from unittest import mock
+from tlinformer_jax.data.batches import TrainingBatches
+from tlinformer_jax.training import metrics
 from tools import fault_trials
+from tools.fault_runs import PlannedSignal
 
-config = fault_trials.fault_config
+read, run_trial, config = TrainingBatches.prefetched, fault_trials.run_trial, fault_trials.fault_config
+BREAKS = {
+    1: mock.patch.object(TrainingBatches, "prefetched", lambda self, first, *rest: read(self, 0, *rest)),
+    2: mock.patch.object(metrics, "cut_back", lambda *_: None),
+}
+SIGNALS = [[PlannedSignal("step", 18, 0), PlannedSignal("saving", 1, 0)], *[[PlannedSignal("step", 27, 0)]] * 3]
 
 def short(root):
     made = config(root)
     return dataclasses.replace(made, train=dataclasses.replace(made.train, steps="2epochs"))
 
-fault_trials.fault_config = short
-"""
-# One that is killed in a step and then while a checkpoint is saved; one whose data begins anew and
-# one whose log keeps lost steps, both killed seven steps after a checkpoint; one that gets SIGTERM.
-TRIALS = f"""{SHORT}
-import contextlib, signal
-from unittest import mock
-from tlinformer_jax.data.batches import TrainingBatches
-from tlinformer_jax.training import metrics
-from tools.fault_runs import PlannedSignal
-
-read, run_trial = TrainingBatches.prefetched, fault_trials.run_trial
-BREAKS = {{
-    1: mock.patch.object(TrainingBatches, "prefetched", lambda self, first, *rest: read(self, 0, *rest)),
-    2: mock.patch.object(metrics, "cut_back", lambda *_: None),
-}}
-SIGNALS = [[PlannedSignal("step", 18, 0), PlannedSignal("saving", 1, 0)], *[[PlannedSignal("step", 27, 0)]] * 3]
-
 def chosen(root, trial, durations, seed, number):
     with BREAKS.get(trial, contextlib.nullcontext()):
         return run_trial(root, trial, durations, seed, number if trial == 3 else signal.SIGKILL)
 
-fault_trials.run_trial = chosen
+fault_trials.fault_config, fault_trials.run_trial = short, chosen
 fault_trials.draw_signals = lambda rng, trial, durations: SIGNALS[trial]
 """
 
@@ -211,13 +203,31 @@ def test_killed_and_terminated_runs_lose_nothing_and_a_resume_that_is_broken_on_
     assert sorted(left) == ["1", "2", "whole"], "what was lost is kept to be looked at"
 
 
+# Runs of one epoch and of a model that is soon compiled; the signals are those that the command draws.
+SMALL = """
+import dataclasses
+from tools import fault_trials
+
+config = fault_trials.fault_config
+
+def small(root):
+    made = config(root)
+    model = dataclasses.replace(made.model, hidden_depth=0, dropout=0.0)
+    train = dataclasses.replace(made.train, steps="1epochs", accumulation=1)
+    return dataclasses.replace(made, model=model, train=train)
+
+fault_trials.fault_config = small
+"""
+
+
 @pytest.mark.slow
 def test_a_run_that_is_killed_at_a_moment_that_the_command_draws_loses_nothing(tmp_path):
+    """With this seed in a step after the first checkpoint."""
     line, environment = command_line("tools.faults", "--trials=1", "--seed=11", "--signal=kill", f"--out={tmp_path}")
-    line[2] = f"{SHORT}\n{line[2]}"
+    line[2] = f"{SMALL}\n{line[2]}"
     result = run_line(line, environment)
     assert result.returncode == 0, result.stdout + result.stderr
     values = json.loads((tmp_path / "faults_kill.json").read_text())
     assert (values["trials"], values["survived"], values["never_hit"], values["answered"]) == (1, 1, 0, 0)
-    assert values["signals_by_aim"]["step"] > 0
+    assert values["signals_by_aim"] == dict.fromkeys(fault_runs.AIMS, 0) | {"step": 1}
     assert [path.name for path in tmp_path.iterdir()] == ["faults_kill.json"], "what was not lost is removed"
