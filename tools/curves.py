@@ -58,7 +58,8 @@ def main() -> None:
         panels = checked(json.loads(text))
     except (ValueError, RecursionError) as error:
         raise UserError(f"--record={record}: must be a JSON file with the field 'panels' ({error})") from None
-    draw(panels, out)
+    with file_errors_as(f"--out={out}: must be a PNG file that can be written"):
+        draw(panels, out)
     print(out)
 
 

@@ -33,15 +33,18 @@ DAMAGED = {
 }
 
 
-def test_a_damaged_record_is_refused_in_one_line(tmp_path):
+def test_a_damaged_record_and_a_figure_that_cannot_be_written_are_refused_in_one_line(tmp_path):
     records = {name: json.dumps(record) for name, (record, _) in DAMAGED.items()} | {"no JSON": "{"}
     for name, text in records.items():
         (tmp_path / f"{name}.json").write_text(text)
     messages = {name: message for name, (_, message) in DAMAGED.items()} | {"no JSON": "(Expecting property"}
     lines = [[f"--record={tmp_path}/{name}.json", f"--out={tmp_path}/a.png"] for name in [*messages, "missing"]]
-    *damaged, missing = in_forks([("tools.curves", line) for line in lines])
+    (tmp_path / "sound.json").write_text(json.dumps({"panels": PANELS}))
+    lines.append([f"--record={tmp_path}/sound.json", f"--out={tmp_path}/no/a.png"])
+    *damaged, missing, unwritable = in_forks([("tools.curves", line) for line in lines])
     for (name, message), done in zip(messages.items(), damaged, strict=True):
         check_refusal(done, f"error: --record={tmp_path}/{name}.json: must be a JSON file with the field 'panels' (")
         assert message in done.stderr
     check_refusal(missing, "(No such file or directory)")
     assert missing.stderr.count("missing.json") == 1
+    check_refusal(unwritable, f"--out={tmp_path}/no/a.png: must be a PNG file that can be written (No such file")
