@@ -18,6 +18,7 @@
 #   so do slices that can be preempted: checkpoints must outlive the slice.
 # - --version is the TPU's software image, v2-alpha-tpuv5-lite for v5e (the default), v2-alpha-tpuv6e for v6e;
 #   --retry=SECONDS is the pause before resume asks again for an unavailable slice (60).
+# - TLINFORMER_CACHE, if set here, is set for the training command too: the workers' folder for tokens and downloads.
 # - --dry_run prints the commands and runs none.
 #
 # Needs bash 4.4 and gcloud, logged in, with a project and the TPU API. A slice costs money until it is deleted.
@@ -120,7 +121,9 @@ setup() {
 }
 
 train() {
-  on_all_workers "cd $FOLDER && exec .venv/bin/python -m tlinformer_jax.main$(printf ' %q' "${arguments[@]}")"
+  local variables=""
+  [[ -z "${TLINFORMER_CACHE:-}" ]] || variables="TLINFORMER_CACHE=$(printf '%q' "$TLINFORMER_CACHE") "
+  on_all_workers "cd $FOLDER && ${variables}exec .venv/bin/python -m tlinformer_jax.main$(printf ' %q' "${arguments[@]}")"
 }
 
 delete() {

@@ -210,7 +210,13 @@ def test_logits_are_the_references(architecture):
 
 @pytest.mark.parametrize(
     "architecture",
-    ["tlinformer", *(pytest.param(name, marks=pytest.mark.slow) for name in ("transformer", "gated_deltanet_hybrid"))],
+    [
+        "tlinformer",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("tconstformer", "transformer", "gated_deltanet_hybrid")
+        ),
+    ],
 )
 def test_decoding_equals_the_reference(architecture):
     config = dataclasses.replace(EXPERTS, architecture=architecture)

@@ -11,11 +11,29 @@ from typing import Any
 from absl import flags
 
 from tlinformer_jax.commands import cli
-from tlinformer_jax.errors import UserError
-from tlinformer_jax.files import local_path
+from tlinformer_jax.errors import UserError, file_errors_as
 
 RECORD = flags.DEFINE_string("record", "", "JSON file with the field 'panels'.")
 OUT = flags.DEFINE_string("out", "", "PNG file to write.")
+
+
+def checked(record: Any) -> dict[str, Any]:
+    """Returns the panels of a record; raises a ValueError that says what is missing."""
+    panels = record.get("panels") if isinstance(record, dict) else None
+    if not isinstance(panels, dict) or not panels:
+        raise ValueError("panels: missing, empty, or not an object")
+    for title, panel in panels.items():
+        for name, kind in (("x", str), ("y", str), ("curves", dict)):
+            if not isinstance(panel, dict) or not isinstance(panel.get(name), kind) or not panel[name]:
+                raise ValueError(f"panel {title!r}: {name} is missing or of another type")
+        for label, curve in panel["curves"].items():
+            if not isinstance(curve, list) or not curve or not all(map(_is_point, curve)):
+                raise ValueError(f"panel {title!r}: curve {label!r} must be a list of points [x, y]")
+    return panels
+
+
+def _is_point(point: Any) -> bool:
+    return isinstance(point, list) and len(point) == 2 and all(type(value) in (int, float) for value in point)
 
 
 def draw(panels: dict[str, Any], file: pathlib.Path) -> None:
@@ -34,11 +52,14 @@ def draw(panels: dict[str, Any], file: pathlib.Path) -> None:
 def main() -> None:
     """Reads the record and draws its figure."""
     record, out = cli.given_path(RECORD, "a record with curves"), cli.given_path(OUT, "a PNG file")
+    with file_errors_as(f"--record={record}: must be a JSON file with the field 'panels'"):
+        text = record.read_text(encoding="utf-8")
     try:
-        panels = json.loads(local_path(record, "--record").read_text(encoding="utf-8"))["panels"]
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        panels = checked(json.loads(text))
+    except (ValueError, RecursionError) as error:
         raise UserError(f"--record={record}: must be a JSON file with the field 'panels' ({error})") from None
-    draw(panels, out)
+    with file_errors_as(f"--out={out}: must be a PNG file that can be written"):
+        draw(panels, out)
     print(out)
 
 

@@ -10,7 +10,6 @@ ones, and the compiler rounds a layer in a loop differently from the same layer 
 
 import dataclasses
 import json
-import pathlib
 from typing import Any
 
 import jax
@@ -19,7 +18,8 @@ from absl import flags
 
 from tlinformer_jax.commands import cli
 from tlinformer_jax.errors import UserError
-from tlinformer_jax.files import write_text
+from tlinformer_jax.evaluation.report import writable_file
+from tlinformer_jax.files import write_text, writing
 from tlinformer_jax.models import build_model
 from tlinformer_jax.training.checkpoint import load_run
 from tlinformer_jax.training.setup import TrainedRun
@@ -57,6 +57,7 @@ def compared(before: TrainedRun, after: TrainedRun, tokens: np.ndarray) -> dict[
 
 def main() -> None:
     """Loads both runs, compares them and prints the result."""
+    out = writable_file(OUT.value) if OUT.value else None
     runs = []
     for flag, step in ((BEFORE, BEFORE_STEP.value), (AFTER, AFTER_STEP.value)):
         runs.append(load_run(cli.given_path(flag, "the directory of a run"), step))
@@ -64,6 +65,13 @@ def main() -> None:
     model = after.run.config.model
     if not model.windowed:
         raise UserError(f"--after={AFTER.value}: must be a run with windows; it is a {model.architecture}")
+    if after.run.config.data.is_task:
+        raise UserError(
+            f"--after={AFTER.value}: must be a run on text; its data are the task {after.run.config.data.dataset}"
+        )
+    if before.run.config.model.vocab_size != model.vocab_size:
+        sizes = f"it has {before.run.config.model.vocab_size}, --after has {model.vocab_size}"
+        raise UserError(f"--before={BEFORE.value}: must have as large a vocabulary as --after; {sizes}")
     stream, length = after.run.split("validation"), after.run.config.data.sequence_length
     samples = min(SAMPLES.value, len(stream.tokens) // length)
     window = min(model.generation_window, length)
@@ -72,8 +80,9 @@ def main() -> None:
     result = {name: [run.run.config.model.architecture, run.step] for name, run in names.items()}
     result |= {"device": jax.devices()[0].device_kind, "jax": jax.__version__, **compared(before, after, tokens)}
     text = json.dumps(result, indent=1)
-    if OUT.value:
-        write_text(pathlib.Path(OUT.value), text + "\n")
+    if out is not None:
+        with writing(f"{out}:"):
+            write_text(out, text + "\n")
     print(text)
 
 

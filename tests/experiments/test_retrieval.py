@@ -291,7 +291,11 @@ def test_attention_finds_pairs_and_the_report_says_so(tmp_path):
 @pytest.mark.slow
 @pytest.mark.long
 def test_the_capacity_sweep_runs_and_is_reported(tmp_path):
-    sweep = [f"--sweep={ROOT}/configs/sweep_capacity.py:tiny", "--config.train.steps=4", "--config.train.eval_every=4"]
+    sweep = [
+        f"--sweep={ROOT}/configs/sweep_capacity.py:tiny",
+        "--config.train.steps=4@0.99",
+        "--config.train.eval_every=4",
+    ]
     done = command("sweep", *sweep, f"--out={tmp_path}/sweep", f"--results={tmp_path}/records")
     assert done.returncode == 0, done.stderr
     write_report(tmp_path / "records", tmp_path / "results.md")

@@ -136,6 +136,23 @@ def test_a_slice_that_is_taken_away_comes_back_and_the_run_goes_on(cloud):
     assert "was taken away" in result.stderr
 
 
+@pytest.mark.parametrize("folder", ["", "/mnt/runs/a b$c"])
+def test_the_workers_get_the_cache_folder_if_it_is_set(folder, cloud, tmp_path):
+    """The remote command as gcloud was given it, run by a shell whose Python prints its environment."""
+    (cloud / "preempted").touch()
+    result = launch("tpu_pod.sh", "run", *SLICE, "--", *TRAIN, TLINFORMER_CACHE=folder)
+    assert result.returncode == 0, result.stderr
+    (line,) = (cloud / "calls").read_text().splitlines()
+    remote = line.split("--command=")[1].split(" --zone=")[0]
+    python = tmp_path / "tlinformer_jax" / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text('#!/bin/sh\necho "${TLINFORMER_CACHE-unset}" "$4"\n')
+    python.chmod(0o755)
+    kept = {name: value for name, value in os.environ.items() if name != "TLINFORMER_CACHE"}
+    done = subprocess.run(["bash", "-c", remote], cwd=tmp_path, env=kept, capture_output=True, text=True, check=True)
+    assert done.stdout == f"{folder or 'unset'} --workdir=runs/a b\n"
+
+
 def test_a_command_that_fails_on_a_slice_that_is_well_ends_it(cloud):
     (cloud / "broken").touch()
     result = launch("tpu_pod.sh", "resume", *SLICE, "--type=v5litepod-16", "--retry=0", "--", *TRAIN)

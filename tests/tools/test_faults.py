@@ -201,3 +201,33 @@ def test_killed_and_terminated_runs_lose_nothing_and_a_resume_that_is_broken_on_
     assert re.fullmatch(r"step \d+ is logged 2 times", problems[1])
     left = [path.parent.name for path in tmp_path.glob("faults-*/*/run")]
     assert sorted(left) == ["1", "2", "whole"], "what was lost is kept to be looked at"
+
+
+# Runs of one epoch and of a model that is soon compiled; the signals are those that the command draws.
+SMALL = """
+import dataclasses
+from tools import fault_trials
+
+config = fault_trials.fault_config
+
+def small(root):
+    made = config(root)
+    model = dataclasses.replace(made.model, hidden_depth=0, dropout=0.0)
+    train = dataclasses.replace(made.train, steps="1epochs", accumulation=1)
+    return dataclasses.replace(made, model=model, train=train)
+
+fault_trials.fault_config = small
+"""
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_at_a_moment_that_the_command_draws_loses_nothing(tmp_path):
+    """With this seed in a step after the first checkpoint."""
+    line, environment = command_line("tools.faults", "--trials=1", "--seed=11", "--signal=kill", f"--out={tmp_path}")
+    line[2] = f"{SMALL}\n{line[2]}"
+    result = run_line(line, environment)
+    assert result.returncode == 0, result.stdout + result.stderr
+    values = json.loads((tmp_path / "faults_kill.json").read_text())
+    assert (values["trials"], values["survived"], values["never_hit"], values["answered"]) == (1, 1, 0, 0)
+    assert values["signals_by_aim"] == dict.fromkeys(fault_runs.AIMS, 0) | {"step": 1}
+    assert [path.name for path in tmp_path.iterdir()] == ["faults_kill.json"], "what was not lost is removed"

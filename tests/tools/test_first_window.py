@@ -9,6 +9,8 @@ import pytest
 
 from tests.support.commands import check_refusal, command
 from tests.training.test_resume import run_config
+from tlinformer_jax.config.data import DataConfig
+from tlinformer_jax.config.run import load_config
 from tlinformer_jax.training.loop import train_and_evaluate
 
 
@@ -39,6 +41,24 @@ def test_a_conversion_changes_no_bit_of_the_first_window_and_training_does(runs,
         command("tools.first_window", f"--before={runs[1]}", f"--after={runs[0]}", "--after_step=2"),
         f"--after={runs[0]}: must be a run with windows; it is a transformer",
     )
+
+
+@pytest.mark.slow
+def test_runs_that_cannot_be_compared_and_a_file_that_cannot_be_written_are_refused(runs, tmp_path):
+    config = load_config(runs[1])
+    train = dataclasses.replace(config.train, steps=1)
+    data = DataConfig(dataset="recall", tokenizer="numbers:32", sequence_length=32, num_items=2)
+    changes = {"model": dataclasses.replace(config.model, vocab_size=32), "data": data, "train": train}
+    train_and_evaluate(dataclasses.replace(config, **changes), tmp_path / "task")
+    before, task, after = (f"{runs[0]}", f"{tmp_path}/task", f"{runs[1]}")
+    cases = {
+        (before, task, ""): f"--after={task}: must be a run on text; its data are the task recall",
+        (task, after, ""): f"--before={task}: must have as large a vocabulary as --after; it has 32, --after has 257",
+        (before, after, f"{tmp_path}/no/a"): f"--out={tmp_path}/no/a: must be a file that can be written (No such file",
+    }
+    for (one, other, out), message in cases.items():
+        line = [f"--before={one}", f"--after={other}", "--after_step=0" if other == after else "--after_step=1"]
+        check_refusal(command("tools.first_window", *line, f"--out={out}"), message)
 
 
 LARGER = """
