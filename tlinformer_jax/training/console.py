@@ -18,7 +18,7 @@ from tlinformer_jax.analysis.flops import active_parameters
 from tlinformer_jax.analysis.ngram import BYTE_VOCABULARY, byte_floor
 from tlinformer_jax.config.data import TOKENS, Stage
 from tlinformer_jax.config.model import ModelConfig
-from tlinformer_jax.config.run import EPOCH
+from tlinformer_jax.config.run import EPOCH, TrainConfig
 from tlinformer_jax.data.batches import LAG, TrainingBatches, num_samples
 from tlinformer_jax.data.documents import DocumentStream
 from tlinformer_jax.data.ordered import OrderedStream
@@ -143,8 +143,8 @@ def length_lines(run: Run, horizon: Horizon | None, train: Split | None) -> list
     predicted = trained_tokens(config.model, length, config.train.sampled_windows)
     step = config.train.batch_size * length
     lines = [f"model FLOPs per trained token, forward and backward: {flops_per_token(run, length):,.0f}"]
-    if goal := config.train.goal:
-        lines.append(f"ends early at an accuracy of {goal:g}; {evaluations(config.train.eval_every)}")
+    if config.train.goal:
+        lines.append(goal_line(config.train))
     if horizon is None:
         known = "known when the text is tokenised: python -m tlinformer_jax prepare"
         return [*lines, f"{config.train.epochs:,} epochs, steps of {step:,} tokens; their number will be {known}"]
@@ -162,11 +162,12 @@ def length_lines(run: Run, horizon: Horizon | None, train: Split | None) -> list
     return lines
 
 
-def evaluations(every: int | str) -> str:
-    """Says when a run is evaluated that an accuracy ends."""
-    if not every:
-        return "but train.eval_every = 0 evaluates it only after the last update"
-    return "evaluated after each epoch" if every == EPOCH else f"evaluated every {every:,} updates"
+def goal_line(train: TrainConfig) -> str:
+    """Says at what accuracy a run ends, and how often it is measured."""
+    if not train.eval_every:
+        return "note: train.eval_every = 0 evaluates only after the last update, so no accuracy ends the run early"
+    when = "after each epoch" if train.eval_every == EPOCH else f"every {train.eval_every:,} updates"
+    return f"ends early at an accuracy of {train.goal:g}; evaluated {when}"
 
 
 def split_line(name: str, split: Split | None, length: int) -> str:
