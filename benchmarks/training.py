@@ -79,7 +79,7 @@ def overrides(text: str) -> dict[tuple[str, str], Any]:
         if equals and field and unknown_field(name) is None:
             last = (section, field)
             fields[last] = _value(value)
-        elif last is not None and not (equals and field):  # a value with a comma, such as train.mesh
+        elif last is not None and (not equals or (last == ("train", "mesh") and not field)):  # a value with a comma
             fields[last] = f"{fields[last]},{part}"
         else:
             raise ConfigError("--set or --try", part, "must be section.field=value of a configuration's field")

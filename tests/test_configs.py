@@ -470,9 +470,32 @@ def test_our_recipe_sees_the_same_tokens_whatever_the_row():
     assert totals == {9_080 * 131_072}
 
 
+@pytest.mark.parametrize(
+    ("steps", "stored"),
+    [
+        (7, 7),
+        ("1epochs", "1epoch"),
+        ("2epoch", "2epochs"),
+        ("5000@.990", "5000@0.99"),
+        ("5000@1.0", "5000@1"),
+        ("3epoch@1.", "3epochs@1"),
+    ],
+)
+def test_equal_steps_are_equal_configurations(steps, stored):
+    assert TrainConfig(steps=steps) == TrainConfig(steps=stored)
+    assert TrainConfig(steps=steps).steps == stored
+
+
+@pytest.mark.parametrize("steps", ["5", "٣epochs", "5@0", "5@0.0", "5@1.1", "5@0." + "0" * 400 + "1"])
+def test_wrong_steps_are_refused(steps):
+    with pytest.raises(ConfigError, match=r"an accuracy at which a task's run ends, such as '5000@0.99'"):
+        TrainConfig(steps=steps)
+
+
 def test_equal_meshes_are_equal_configurations():
     assert TrainConfig(mesh="tensor=2, fsdp=4,window=1") == TrainConfig(mesh="fsdp=4,tensor=2")
     assert TrainConfig(mesh="tensor=2, fsdp=4,window=1").axes == {"fsdp": 4, "tensor": 2}
-    for wrong in ("fsdp=0", "fsdp=2,tensor=3,fsdp=2", "data=2", "fsdp=2,", "fsdp", "fsdp=" + "9" * 5000):
+    assert TrainConfig(mesh=" tensor=2 , fsdp=4 ").mesh == "fsdp=4,tensor=2"
+    for wrong in ("fsdp=0", "fsdp 4", "fsdp=2,tensor=3,fsdp=2", "data=2", "fsdp=2,", "fsdp", "fsdp=" + "9" * 5000):
         with pytest.raises(ConfigError, match=r"^train\.mesh = .*: must be '' or AXIS=SIZE"):
             TrainConfig(mesh=wrong)

@@ -93,6 +93,13 @@ def test_an_unknown_name_lists_the_names():
         ("modle.d_model", "no such field; did you mean model.d_model?"),
         ("modle.dmodel", "no such field; did you mean model.d_model?"),
         ("modle", "no such section; did you mean model?"),
+        ("mesh", "no such section; did you mean train.mesh?"),
+        ("mesh.fsdp", "no such field; did you mean train.mesh?"),
+        ("train.fsdp", "no such field; did you mean train.mesh?"),
+        ("train.mesh.fsdp", "no such field; did you mean train.mesh?"),
+        ("data.cache_dir", "no such field; the environment variable TLINFORMER_CACHE names the folder of the cache"),
+        ("train.stop_at_accuracy", "no such field; train.steps = '5000@0.99' ends a task's run at an accuracy"),
+        ("train.num_epochs", "no such field; train.steps = '10epochs' counts epochs"),
         (
             "data.zzz",
             "no such field; the fields are curriculum, dataset, document_masking, examples, num_items, "

@@ -115,6 +115,7 @@ def test_settings_take_numbers_words_none_and_lists_of_names():
         (["--lengths=many"], "--lengths = 'many': must be integers >= 1"),
         (["--batch_tokens=0"], "--batch_tokens = '0': must be integers >= 1"),
         (["--try=model.width=3"], "'model.width=3': must be section.field=value"),
+        (["--try=model.d_model=64,steps=3"], "'steps=3': must be section.field=value"),
         (["--architectures=mamba"], "model.architecture = 'mamba': must be one of"),
     ],
 )

@@ -40,6 +40,9 @@ def test_the_cache_is_where_the_user_says_else_in_the_users_cache_directory(monk
     with pytest.raises(UserError, match=r"^TLINFORMER_CACHE = 's3://bucket/x': must be a local path"):
         cache_folder()
     monkeypatch.delenv("TLINFORMER_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", "s3://bucket/x")
+    with pytest.raises(UserError, match=r"^XDG_CACHE_HOME = 's3://bucket/x': must be a local path"):
+        cache_folder()
     monkeypatch.setenv("XDG_CACHE_HOME", "/caches")
     assert cache_folder() == pathlib.Path("/caches/tlinformer_jax")
     monkeypatch.delenv("XDG_CACHE_HOME")

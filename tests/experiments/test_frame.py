@@ -9,7 +9,7 @@ import pytest
 
 import tlinformer_jax
 from tests.support.figures import check_lines
-from tests.support.results import made_result, windows_result
+from tests.support.results import as_earlier, made_result, windows_result
 from tlinformer_jax.experiments.figures import plot_sweep
 from tlinformer_jax.experiments.frame import (
     PERPLEXITY,
@@ -64,8 +64,16 @@ def test_runs_that_differ_in_their_seed_alone_are_one_group():
     assert list(points.loc["256-256", [PERPLEXITY, f"{PERPLEXITY}.std"]]) == [20.5, pytest.approx(0.5**0.5)]
     elsewhere = [made_result("a", 1.0, data={"train_files": "/a/x-*.txt, /a/y.txt"})]
     elsewhere.append(made_result("b", 1.0, 1, data={"train_files": "b/x-*.txt,b/y.txt"}, train={"mesh": "fsdp=2"}))
-    elsewhere[0]["config"]["data"]["cache_dir"] = "/a"  # a field of earlier records
+    as_earlier(elsewhere[0])
     assert seeds_of(*elsewhere) == [[0, 1]]
+    goals = [made_result("a", 1.0), made_result("b", 1.0, 1)]
+    for each in goals:
+        each["config"]["train"]["steps"] = "100@0.5"
+    as_earlier(goals[0])
+    assert goals[0]["config"]["train"]["steps"] == 100
+    assert seeds_of(*goals) == [[0, 1]]
+    goals[0]["config"]["train"]["stop_at_accuracy"] = 0.25
+    assert sorted(seeds_of(*goals)) == [[0], [1]]
     assert seeds_of(*elsewhere, made_result("c", 1.0, 2, data={"train_files": "b/z-*.txt,b/y.txt"})) == [[0, 1], [2]]
     other_rate = made_result("x", 20.0, train={"learning_rate": 0.5})
     assert sorted(seeds_of(made_result("y", 20.0), made_result("z", 21.0, 1), other_rate)) == [[0], [0, 1]]

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from tests.support.results import made_result
+from tests.support.results import as_earlier, made_result
 from tlinformer_jax.config.run import run_config
 from tlinformer_jax.errors import UserError
 from tlinformer_jax.experiments import job as jobs_module
@@ -124,9 +124,7 @@ def test_another_configuration_is_refused_before_anything_runs(tmp_path):
         run_each([first, other], retries=0)
     assert calls(first, other) == [0, 0]
     # Where the data are kept is no part of what a run is.
-    result = made_result("other", 20.0)
-    result["config"]["data"]["cache_dir"] = "/elsewhere"
-    write_result(other.workdir / "result.json", result)
+    write_result(other.workdir / "result.json", as_earlier(made_result("other", 20.0)))
     assert run_each([first, other], retries=0) == {}
     assert calls(first, other) == [1, 0]
 

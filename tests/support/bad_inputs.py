@@ -76,6 +76,12 @@ FLAGS = [
     Case("unknown section", "train", ("--config.modle.d_model=8",), "modle"),
     Case("unknown field", "train", ("--config.model.widnow=8",), "widnow"),
     Case("misspelt field", "train", ("--config.train.stpes=8",), "no such field; did you mean train.steps?"),
+    Case(
+        "a part of a field",
+        "train",
+        ("--config.train.mesh.fsdp=2",),
+        "fsdp=2: must be --config.SECTION.FIELD=VALUE; no such field; did you mean train.mesh?",
+    ),
     Case("field of another section", "train", ("--config.model.steps=8",), "did you mean train.steps?"),
     Case("unknown configuration", "train", ("--config=tinny",), "one of audio, books, copy"),
     Case("text for an integer", "train", ("--config.model.num_heads=many",), "num_heads"),

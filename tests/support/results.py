@@ -61,6 +61,17 @@ def made_result(name: str, perplexity: float, seed: int = 0, point: str | None =
     }
 
 
+def as_earlier(result: dict[str, Any]) -> dict[str, Any]:
+    """Changes a record to the fields that records had before train.stop_at_accuracy, cache_dir and mesh moved."""
+    config = result["config"]
+    steps, _, accuracy = str(config["train"]["steps"]).partition("@")
+    del config["train"]["mesh"]
+    config["train"] |= {"steps": int(steps), "stop_at_accuracy": float(accuracy or 0)}
+    config["data"]["cache_dir"] = "/elsewhere"
+    config["mesh"] = {"fsdp": 2, "tensor": 1, "window": 1}
+    return result
+
+
 def windows_result(history: int | str, generation: int, perplexity: float, seed: int = 0) -> dict[str, Any]:
     """The record of a point of a sweep of windows."""
     point = f"{history}-{generation}"

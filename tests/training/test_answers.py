@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -248,11 +249,16 @@ def test_a_run_of_a_task_is_evaluated_on_all_of_a_text():
 
 
 @pytest.mark.slow
-def test_a_run_that_is_accurate_enough_is_finished(tmp_path, monkeypatch):
+def test_a_run_that_is_accurate_enough_is_finished(tmp_path, monkeypatch, capsys):
     """Also after an interruption between the evaluation and the save, and bit by bit the same."""
     config = changed(train={"steps": "100@0.01", "log_every": 100})
     (tmp_path / "whole").mkdir()
     result = run_job(Job("whole", config, tmp_path / "whole", "command"))
+    said = capsys.readouterr().err
+    assert "ends early at an accuracy of 0.01; evaluated every 2 updates\n" in said
+    assert re.search(
+        r"^step 2: the run ends, because its accuracy 0\.\d{4} has reached 0\.01 \(train.steps", said, re.M
+    )
     assert (result["steps"], result["tokens"]) == (2, 2 * 16 * 18)
     assert result["target"] == {"accuracy": 0.01, "reached": True, "most_steps": 100}
     assert result["validation"]["accuracy"] > 0.01

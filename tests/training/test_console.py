@@ -11,9 +11,10 @@ from clu.parameter_overview import count_parameters
 from tests.support.commands import ROOT, command_line, run_line
 from tests.training.test_resume import run_config
 from tlinformer_jax.config.model import ARCHITECTURES, ModelConfig
+from tlinformer_jax.config.run import TrainConfig
 from tlinformer_jax.models.model import build_model
 from tlinformer_jax.training.checkpoint import load_params
-from tlinformer_jax.training.console import parameter_table
+from tlinformer_jax.training.console import goal_line, parameter_table
 from tlinformer_jax.training.loop import train_and_evaluate
 
 
@@ -28,6 +29,15 @@ def test_the_table_of_parameters_is_short_and_complete(architecture, shape):
     assert sum(numbers[:-1]) == numbers[-1] == count_parameters(params)
     arrays = [int(re.search(r"(\d+) +[\d,]+ +\d+%$", line)[1]) for line in lines[1:-1]]
     assert sum(arrays) == len(jax.tree.leaves(params))
+
+
+def test_a_run_with_an_accuracy_says_when_it_is_measured():
+    told = {every: goal_line(TrainConfig(steps="1000@.990", eval_every=every)) for every in (0, 1500, "epoch")}
+    assert told == {
+        0: "note: train.eval_every = 0 evaluates only after the last update, so no accuracy ends the run early",
+        1500: "ends early at an accuracy of 0.99; evaluated every 1,500 updates",
+        "epoch": "ends early at an accuracy of 0.99; evaluated after each epoch",
+    }
 
 
 def test_a_run_says_that_it_compiles_what_it_reached_and_what_comes_next(tmp_path, capfd):

@@ -221,8 +221,9 @@ def describe(error: Exception, argv: Sequence[str]) -> str:
     """Describes an exception from config_flags in one line that names the override that caused it."""
     for argument in argv:
         match = re.match(r"--?config\.([\w.]+)", argument)
-        if match and isinstance(error, AttributeError | KeyError) and (missing := unknown_field(match[1])):
-            return f"{argument}: {missing}"
+        if match and isinstance(error, AttributeError | KeyError | TypeError) and (missing := unknown_field(match[1])):
+            form = "must be --config.SECTION.FIELD=VALUE; " if match[1].count(".") > 1 else ""
+            return f"{argument}: {form}{missing}"
     return f"--config: {first_line(error)}"
 
 

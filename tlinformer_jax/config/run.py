@@ -19,7 +19,7 @@ from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.data.tokenizers import build_tokenizer
 from tlinformer_jax.errors import TRUE_OR_FALSE, ConfigError, DataError, Rule, check_fields, integer, number, one_of
 from tlinformer_jax.files import read_json, write_text
-from tlinformer_jax.parallel.mesh import MESH_RULE, axes_of, mesh_text
+from tlinformer_jax.parallel.mesh import AXES, MESH_RULE, axes_of, mesh_text
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
@@ -33,7 +33,7 @@ SMALL_MODEL = {"d_model": 96, "num_heads": 3, "hidden_depth": 0, "history_window
 OPTIMIZERS = ("adamw", "muon")
 SCHEDULES = ("cosine", "constant", "paper")
 # Updates or epochs, at least one of "epochs" and "@ACCURACY".
-STEPS = re.compile(r"(?!\d+$)([1-9]\d{0,15})(epochs?)?(?:@((?=.*[1-9])0?\.\d+|1(?:\.0*)?))?")
+STEPS = re.compile(r"(?![0-9]+$)([1-9][0-9]{0,15})(epochs?)?(?:@((?=.*[1-9])0?\.[0-9]{1,17}|1(?:\.0*)?))?")
 AND_MORE = re.compile(r"(\d+)(?:\+(\d+))?")  # two counts
 COSINE_TO = re.compile(r"cosine:(\d+(?:\.\d+)?(?:e-?\d+)?)")
 WSD = re.compile(r"wsd:((?=.*[1-9])0?\.\d+|1(?:\.0*)?)")
@@ -44,9 +44,17 @@ DURATION = re.compile(r"((?=.*[1-9])\d+(?:\.\d+)?)(s|min|h)")
 UNITS = {"s": 1, "min": 60, "h": 3600}
 # Evaluation stores no activations for a gradient, so it computes several small micro-batches at a time.
 EVALUATION_TOKENS = 16_384
+# A section, and a word in the name of an unknown field of it -> where this is set.
+SETTINGS = {
+    ("data", "cache"): "the environment variable TLINFORMER_CACHE names the folder of the cache",
+    ("train", "accuracy"): "train.steps = '5000@0.99' ends a task's run at an accuracy",
+    ("train", "epochs"): "train.steps = '10epochs' counts epochs",
+}
 RULES = {
     "steps": integer(
-        1, pattern=STEPS.pattern, also=", epochs such as '10epochs', or either with '@0.99' to end earlier"
+        1,
+        pattern=STEPS.pattern,
+        also=", epochs such as '10epochs', or either with an accuracy at which a task's run ends, such as '5000@0.99'",
     ),
     **dict.fromkeys(("batch_size", "accumulation", "log_every"), integer(1)),
     **dict.fromkeys(("sampled_windows", "warmup_steps"), integer(0)),
@@ -152,7 +160,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_fields("train", self, RULES)
-        object.__setattr__(self, "mesh", mesh_text(self.axes))  # equal meshes have equal texts
+        object.__setattr__(self, "mesh", mesh_text(self.axes))  # equal values have equal texts
+        object.__setattr__(self, "steps", _steps_text(self.steps))
         if self.schedule == "paper" and not self.epochs:
             raise ConfigError(
                 "train.steps", self.steps, "must be in epochs, such as '10epochs', for train.schedule = 'paper'"
@@ -225,6 +234,19 @@ def seconds(every: int | str | None) -> float:
     """Converts a time such as '10min' to seconds; returns 0 for any other value."""
     match = DURATION.fullmatch(every) if isinstance(every, str) else None
     return float(match[1]) * UNITS[match[2]] if match else 0.0
+
+
+def _steps_text(steps: int | str) -> int | str:
+    """Returns `steps` as it is stored: '1epoch', '10epochs', '5000@0.99' or '5000@1'."""
+    match = STEPS.fullmatch(steps) if isinstance(steps, str) else None
+    if not match:
+        return steps
+    count, epochs, accuracy = match.groups()
+    text = count + ("epoch" + "s" * (count != "1") if epochs else "")
+    if not accuracy:
+        return text
+    fraction = accuracy.partition(".")[2].rstrip("0")
+    return f"{text}@0.{fraction}" if fraction else f"{text}@1"
 
 
 def _counts(given: int | str) -> tuple[int, int]:
@@ -331,14 +353,24 @@ def unknown_field(name: str) -> str | None:
     section, _, field = name.partition(".")
     if section in fields and (not field or field in fields[section]):
         return None
-    if field:
-        homes = {known: home for home, names in fields.items() for known in names}
+    homes = {known: home for home, names in fields.items() for known in names}
+    first = field.partition(".")[0]
+    if section in homes and section not in fields:  # mesh.fsdp
+        close = [f"{homes[section]}.{section}"]
+    elif section in fields and first != field and first in fields[section]:  # train.mesh.fsdp
+        close = [f"{section}.{first}"]
+    elif section == "train" and first in AXES:
+        close = ["train.mesh"]
+    elif field:
         near = [field] if field in homes else fields.get(section, list(homes))
         close = [f"{homes[known]}.{known}" for known in difflib.get_close_matches(field, near, n=1)]
     else:
         close = difflib.get_close_matches(section, list(fields), n=1)
     if close:
         return f"no such {'field' if field else 'section'}; did you mean {close[0]}?"
+    for (home, word), hint in SETTINGS.items():
+        if section == home and word in field:
+            return f"no such field; {hint}"
     if section in fields:
         return f"no such field; the fields are {', '.join(fields[section])}"
     return f"no such section; the sections are {', '.join(fields)}"

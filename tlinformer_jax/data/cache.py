@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from tlinformer_jax.data.streams import Counts, Encoded, TokenStream
-from tlinformer_jax.errors import DataError, file_errors_as
+from tlinformer_jax.errors import DataError, UserError, file_errors_as
 from tlinformer_jax.files import local_path, read_own, sealed_text, sync_folder, unsealed, write_text
 
 FOLDER_VARIABLE = "TLINFORMER_CACHE"
@@ -55,8 +55,15 @@ def cache_folder() -> pathlib.Path:
     Its folder `downloads` may hold the zip or parquet files of WikiText-103, which is otherwise downloaded. The data
     sets of TensorFlow Datasets are in its folder `tensorflow_datasets`.
     """
-    default = os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "tlinformer_jax")
-    return local_path(os.environ.get(FOLDER_VARIABLE) or default, FOLDER_VARIABLE)
+    if given := os.environ.get(FOLDER_VARIABLE):
+        return local_path(given, FOLDER_VARIABLE)
+    if given := os.environ.get("XDG_CACHE_HOME"):
+        return local_path(given, "XDG_CACHE_HOME") / "tlinformer_jax"
+    try:
+        home = pathlib.Path.home()
+    except RuntimeError:
+        raise UserError(f"{FOLDER_VARIABLE}: must be set to a folder, because there is no home directory") from None
+    return local_path(home / ".cache", "the home directory's cache") / "tlinformer_jax"
 
 
 def cached_tokens(identity: Identity, encode: Encode) -> tuple[TokenStream, bool]:

@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from tlinformer_jax.config.data import DataConfig
-from tlinformer_jax.data.cache import cache_folder, exclusive
+from tlinformer_jax.data.cache import FOLDER_VARIABLE, cache_folder, exclusive
 from tlinformer_jax.data.files import TextPiece, blocks_of, decoded, read_column, read_lines
 from tlinformer_jax.data.streams import Counts
 from tlinformer_jax.errors import DataError
@@ -133,7 +133,7 @@ def _missing(config: DataConfig, facts: Facts, folder: pathlib.Path, reason: str
         f"{config.dataset} is missing: {reason}\n"
         f"  Get {facts.zip_name} ({facts.size:,} bytes) from {facts.url}, or the parquet files of "
         f"https://huggingface.co/datasets/Salesforce/wikitext/tree/main/{facts.zip_name.removesuffix('.zip')},\n"
-        f"  and put the zip or the parquet files into {folder}"
+        f"  and put the zip or the parquet files into {folder}; {FOLDER_VARIABLE} may name another cache"
     )
 
 

@@ -103,7 +103,11 @@ def read_result(path: pathlib.Path) -> Record:
 
 def completed(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Adds today's defaults to a recorded configuration for fields that it lacks; keeps fields removed since."""
-    return {section: defaults | config[section] for section, defaults in DEFAULTS.items()}
+    sections = {section: defaults | config[section] for section, defaults in DEFAULTS.items()}
+    train = sections["train"]
+    if accuracy := train.pop("stop_at_accuracy", 0):  # earlier records have this field beside `steps`
+        train["steps"] = f"{train['steps']}@{accuracy:.15g}"
+    return sections
 
 
 def essence(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ _TARGET: contextvars.ContextVar[tuple[str, str] | None] = contextvars.ContextVar
 # Axes of a mesh that a configuration names. One more, `data`, splits the batch over the remaining devices.
 AXES = ("fsdp", "tensor", "window", "context", "expert")
 _AXIS = rf"(?:{'|'.join(AXES)})=[1-9][0-9]{{0,8}}"
-_MESH = re.compile(rf"(?!.*\b(\w+)=.*\b\1=)(?:{_AXIS}(?:, *{_AXIS})*)?")  # no axis twice
+_MESH = re.compile(rf"(?!.*\b(\w+)=.*\b\1=)(?: *{_AXIS} *(?:, *{_AXIS} *)*)?")  # no axis twice
 MESH_RULE = Rule(
     f"must be '' or AXIS=SIZE, separated by commas, such as 'fsdp=4,tensor=2'; the axes are {', '.join(AXES)}, each at "
     "most once; the remaining devices split the batch",

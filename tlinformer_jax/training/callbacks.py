@@ -317,7 +317,11 @@ class Evaluate(Callback):
         session.checkpoints.record_validation(view.step, figures["loss"])
         session.throughput.restart(keep_saving=True)
         goal = run.config.train.goal
-        return goal > 0 and figures["accuracy"] >= goal
+        if not goal or figures["accuracy"] < goal:
+            return False
+        accuracy = f"accuracy {figures['accuracy']:.4f} has reached {goal:g}"
+        say(f"step {view.step}: the run ends, because its {accuracy} (train.steps = {run.config.train.steps!r})")
+        return True
 
     def finish(self, view: TrainingView) -> None:
         if self.figures.get("step") == view.step:

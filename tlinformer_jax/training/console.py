@@ -18,6 +18,7 @@ from tlinformer_jax.analysis.flops import active_parameters
 from tlinformer_jax.analysis.ngram import BYTE_VOCABULARY, byte_floor
 from tlinformer_jax.config.data import TOKENS, Stage
 from tlinformer_jax.config.model import ModelConfig
+from tlinformer_jax.config.run import EPOCH, TrainConfig
 from tlinformer_jax.data.batches import LAG, TrainingBatches, num_samples
 from tlinformer_jax.data.documents import DocumentStream
 from tlinformer_jax.data.ordered import OrderedStream
@@ -37,7 +38,8 @@ from tlinformer_jax.training.step import WINDOW, Competence, TrainState
 
 TRAINING_ADVICE = (
     "a step needs less memory with model.memory = 'low', a larger train.accumulation, a smaller train.batch_size or "
-    "data.sequence_length, or axis fsdp of train.mesh over several devices (--check_compile prints how much it needs)"
+    "data.sequence_length, or the axis fsdp of train.mesh on several devices (--check_compile prints how much memory a "
+    "step needs)"
 )
 MORE = "or a device with more memory may help (on a GPU, XLA_PYTHON_CLIENT_MEM_FRACTION sets JAX's share)"
 EVALUATION_ADVICE = f"a smaller --batch_size, {MORE}"
@@ -141,6 +143,8 @@ def length_lines(run: Run, horizon: Horizon | None, train: Split | None) -> list
     predicted = trained_tokens(config.model, length, config.train.sampled_windows)
     step = config.train.batch_size * length
     lines = [f"model FLOPs per trained token, forward and backward: {flops_per_token(run, length):,.0f}"]
+    if config.train.goal:
+        lines.append(goal_line(config.train))
     if horizon is None:
         known = "known when the text is tokenised: python -m tlinformer_jax prepare"
         return [*lines, f"{config.train.epochs:,} epochs, steps of {step:,} tokens; their number will be {known}"]
@@ -156,6 +160,14 @@ def length_lines(run: Run, horizon: Horizon | None, train: Split | None) -> list
         more = f"note: train.warmup_steps = {warmup} is more than the run's {horizon.steps} updates"
         lines.append(f"{more}: the learning rate rises to {reached}")
     return lines
+
+
+def goal_line(train: TrainConfig) -> str:
+    """Says at what accuracy a run ends, and how often it is measured."""
+    if not train.eval_every:
+        return "note: train.eval_every = 0 evaluates only after the last update, so no accuracy ends the run early"
+    when = "after each epoch" if train.eval_every == EPOCH else f"every {train.eval_every:,} updates"
+    return f"ends early at an accuracy of {train.goal:g}; evaluated {when}"
 
 
 def split_line(name: str, split: Split | None, length: int) -> str:
