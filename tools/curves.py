@@ -13,9 +13,6 @@ from absl import flags
 from tlinformer_jax.commands import cli
 from tlinformer_jax.errors import UserError, file_errors_as
 
-RECORD = flags.DEFINE_string("record", "", "JSON file with the field 'panels'.")
-OUT = flags.DEFINE_string("out", "", "PNG file to write.")
-
 
 def checked(record: Any) -> dict[str, Any]:
     """Returns the panels of a record; raises a ValueError that says what is missing."""
@@ -64,4 +61,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    RECORD = flags.DEFINE_string("record", "", "JSON file with the field 'panels'.")
+    OUT = flags.DEFINE_string("out", "", "PNG file to write.")
     cli.run(main)
