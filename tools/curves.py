@@ -14,6 +14,12 @@ from tlinformer_jax.commands import cli
 from tlinformer_jax.errors import UserError, file_errors_as
 
 
+def define_flags() -> None:
+    """Defines the command's flags, which other commands define with other meanings."""
+    flags.DEFINE_string("record", "", "JSON file with the field 'panels'.")
+    flags.DEFINE_string("out", "", "PNG file to write.")
+
+
 def checked(record: Any) -> dict[str, Any]:
     """Returns the panels of a record; raises a ValueError that says what is missing."""
     panels = record.get("panels") if isinstance(record, dict) else None
@@ -48,7 +54,8 @@ def draw(panels: dict[str, Any], file: pathlib.Path) -> None:
 
 def main() -> None:
     """Reads the record and draws its figure."""
-    record, out = cli.given_path(RECORD, "a record with curves"), cli.given_path(OUT, "a PNG file")
+    record = cli.given_path(flags.FLAGS["record"], "a record with curves")
+    out = cli.given_path(flags.FLAGS["out"], "a PNG file")
     with file_errors_as(f"--record={record}: must be a JSON file with the field 'panels'"):
         text = record.read_text(encoding="utf-8")
     try:
@@ -61,6 +68,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    RECORD = flags.DEFINE_string("record", "", "JSON file with the field 'panels'.")
-    OUT = flags.DEFINE_string("out", "", "PNG file to write.")
+    define_flags()
     cli.run(main)
