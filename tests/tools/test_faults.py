@@ -85,10 +85,13 @@ MOMENTS = {
 @pytest.mark.slow
 def test_a_kill_comes_at_its_moment_and_the_phase_is_told(tmp_path, monkeypatch):
     """All moments at once: the processes do nothing but sleep."""
+    kept: list[subprocess.Popen] = []
 
     def started(config, workdir, log):
         line = [sys.executable, "-S", "-c", STORY, "0.4", *START, *SAVED, *REST]
-        return subprocess.Popen(line, cwd=workdir.parent, stdout=log).pid
+        process = subprocess.Popen(line, cwd=workdir.parent, stdout=log)
+        kept.append(process)  # if it were forgotten, another Popen might reap it
+        return process.pid
 
     def ended(name: str):
         folder = tmp_path / name
