@@ -58,21 +58,17 @@ def compared(before: TrainedRun, after: TrainedRun, tokens: np.ndarray) -> dict[
 def main() -> None:
     """Loads both runs, compares them and prints the result."""
     out = writable_file(OUT.value) if OUT.value else None
-    runs = []
-    for flag, step in ((BEFORE, BEFORE_STEP.value), (AFTER, AFTER_STEP.value)):
-        runs.append(load_run(cli.given_path(flag, "the directory of a run"), step))
-    before, after = runs
-    model = after.run.config.model
+    before = load_run(cli.given_path(BEFORE, "the directory of a run"), BEFORE_STEP.value)
+    after = load_run(cli.given_path(AFTER, "the directory of a run"), AFTER_STEP.value)
+    model, data = after.run.config.model, after.run.config.data
     if not model.windowed:
         raise UserError(f"--after={AFTER.value}: must be a run with windows; it is a {model.architecture}")
-    if after.run.config.data.is_task:
-        raise UserError(
-            f"--after={AFTER.value}: must be a run on text; its data are the task {after.run.config.data.dataset}"
-        )
+    if data.is_task:
+        raise UserError(f"--after={AFTER.value}: must be a run on text; its data are the task {data.dataset}")
     if before.run.config.model.vocab_size != model.vocab_size:
         sizes = f"it has {before.run.config.model.vocab_size}, --after has {model.vocab_size}"
         raise UserError(f"--before={BEFORE.value}: must have as large a vocabulary as --after; {sizes}")
-    stream, length = after.run.split("validation"), after.run.config.data.sequence_length
+    stream, length = after.run.split("validation"), data.sequence_length
     samples = min(SAMPLES.value, len(stream.tokens) // length)
     window = min(model.generation_window, length)
     tokens = np.asarray(stream.tokens[: samples * length], np.int32).reshape(samples, length)[:, :window]
