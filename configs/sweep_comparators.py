@@ -30,7 +30,7 @@ from ml_collections import ConfigDict
 from tlinformer_jax.config.run import TrainConfig, default_config_dict
 from tlinformer_jax.errors import ConfigError
 from tlinformer_jax.experiments.plan import Sweep, overrides_between
-from tlinformer_jax.experiments.recipes import COMPARATORS, books_config, package_config, sweep_points
+from tlinformer_jax.experiments.recipes import COMPARATORS, one_epoch_config, package_config, sweep_points
 
 TOKENS = 100_000_000
 RECALL = ("64-4-plus", "128-8-plus", "256-16-plus", "512-64-plus")
@@ -77,9 +77,9 @@ def get_sweep(variant: str = "books") -> Sweep:
     }
     if variant not in rows:
         raise ConfigError("variant", variant, "must be one of books, experts, passkey, recall, tiny")
-    base = books_config("1k-512-0.5", TOKENS)
+    base = one_epoch_config("1k-512-0.5", TOKENS)
     points = {
-        name: overrides_between(base, books_config(row, TOKENS)) | fields
+        name: overrides_between(base, one_epoch_config(row, TOKENS)) | fields
         for name, (row, fields) in rows[variant].items()
     }
     return Sweep(base, points, then=("evaluate",), study="architectures")

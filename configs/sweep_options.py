@@ -22,7 +22,7 @@ from typing import Any
 
 from tlinformer_jax.errors import ConfigError
 from tlinformer_jax.experiments.plan import Sweep, overrides_between
-from tlinformer_jax.experiments.recipes import books_config
+from tlinformer_jax.experiments.recipes import one_epoch_config
 
 TOKENS, TRIAL = 100_000_000, 30_000_000
 RATES = (3e-4, 1e-3, 3e-3)
@@ -50,9 +50,9 @@ def get_sweep(variant: str = "all") -> Sweep:
     if variant not in ("all", "rates"):
         raise ConfigError("variant", variant, "must be one of all, rates")
     tokens = TOKENS if variant == "all" else TRIAL
-    base = books_config("1k-512-0.5", tokens)
+    base = one_epoch_config("1k-512-0.5", tokens)
     points = {
-        f"books-{name}": overrides_between(base, books_config(row, tokens)) | fields
+        f"books-{name}": overrides_between(base, one_epoch_config(row, tokens)) | fields
         for name, (row, fields) in ROWS.items()
     }
     if variant == "rates":

@@ -60,7 +60,7 @@ def set_model(config: "ConfigDict", name: str) -> None:
         config.model.longest_wavelength = 0
 
 
-def books_config(row: str, tokens: int) -> "ConfigDict":
+def books_config(row: str, tokens: int, tokens_per_update: int = TOKENS_PER_UPDATE) -> "ConfigDict":
     """Returns the configuration of a row of `config.recipes` with our recipe, trained on `tokens` tokens of books.
 
     A tenth of the updates is warm-up; there are ten evaluations, each with a checkpoint.
@@ -68,9 +68,21 @@ def books_config(row: str, tokens: int) -> "ConfigDict":
     config = default_config_dict()
     set_books(config)
     set_own_recipe(config, row)
-    updates = -(-tokens // TOKENS_PER_UPDATE)
+    config.train.batch_size = tokens_per_update // config.data.sequence_length
+    updates = -(-tokens // tokens_per_update)
     tenth = max(1, updates // 10)
     config.train.update(steps=updates, warmup_steps=tenth, eval_every=tenth, checkpoint_every=tenth)
+    return config
+
+
+def one_epoch_config(row: str, tokens: int) -> "ConfigDict":
+    """Returns `books_config` for a comparison in which hardly any text is seen twice.
+
+    It has updates of 65,536 tokens, a learning rate of 0.001 and no dropout.
+    """
+    config = books_config(row, tokens, tokens_per_update=65_536)
+    config.model.dropout = 0.0
+    config.train.learning_rate = 1e-3
     return config
 
 
