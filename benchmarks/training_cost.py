@@ -159,7 +159,12 @@ def generation_panels(found: Sequence[Row]) -> list[tuple[str, str, list[Curve]]
     """Returns title, unit and curves for a generated token (mean over a window and its slide) and for the cache."""
 
     def milliseconds(row: Row) -> float | None:
-        return row["windows"]["seconds"] / row["windows"]["tokens"] * 1e3 if "windows" in row else None
+        if "windows" in row:
+            return row["windows"]["seconds"] / row["windows"]["tokens"] * 1e3
+        if "sustained" not in row:
+            return None
+        slide = row["slide"]["seconds"] / row["generation_window"] if "slide" in row else 0.0
+        return (row["sustained"]["seconds"] + slide) * 1e3
 
     return [
         ("Cost of generation (measured)", "ms for each generated token", curves_of(found, milliseconds)),
@@ -172,8 +177,9 @@ def read_generation(names: Sequence[str]) -> list[Row]:
     try:
         records = [json.loads(local_path(name, "--generation").read_text(encoding="utf-8")) for name in names]
         found = [
-            row | {"model": model_name(row["architecture"], record["config"]["generation_window"])}
+            row | {"model": model_name(row["architecture"], window), "generation_window": window}
             for record in records
+            for window in [record["config"]["generation_window"]]
             for row in record["rows"]
             if row["batch"] == 1 and "cache_bytes" in row
         ]

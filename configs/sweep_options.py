@@ -3,7 +3,7 @@
     python -m tlinformer_jax sweep --sweep=configs/sweep_options.py:rates --out=runs/rates --results=docs/results \
         --config.data.train_files='DIR/train-*.jsonl.xz' --config.data.validation_files=DIR/valid.jsonl.xz
     python -m tlinformer_jax sweep --sweep=configs/sweep_options.py --out=runs/options --results=docs/results \
-        --config.train.learning_rate=0.001 --config.data.train_files=... --config.data.validation_files=...
+        --config.data.train_files=... --config.data.validation_files=...
 
 Variants: all (the default, 18 runs of 100 M tokens): TLinFormer as published, with each option and with all three;
 Base and sliding window, with and without the token shift; and no-history, a Transformer on samples of 256 tokens,
@@ -11,9 +11,9 @@ which shows what a window of 256 can know without a history. plain, plus and bot
 runs of 30 M tokens: three learning rates for each architecture, to choose --config.train.learning_rate; `--point=K
 --points=4`, K = 0 to 3, runs those of TLinFormer, Base, sliding window and no-history.
 
-All see the same text in updates of 131,072 tokens with the same dropout, under a cosine that ends at the last update.
-Two runs at a time need --config.train.accumulation=2 on a GPU of 80 GB. `--then=evaluate,history` measures what the
-history contributes, if a model has windows.
+All see the same text once, in updates of 65,536 tokens without dropout, under a cosine that ends at the last update.
+--config.train.learning_rate sets another rate than 0.001. `--then=evaluate,history` measures what the history
+contributes, if a model has windows.
 
 Needs: the same as configs/books.py. Result: not yet measured.
 """

@@ -138,6 +138,8 @@ def test_curves_are_of_one_total_and_their_knee_is_found():
     # The chord falls from 30 to 21 over 384 rows. Below it lie 128 by 30 - 1.5 - 24 = 4.5, 256 by 30 - 4.5 - 22 = 3.5
     # and 384 by 30 - 7.5 - 21.5 = 1.
     assert list(knee_of(curves[512])[0]["label"]) == ["128-384"]
+    equal_shares = [made_result(name, 20.0, model={"d_ff": width}) for name, width in (("a", 8), ("b", 16), ("c", 24))]
+    assert curves_of(points_of(frame_of(equal_shares))) == {}
 
 
 def test_tables_and_plots_of_a_sweep(tmp_path, drawn):

@@ -252,12 +252,12 @@ def points_of(frame: pd.DataFrame) -> pd.DataFrame:
 def curves_of(points: pd.DataFrame) -> dict[int, pd.DataFrame]:
     """Maps W_total to its TLinFormers by rising share of W_oh; if N or depth differ, those with the most points.
 
-    Curves of fewer than three points have no knee and are left out.
+    Curves of fewer than three shares have no knee and are left out.
     """
     ours = points[points[ARCHITECTURE] == "tlinformer"].dropna(subset=["total", PERPLEXITY])
     found: dict[int, pd.DataFrame] = {}
     for (total, *_), curve in ours.groupby(["total", N, DEPTH]):
-        if len(curve) >= max(3, len(found.get(int(total), ())) + 1):
+        if curve["share"].nunique() >= 3 and len(curve) > len(found.get(int(total), ())):
             found[int(total)] = curve.sort_values("share")
     return found
 
