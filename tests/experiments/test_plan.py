@@ -198,8 +198,9 @@ def test_the_architectures_are_compared_on_equal_terms():
 def test_the_options_are_compared_on_equal_terms():
     points = plan_points(load_sweep(f"{CONFIGS}/sweep_options.py"))
     configs = [point.config for point in points]
-    assert {config.train.batch_size * config.data.sequence_length for config in configs} == {131_072}
-    assert len({dataclasses.replace(config.train, seed=0, batch_size=128) for config in configs}) == 1
+    assert {config.train.batch_size * config.data.sequence_length for config in configs} == {65_536}
+    assert {(config.train.learning_rate, config.model.dropout) for config in configs} == {(1e-3, 0.0)}
+    assert len({dataclasses.replace(config.train, seed=0, batch_size=64) for config in configs}) == 1
     assert collections.Counter(point.point for point in points) == {
         **dict.fromkeys(("books-plain", "books-plus", "books-base", "books-base-plus"), 3),
         **dict.fromkeys(("books-overlap-16", "books-wavelengths-64", "books-all-options"), 1),
