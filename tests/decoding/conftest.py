@@ -12,7 +12,7 @@ from tlinformer_jax.models import cached_attention
 @pytest.fixture
 def interpreted_kernels(monkeypatch, own_traces):
     """The path that a GPU takes, its kernels interpreted, heads and rows padded; the names of those that were used."""
-    real, used = decode_kernel.call_kernel, set()
+    real, attend, used = decode_kernel.call_kernel, decode_kernel.attend, set()
 
     def interpreted(kernel, grid, outputs, operands, name, interpret, **options):
         used.add(name)
@@ -20,6 +20,8 @@ def interpreted_kernels(monkeypatch, own_traces):
 
     for module in (decode_kernel, history_kernel):
         monkeypatch.setattr(module, "call_kernel", interpreted)
+    # An interpreted kernel converts int8 without assembly.
+    monkeypatch.setattr(decode_kernel, "attend", lambda *arguments: attend(*arguments[:-1], True))
     monkeypatch.setattr(cached_attention, "available", lambda name: True)
     monkeypatch.setattr(params_module, "head_multiple", lambda *_: 8)
     monkeypatch.setattr(cache_module, "padded_rows", lambda rows: -(-rows // 128) * 128)

@@ -159,6 +159,7 @@ def test_a_tokens_layer(kept):
 
     text = lowered(layer, params, half(1, CONFIG.d_model), cache_of("bfloat16", 1), cache_of(kept, 1), lengths)
     assert text.count("attend_cached") >= 1
+    assert ("prmt.b32" in text) == (kept == "int8")
     assert "dense" in text
 
 
@@ -200,7 +201,7 @@ def test_what_reads_an_int8_cache_is_said_with_the_arrays_that_kernels_do_not_re
 
 
 @pytest.mark.parametrize("rows", [5 * MILLION, 10 * MILLION])
-def test_long_int8_caches_are_written_and_read_by_what_reaches_them(rows, monkeypatch):
+def test_long_int8_caches_are_written_and_read_by_what_reaches_them(rows, monkeypatch, capsys):
     cache, reached = cache_of("int8", 1, rows), rows == 10 * MILLION
     monkeypatch.setattr(cached_attention, "use_kernels", lambda *_: True)
     monkeypatch.setattr(cached_attention, "use_token_kernels", lambda _: True)
@@ -220,5 +221,9 @@ def test_long_int8_caches_are_written_and_read_by_what_reaches_them(rows, monkey
         context = CachedRows(history, lengths)
         return token_layer(token, CONFIG, x, rope_table(lengths, WIDTH), CachedRows(window, lengths), context)
 
-    text = lowered(layer, params, half(1, CONFIG.d_model), cache_of("bfloat16", 1), cache, lengths)
+    with monkeypatch.context() as patched:
+        patched.setattr(history_kernel.pl, "pallas_call", functools.partial(history_kernel.pl.pallas_call, debug=True))
+        text = lowered(layer, params, half(1, CONFIG.d_model), cache_of("bfloat16", 1), cache, lengths)
     assert ("attend_cached" in text) == reached
+    offsets = set(re.findall(r"addptr .*x!tt.ptr<i8>>, tensor<[0-9x]+xi(\d+)>", capsys.readouterr().out))
+    assert offsets == ({"64"} if reached else set())

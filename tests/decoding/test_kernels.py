@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from tlinformer_jax import ModelConfig
+from tlinformer_jax.kernels import decode as decode_kernel
 from tlinformer_jax.kernels import history as history_kernel
 from tlinformer_jax.kernels.common import feature_pieces
 from tlinformer_jax.kernels.key_value import KeyValue, quantised
@@ -113,15 +114,17 @@ def test_feature_pieces_cover_the_width_once(least):
 
 
 @pytest.mark.parametrize(
-    ("batch", "with_context", "int8"),
+    ("batch", "with_context", "int8", "most_features"),
     [
-        (1, True, False),
-        (2, True, True),
-        pytest.param(5, True, False, marks=pytest.mark.slow),
-        pytest.param(3, False, True, marks=pytest.mark.slow),
+        (1, True, False, 48),
+        (2, True, True, 48),
+        (2, True, True, 8),  # int8 in wider heads than one warp reads
+        pytest.param(5, True, False, 48, marks=pytest.mark.slow),
+        pytest.param(3, False, True, 48, marks=pytest.mark.slow),
     ],
 )
-def test_token_layer_by_kernels_equals_plain_products(batch, with_context, int8):
+def test_token_layer_by_kernels_equals_plain_products(batch, with_context, int8, most_features, monkeypatch):
+    monkeypatch.setattr(decode_kernel, "MOST_FEATURES", most_features)
     config = ModelConfig(d_model=24, num_heads=2, d_ff=40, dtype="float32", attention="xla")
     shapes = {
         "norm1_scale": (24,),

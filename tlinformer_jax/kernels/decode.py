@@ -1,7 +1,8 @@
 """GPU kernels of a generated token, in Pallas for Triton.
 
 Plain versions: `models.cached_rows.attend_cached`, `models.layers.project` and `update`. Gain: 1.4 to 1.9 times the
-tokens per second of a step.
+tokens per second of a step. With an int8 history of a million tokens, `_stream_int8` takes 0.758 ms for a token on an
+H200 and `_stream` 1.332 (docs/performance.md).
 
 `attend` is split over the cached rows and reads each byte once, up to the last valid row. Rows are contiguous in
 memory, and each lane reads one row of a block: it keeps its own running maximum, sum and weighted values until the last
@@ -10,7 +11,7 @@ size the time depends on the number of kernels.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -19,14 +20,35 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
-from tlinformer_jax.kernels.common import call_kernel, feature_pieces, iota, merge_softmaxes
+from tlinformer_jax.kernels.common import call_kernel, feature_pieces, iota, masked_load, merge_softmaxes
 from tlinformer_jax.kernels.key_value import KeyValue
 
 LANES = 128
 # Target number of programs: eight for each of the 132 multiprocessors of an H100.
 PROGRAMS = 1056
+# The same with an int8 source, for programs of one warp. Their number decides how evenly the multiprocessors are used.
+INT8_PROGRAMS = 3168
+# Threads of a warp, and the most features of a head for which whole rows fit into its registers.
+THREADS = 32
+MOST_FEATURES = 48
 # A part with fewer rows costs more to merge than it saves.
 MIN_PART_ROWS = 128
+# PTX: four int8 in a word $4 become float32 $0 .. $3. The instruction that converts one byte is several times slower.
+# A byte x + 128 in the mantissa of 2^23 makes 2^23 + 128 + x, from which 2^23 + 128 is subtracted; this is exact.
+FOUR_FLOATS = """
+{
+  .reg .b32 word, a, b, c, d;
+  xor.b32 word, $4, 0x80808080;
+  prmt.b32 a, word, 0x4B000000, 0x7440;
+  prmt.b32 b, word, 0x4B000000, 0x7441;
+  prmt.b32 c, word, 0x4B000000, 0x7442;
+  prmt.b32 d, word, 0x4B000000, 0x7443;
+  sub.f32 $0, a, 0f4B000080;
+  sub.f32 $1, b, 0f4B000080;
+  sub.f32 $2, c, 0f4B000080;
+  sub.f32 $3, d, 0f4B000080;
+}
+"""
 # Columns of the result that one program of `dense` computes.
 TILE = 4
 
@@ -34,9 +56,9 @@ TILE = 4
 Source = tuple[KeyValue, jax.Array, int | None]
 
 
-def num_parts(rows: int, softmaxes: int) -> int:
+def num_parts(rows: int, softmaxes: int, programs: int) -> int:
     """Returns the number of parts for a cache of `rows` rows; `softmaxes` is batch * heads."""
-    return max(1, min(PROGRAMS // softmaxes, -(-rows // MIN_PART_ROWS)))
+    return max(1, min(programs // softmaxes, -(-rows // MIN_PART_ROWS)))
 
 
 def attend(
@@ -60,18 +82,21 @@ def attend(
     """
     batch, _, heads, width = projected.shape
     caches, lengths, layers = zip(*sources)
-    splits = tuple(num_parts(cache.rows, batch * heads) for cache in caches)
+    int8 = width <= MOST_FEATURES and any(cache.key_scale is not None for cache in caches)
+    programs = INT8_PROGRAMS if int8 else PROGRAMS
+    splits = tuple(num_parts(cache.rows, batch * heads, programs) for cache in caches)
+    stream = functools.partial(_stream_int8, interpret=interpret) if int8 else _stream
     shape = (sum(splits), batch, heads)
     outputs = [jax.ShapeDtypeStruct((*shape, last), jnp.float32) for last in (width, 1, 1)]
     sums, tops, totals, own_key = call_kernel(
-        functools.partial(_attend_kernel, layers=layers, splits=splits, width=width, scale=scale),
+        functools.partial(_attend_kernel, layers=layers, splits=splits, width=width, scale=scale, stream=stream),
         (sum(splits), heads, batch),
         [*outputs, jax.ShapeDtypeStruct((batch, heads, width), projected.dtype)],
         [projected, *tables, caches, lengths],
         "attend_cached",
         interpret,
-        num_warps=4,
-        num_stages=3,
+        num_warps=1 if int8 else 4,
+        num_stages=1 if int8 else 3,
     )
     tops, totals = tops[..., 0], totals[..., 0]
     if max(splits) == 1:  # the kernel has already divided by the totals
@@ -99,6 +124,7 @@ def _attend_kernel(
     splits: tuple[int, ...],
     width: int,
     scale: float,
+    stream: Callable[..., Any],
 ) -> None:
     """Computes one part of a source for one head of a sequence; divides by the total if each source has one part."""
     part, head, row = pl.program_id(0), pl.program_id(1), pl.program_id(2)
@@ -118,7 +144,7 @@ def _attend_kernel(
             each = pl.cdiv(blocks, count)
             begin = (part - first) * each
             end = jnp.minimum(begin + each, blocks)
-            state = _stream(query, caches[index], place, begin, end, length, pieces)
+            state = stream(query, caches[index], place, begin, end, length, pieces)
             if index == 0:
                 own_key, own_value = rotated(1), [projected_ref[row, 2, head, pl.ds(*piece)] for piece in pieces]
                 state = _with_own(state, query, own_key, own_value, part == first)
@@ -171,10 +197,65 @@ def _stream(query, cache, place, begin, end, length, pieces):
             new_sums.append(old * factor[None, :] + value.astype(jnp.float32) * share)
         return new_top, total * factor + weight, tuple(new_sums)
 
-    zeros = tuple(jnp.zeros((size, LANES), jnp.float32) for _, size in pieces)
-    start = (jnp.full((LANES,), -jnp.inf, jnp.float32), jnp.zeros((LANES,), jnp.float32), zeros)
-    top, total, sums = jax.lax.fori_loop(begin, end, block, start)
-    # Merge the lanes. The maximum must be finite so that a part without valid rows adds 0 when parts are merged.
+    return _merge_lanes(*jax.lax.fori_loop(begin, end, block, _no_rows(pieces, LANES)))
+
+
+def _stream_int8(query, cache, place, begin, end, length, pieces, *, interpret: bool):
+    """Computes `_stream` for programs of one warp, in which each thread reads four whole rows of a block.
+
+    Arrays of a block are [features, threads, rows of a thread]. Triton gives each thread neighbouring elements of the
+    last axis, so a load of int8 is a word, and nothing is exchanged between threads before the last block. In `_stream`
+    threads load 16 bytes, of which only a few would be of a thread's own row: the integers go through shared memory.
+    """
+    each = LANES // THREADS
+    lanes = each * iota(THREADS)[:, None] + iota(each)[None, :]
+    features = [(start + iota(size))[:, None, None] for start, size in pieces]
+
+    def block(index, carry):
+        top, total, sums = carry
+        rows = index * LANES + lanes
+        keys, values = (
+            [masked_load(ref.at[(*place, piece, rows[None])]) for piece in features] for ref in (cache.key, cache.value)
+        )
+        key_scale, value_scale = (
+            1.0 if ref is None else masked_load(ref.at[(*place, rows)]).astype(jnp.float32)
+            for ref in (cache.key_scale, cache.value_scale)
+        )
+        scores = jnp.zeros((THREADS, each), jnp.float32)
+        for key, part in zip(keys, query):
+            scores += jnp.sum(_floats(key, interpret) * part[:, None, None], axis=0)
+        scores = jnp.where(rows < length, scores * key_scale, -jnp.inf)
+        new_top = jnp.maximum(top, jnp.max(scores, axis=1))
+        base = jnp.where(new_top == -jnp.inf, 0.0, new_top)
+        factor, weight = jnp.exp(top - base), jnp.exp(scores - base[:, None])
+        share, new_sums = (weight * value_scale)[None], []
+        for value, old in zip(values, sums):
+            new_sums.append(old * factor[None] + jnp.sum(_floats(value, interpret) * share, axis=2))
+        return new_top, total * factor + jnp.sum(weight, axis=1), tuple(new_sums)
+
+    return _merge_lanes(*jax.lax.fori_loop(begin, end, block, _no_rows(pieces, THREADS)))
+
+
+def _floats(numbers: jax.Array, interpret: bool) -> jax.Array:
+    """Converts to float32; int8 by FOUR_FLOATS, which the interpreter of the tests cannot run."""
+    if numbers.dtype != jnp.int8 or interpret:
+        return numbers.astype(jnp.float32)
+    from jax.experimental.pallas import triton
+
+    wide = jax.ShapeDtypeStruct(numbers.shape, jnp.float32)
+    return triton.elementwise_inline_asm(
+        FOUR_FLOATS, args=[numbers], constraints="=f,=f,=f,=f,r", pack=4, result_shape_dtypes=[wide]
+    )[0]
+
+
+def _no_rows(pieces, lanes: int):
+    """Returns the maximum, sum of weights, and weighted values of each lane before the first block."""
+    zeros = tuple(jnp.zeros((size, lanes), jnp.float32) for _, size in pieces)
+    return jnp.full((lanes,), -jnp.inf, jnp.float32), jnp.zeros((lanes,), jnp.float32), zeros
+
+
+def _merge_lanes(top, total, sums):
+    """Merges the lanes. The maximum is finite, so that a part without valid rows adds 0 when parts are merged."""
     part_top = jnp.maximum(jnp.max(top), -1e30)
     factor = jnp.exp(top - part_top)
     return part_top, jnp.sum(total * factor), [jnp.sum(values * factor[None, :], axis=1) for values in sums]
