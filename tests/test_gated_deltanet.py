@@ -410,6 +410,23 @@ def test_the_kernels_serve_what_they_can(jla, own_traces):
         assert len(jla) == 1
 
 
+def test_layers_share_their_kernels(jla, own_traces):
+    """A gradient's program has as many loops for three layers as for two; otherwise each layer compiles its own."""
+    rows = jnp.zeros((1, 20, 2, 64))
+    gates, state = jnp.zeros((1, 20, 2)), jnp.zeros((1, 2, 64, 64))
+
+    def loops(layers: int) -> int:
+        def loss(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+            for _ in range(layers):
+                value, _ = delta_kernel.delta_rows(query, key, value, gates, gates, state)
+            return value.sum()
+
+        return jax.jit(jax.grad(loss, (0, 1, 2))).lower(rows, rows, rows).as_text().count("stablehlo.while")
+
+    assert loops(3) == loops(2) > 0
+    assert len(jla) == 1
+
+
 @pytest.mark.parametrize(
     ("kind", "dtype", "width", "partitioned", "says"),
     [
