@@ -176,6 +176,15 @@ def test_an_int8_cache_is_said_with_what_reads_it(workdir, capsys):
     assert "int8" not in exact
 
 
+def test_ids_without_a_text_are_not_counted(workdir, capsys):
+    """The model has ids that its tokenizer, of 257 entries, does not have."""
+    arguments = ("--max_new_tokens=200", "--temperature=1", "--nostop_at_end", "--num_samples=2", "--json")
+    _, out, err = run(capsys, f"--workdir={workdir}", f"--prompt={PROMPT}", *arguments)
+    tokens = [token for line in out.splitlines() for token in json.loads(line)["tokens"]]
+    assert len(tokens) == 400 > (known := sum(token < 257 for token in tokens))
+    assert err.startswith(f"{known} tokens in ")
+
+
 def test_ctrl_c_prints_what_there_is_and_the_figures(workdir):
     arguments = (f"--workdir={workdir}", f"--prompt={PROMPT}", "--max_new_tokens=100000000", "--nostop_at_end")
     line, environment = command_line("generate", *arguments, "--temperature=1")
