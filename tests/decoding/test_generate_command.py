@@ -258,7 +258,6 @@ MISTAKES = {
     "top_p": (["--prompt=a", "--top_p=1.5"], "--top_p=1.5: must be a number in (0, 1]"),
     "min_p": (["--prompt=a", "--min_p=-0.1"], "--min_p=-0.1: must be a number in [0, 1]"),
     "penalty": (["--prompt=a", "--repetition_penalty=0"], "--repetition_penalty=0.0: must be 1 (no penalty)"),
-    "seed": (["--prompt=a", "--seed=-1"], "--seed=-1: must be an integer from 0"),
     "no samples": (["--prompt=a", "--num_samples=0"], "--num_samples=0: must be an integer >= 1"),
     "empty stop": (["--prompt=a", "--stop="], "--stop=: must be a text of at least one character"),
     "no workdir": (["--prompt=a", "--workdir="], "--workdir: must name the directory of a run"),
