@@ -17,8 +17,10 @@ from tlinformer_jax.config.data import DataConfig
 from tlinformer_jax.config.model import ARCHITECTURES, RECURRENT, ExecutionPlan
 from tlinformer_jax.config.run import RunConfig, TrainConfig
 from tlinformer_jax.data.tokenizers import ByteTokenizer
+from tlinformer_jax.errors import ConfigError
 from tlinformer_jax.interop import params_from_reference
 from tlinformer_jax.models import ModelConfig, build_model
+from tlinformer_jax.parallel.mesh import axes_of
 from tlinformer_jax.parallel.sharding import (
     UNSPLIT,
     batch_sharding,
@@ -282,13 +284,33 @@ def test_every_parameter_has_a_sharding_rule(architecture):
 
 def test_what_cannot_be_sharded_is_named():
     mesh = build_mesh({"fsdp": 8})
-    with pytest.raises(ValueError, match=r"train\.mesh = 'fsdp=8': fsdp must divide 12, a dimension of a/qkv_kernel"):
-        parameter_spec("a/qkv_kernel", (12, 3, 2, 6), mesh)
     with pytest.raises(ValueError, match="no rule matches"):
         parameter_spec("a/unheard_of", (8, 8), mesh)
     for sizes in ({"fsdp": 3}, {"fsdp": 16}, {"tensor": 4, "context": 4}):
         with pytest.raises(ValueError, match="must have a product that divides 8, the number of devices"):
             build_mesh(sizes)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "changes", "says"),
+    [
+        ("fsdp=8", {"d_model": 12}, "fsdp must divide model.d_model = 12"),
+        ("tensor=4", {}, "tensor must divide model.num_heads = 2"),
+        ("tensor=2", {"d_ff": 27}, "tensor must divide 27, the features of a feed-forward, which model.d_ff sets"),
+        ("expert=2", {"num_experts": 3}, "expert must divide model.num_experts = 3"),
+        (
+            "tensor=2",
+            {"architecture": "gated_deltanet", "d_model": 192, "d_ff": 512},
+            "tensor must divide 3, the heads of a Gated DeltaNet layer, which model.d_model sets",
+        ),
+    ],
+)
+def test_a_mesh_that_does_not_divide_the_model_is_told_with_the_field(mesh, changes, says):
+    model = build_model(dataclasses.replace(MODEL, **changes))
+    shapes = jax.eval_shape(lambda key: init_state(key, model, TRAIN, HORIZON), jax.random.key(0))
+    with pytest.raises(ConfigError) as caught:
+        tree_shardings(shapes, build_mesh(axes_of(mesh)))
+    assert str(caught.value) == f"train.mesh = {mesh!r}: {says}"
 
 
 def test_schedule_warms_up_and_ends_where_it_should():

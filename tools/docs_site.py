@@ -36,6 +36,9 @@ CHOSEN = {
 # Values that no field accepts; the error message for them says what is allowed.
 PROBES: tuple[Any, ...] = ("?", -7, 0, -1.5, 10**30, True, [])
 FIELD = re.compile(r"(?<!\[)`((?:model|train|data)\.[a-z_]+)`")
+# Links to the package's code lead to the code on GitHub, and on the site to the page that is generated from it.
+CODE = re.compile(r"\]\((?:\.\./)+tlinformer_jax/(\w+)[^)]*\)")
+PAGES = {"commands": "reference/commands.md", "config": PAGE}  # other folders: the Python API
 REPORT = "results.md"
 # Files in the repository's root that are also pages.
 PROJECT = ("CONTRIBUTING.md", "DEVELOPERS.md", "CHANGELOG.md")
@@ -65,7 +68,7 @@ def project_pages(root: pathlib.Path) -> dict[str, str]:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Links `section.field` to the reference; a field that does not exist is a warning."""
+    """Links `section.field` and the package's code to the reference; a field that does not exist is a warning."""
     if page.file.src_uri == REPORT:
         page.meta["hide"] = ["toc"]  # its tables need the space
     if page.file.src_uri in (*UNCHECKED, PAGE):
@@ -78,9 +81,12 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
             return match[0]
         return f"[`{match[1]}`]({posixpath.relpath(PAGE, here or '.')}#{match[1]})"
 
+    def code(match: re.Match[str]) -> str:
+        return f"]({posixpath.relpath(PAGES.get(match[1], 'reference/api.md'), here or '.')})"
+
     markdown = re.sub(r"^:source: (\S+)$", lambda match: source(match[1]), markdown, flags=re.MULTILINE)
     parts = re.split(r"(^```.*?^```$)", markdown, flags=re.DOTALL | re.MULTILINE)
-    return "".join(part if part.startswith("```") else FIELD.sub(link, part) for part in parts)
+    return "".join(part if part.startswith("```") else FIELD.sub(link, CODE.sub(code, part)) for part in parts)
 
 
 def on_page_content(html: str, page: Any, **_: Any) -> str:

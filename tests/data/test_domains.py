@@ -1,8 +1,10 @@
 """Images, records and sounds: what is read from small files made here, how splits share files, and what is refused."""
 
+import dataclasses
 import gzip
 import math
 import pathlib
+import re
 import struct
 import wave
 import zlib
@@ -10,7 +12,7 @@ import zlib
 import numpy as np
 import pytest
 
-from tests.support.commands import check_refusal, command
+from tests.support.commands import ROOT, check_refusal, command
 from tests.test_configs import CONFIGS, load
 from tests.training.test_resume import assert_same_parameters, events
 from tlinformer_jax.commands.prepare import prepare
@@ -23,11 +25,13 @@ from tlinformer_jax.data.sources import available_splits, load_split, load_store
 from tlinformer_jax.data.streams import ranked_groups
 from tlinformer_jax.data.tokenizers import build_tokenizer, load_tokenizer, save_tokenizer
 from tlinformer_jax.errors import ConfigError, DataError
+from tlinformer_jax.training.console import generation_flags
 from tlinformer_jax.training.loop import train_and_evaluate
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 TOKENIZERS = {"idx": "ids:256", "wav": "ids:256", "fasta": "letters:ACGT"}
 END = 256
+GUIDE = ROOT / "docs" / "guides" / "other_data.md"
 
 
 def write(path: pathlib.Path, data: bytes) -> pathlib.Path:
@@ -350,6 +354,19 @@ def test_a_config_names_the_package_that_ships_its_data(name):
     config, head = load(name).data, (CONFIGS / f"{name}.py").read_text().split('"""')[1]
     (package,) = {package for place, package in PACKAGES.items() if config.train_files.startswith(place)}
     assert f"Debian package {package}" in head
+
+
+@pytest.mark.parametrize("name", ["images", "genome", "proteins", "audio"])
+def test_the_first_generation_is_that_of_the_guide(name):
+    (line,) = re.findall(rf"^tlinformer generate --workdir=runs/{name} (.*)$", GUIDE.read_text(), re.M)
+    config = load(name).data
+    assert generation_flags(config) == line
+    if name == "images":  # only square images can be saved
+        oblong = dataclasses.replace(config, sequence_length=6)
+        assert generation_flags(oblong) == "--prompt=0 --max_new_tokens=6 --temperature=1 --num_samples=50"
+    if name == "genome":
+        starred = dataclasses.replace(config, tokenizer="letters:*CA")
+        assert generation_flags(starred) == "--prompt='*CA' --temperature=1"
 
 
 @pytest.mark.parametrize("name", ["images", "audio"])

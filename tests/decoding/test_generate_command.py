@@ -176,6 +176,15 @@ def test_an_int8_cache_is_said_with_what_reads_it(workdir, capsys):
     assert "int8" not in exact
 
 
+def test_ids_without_a_text_are_not_counted(workdir, capsys):
+    """The model has ids that its tokenizer, of 257 entries, does not have."""
+    arguments = ("--max_new_tokens=200", "--temperature=1", "--nostop_at_end", "--num_samples=2", "--json")
+    _, out, err = run(capsys, f"--workdir={workdir}", f"--prompt={PROMPT}", *arguments)
+    tokens = [token for line in out.splitlines() for token in json.loads(line)["tokens"]]
+    assert len(tokens) == 400 > (known := sum(token < 257 for token in tokens))
+    assert err.startswith(f"{known} tokens in ")
+
+
 def test_ctrl_c_prints_what_there_is_and_the_figures(workdir):
     arguments = (f"--workdir={workdir}", f"--prompt={PROMPT}", "--max_new_tokens=100000000", "--nostop_at_end")
     line, environment = command_line("generate", *arguments, "--temperature=1")
@@ -249,7 +258,6 @@ MISTAKES = {
     "top_p": (["--prompt=a", "--top_p=1.5"], "--top_p=1.5: must be a number in (0, 1]"),
     "min_p": (["--prompt=a", "--min_p=-0.1"], "--min_p=-0.1: must be a number in [0, 1]"),
     "penalty": (["--prompt=a", "--repetition_penalty=0"], "--repetition_penalty=0.0: must be 1 (no penalty)"),
-    "seed": (["--prompt=a", "--seed=-1"], "--seed=-1: must be an integer from 0"),
     "no samples": (["--prompt=a", "--num_samples=0"], "--num_samples=0: must be an integer >= 1"),
     "empty stop": (["--prompt=a", "--stop="], "--stop=: must be a text of at least one character"),
     "no workdir": (["--prompt=a", "--workdir="], "--workdir: must name the directory of a run"),

@@ -448,7 +448,7 @@ GENERATION = [
     Case("a negative min_p", "generate", ("--min_p=-0.1",), "--min_p=-0.1"),
     Case("a repetition penalty of 0", "generate", ("--repetition_penalty=0",), "--repetition_penalty=0"),
     Case("a 4-bit cache", "generate", ("--cache_dtype=int4",), "--cache_dtype=int4"),
-    Case("a negative seed", "generate", ("--seed=-1",), "--seed=-1"),
+    Case("a negative seed", "generate", ("--seed=-1",), "--seed=-1: must be an integer from 0 to 4294967295\n"),
     Case("0 samples", "generate", ("--num_samples=0",), "--num_samples=0"),
     Case("an empty stop text", "generate", ("--stop=",), "--stop="),
     Case(
@@ -568,6 +568,7 @@ SWEEPS = [
     Case("a field that a point sets itself", "sweep", ("--config.train.steps=3",), "point two sets this field itself"),
     Case("train.seed for a sweep", "sweep", ("--config.train.seed=3",), "--seeds changes them"),
     Case("seeds that are not numbers", "sweep", ("--seeds=0,x",), "--seeds=0,x: must be integers"),
+    Case("a negative seed", "sweep", ("--seeds=0,-1",), "--seeds=0,-1: must be integers from 0 to 4294967294,"),
     Case("no seeds", "sweep", ("--seeds=",), "point one: train.seed must hold"),
     Case("a job number above the points", "sweep", ("--point=2",), "--point=2: must be 0 .. 1"),
     Case("more jobs than points", "sweep", ("--point=0", "--points=3"), "--points=3: must be 1 .. 2"),

@@ -99,12 +99,16 @@ def given_path(flag: flags.FlagHolder[str], what: str) -> pathlib.Path:
     return local_path(flag.value, f"--{flag.name}")
 
 
-def integers(flag: flags.FlagHolder[Any]) -> tuple[int, ...]:
-    """Returns the numbers of a list flag."""
+def integers(flag: flags.FlagHolder[Any], most: int | None = None) -> tuple[int, ...]:
+    """Returns the numbers of a list flag, which must be from 0 to `most` if that is given."""
     try:
-        return tuple(int(text) for text in flag.value)
+        numbers = tuple(int(text) for text in flag.value)
+        if most is None or all(0 <= value <= most for value in numbers):
+            return numbers
     except ValueError:
-        raise UserError(f"--{flag.name}={','.join(flag.value)}: must be integers, separated by commas") from None
+        pass
+    allowed = "integers" if most is None else f"integers from 0 to {most}"
+    raise UserError(f"--{flag.name}={','.join(flag.value)}: must be {allowed}, separated by commas")
 
 
 @contextlib.contextmanager
@@ -232,6 +236,7 @@ PLAIN = {
     r"\('Non-boolean argument to boolean flag', .*\)$": "must be true or false",
     r"invalid literal for int\(\) with base \d+: .*$": "must be an integer",
     r"could not convert string to float: .*$": "must be a number",
+    r"-?\d+ is not an integer in the range \[(\d+), (\d+)\]$": r"must be an integer from \1 to \2",
 }
 
 

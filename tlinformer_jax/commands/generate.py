@@ -35,7 +35,9 @@ TOP_K = flags.DEFINE_integer("top_k", None, "Draw only from the k likeliest toke
 TOP_P = flags.DEFINE_float("top_p", None, "Draw only from the likeliest tokens with this total probability.")
 MIN_P = flags.DEFINE_float("min_p", None, "Draw only from tokens at least this likely relative to the likeliest.")
 REPETITION_PENALTY = flags.DEFINE_float("repetition_penalty", 1.0, "Above 1 discourages tokens seen before.")
-SEED = flags.DEFINE_integer("seed", 0, "Seed of the first sample; sample i has seed + i.")
+SEED = flags.DEFINE_integer(
+    "seed", 0, "Seed of the first sample; sample i has seed + i.", lower_bound=0, upper_bound=2**32 - 1
+)
 NUM_SAMPLES = flags.DEFINE_integer("num_samples", 1, "Number of continuations of the prompt.")
 CONTEXT = flags.DEFINE_integer("context", 1, "Number of devices over which the history is spread.")
 CACHE_DTYPE = flags.DEFINE_string(

@@ -28,6 +28,7 @@ from ml_collections import ConfigDict, config_flags
 
 from tlinformer_jax.commands import cli
 from tlinformer_jax.config.named import add_defaults
+from tlinformer_jax.config.run import LARGEST_SEED
 from tlinformer_jax.errors import UserError
 from tlinformer_jax.experiments.actions import checked_actions
 from tlinformer_jax.experiments.job import STOPPED, Job, Record, finished_result, run_jobs, write_result
@@ -67,7 +68,7 @@ def main() -> None:
     """Checks all points, trains the unfinished ones, and writes the tables."""
     sweep = load_sweep(SWEEP.value)
     if SEEDS.value is not None:
-        sweep = dataclasses.replace(sweep, seeds=cli.integers(SEEDS))
+        sweep = dataclasses.replace(sweep, seeds=cli.integers(SEEDS, LARGEST_SEED))
     then = checked_actions(sweep.then, "Sweep.then") if THEN.value is None else checked_actions(THEN.value)
     points = plan_points(sweep, _base(sweep))
     groups = groups_of(points) if TOGETHER.value else [[point] for point in points]

@@ -75,7 +75,7 @@ class Generation:
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """One device call: its duration and its number of new tokens."""
+    """One device call: its duration and its number of new tokens, without ids that the tokenizer does not have."""
 
     seconds: float
     tokens: int
@@ -108,6 +108,7 @@ class Stream(Iterator[Piece]):
         done = LENGTH if config.max_new_tokens == 0 else None
         self.generations = [Generation([], [] if config.logprobs else None, done) for _ in prompts]
         self.calls: list[Call] = []
+        self._known = decoder.config.vocab_size if tokenizer is None else tokenizer.vocab_size
         self._final = max(map(len, prompts), default=0) + config.max_new_tokens
         self._device: tuple[Cache, Sequences] | None = None  # None before the first call and after the last one
         self._shapes: Cache | None = None  # of the latest cache
@@ -150,7 +151,8 @@ class Stream(Iterator[Piece]):
         cache, state, tokens, logprobs = self._prefill() if self._device is None else self._advance(*self._device)
         self._device, self._shapes = (cache, state), _shapes_of(cache)
         counts = (tokens >= 0).sum(0).tolist()
-        self.calls.append(Call(time.perf_counter() - start, sum(counts)))
+        known = int(((tokens >= 0) & (tokens < self._known)).sum())
+        self.calls.append(Call(time.perf_counter() - start, known))
         new = {row: tokens[: counts[row], row].tolist() for row in self._active}
         for row, of_row in new.items():
             self._check_finite(row, of_row, len(tokens))

@@ -41,6 +41,14 @@ PARAMETER_RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"^competence/", PartitionSpec()),
     (r"/ns_coeffs$", PartitionSpec()),  # constants in Muon's state
 )
+# What a dimension comes from, for error messages: the first pattern that matches "AXIS PATH" decides.
+DIMENSIONS = (
+    (r"^expert", "model.num_experts = {}"),
+    (r"^fsdp", "model.d_model = {}"),
+    (r"(A_log|dt_bias)$", "{}, the heads of a Gated DeltaNet layer, which model.d_model sets"),
+    (r"(gate_up|down)_kernel$", "{}, the features of a feed-forward, which model.d_ff sets"),
+    (r"", "model.num_heads = {}"),
+)
 # Axes that split parameters.
 PARTITIONED = ("fsdp", "tensor", "expert")
 # Marks an entry of `assign_windows` without a window.
@@ -103,7 +111,8 @@ def parameter_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSp
         raise ConfigError("sharding rules", path, "no rule matches this parameter")
     for size, axis in zip(shape, spec, strict=False):
         if axis is not None and size % mesh.shape[axis]:
-            raise mesh_error(mesh, f"{axis} must divide {size}, a dimension of {path} {list(shape)}")
+            what = next(what for pattern, what in DIMENSIONS if re.search(pattern, f"{axis} {path}"))
+            raise mesh_error(mesh, f"{axis} must divide {what.format(size)}")
     return spec
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import math
 import pathlib
 import re
 import shlex
@@ -16,14 +17,13 @@ import numpy as np
 
 from tlinformer_jax.analysis.flops import active_parameters
 from tlinformer_jax.analysis.ngram import BYTE_VOCABULARY, byte_floor
-from tlinformer_jax.config.data import TOKENS, Stage
+from tlinformer_jax.config.data import TOKENS, DataConfig, Stage
 from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.config.run import EPOCH, TrainConfig
 from tlinformer_jax.data.batches import LAG, TrainingBatches, num_samples
 from tlinformer_jax.data.documents import DocumentStream
 from tlinformer_jax.data.ordered import OrderedStream
 from tlinformer_jax.data.tasks import Split, TaskSplit
-from tlinformer_jax.data.tokenizers import NumberTokenizer
 from tlinformer_jax.errors import UserError, first_line
 from tlinformer_jax.kernels import common as kernels
 from tlinformer_jax.kernels import delta as delta_kernel
@@ -202,12 +202,26 @@ def describe_end_of_run(run: Run, workdir: pathlib.Path, figures: Mapping[str, f
     if goal is not None:
         say(f"reached: {figures['bits_per_byte']:.3f} bits per byte; to beat: {goal}")
     if not run.config.data.is_task:
-        prompt = "1 2 3" if isinstance(run.tokenizer, NumberTokenizer) else run.config.data.letters[:4] or "..."
-        say(f'next: python -m tlinformer_jax generate --workdir={shlex.quote(str(workdir))} --prompt="{prompt}"')
+        how = generation_flags(run.config.data)
+        say(f"next: python -m tlinformer_jax generate --workdir={shlex.quote(str(workdir))} {how}")
     if run.config.data.dataset == TOKENS and not run.config.data.validation_files:  # the caller's arrays are not stored
         say(f"next, in Python: evaluate_run(load_run({str(workdir)!r}, validation_data=...))")
     else:
         say(f"next: python -m tlinformer_jax evaluate --workdir={shlex.quote(str(workdir))}")
+
+
+def generation_flags(data: DataConfig) -> str:
+    """Returns the flags of a first generation; for data other than text those of docs/guides/other_data.md."""
+    if data.dataset == "idx":
+        square = math.isqrt(data.sequence_length) ** 2 == data.sequence_length  # --save needs it
+        flags = f"--prompt=0 --max_new_tokens={data.sequence_length} --temperature=1 --num_samples=50"
+        return f"{flags} --save=images.png" if square else flags
+    if data.dataset == "wav":
+        return "--prompt=128 --max_new_tokens=16000 --temperature=1 --save=speech.wav"
+    if data.letters:
+        prompt = next(start for start in ("M", "ATGAAA", data.letters[:4]) if set(start) <= set(data.letters))
+        return f"--prompt={shlex.quote(prompt)} --temperature=1"
+    return '--prompt="1 2 3"' if data.tokenizer.startswith("ids:") else '--prompt="..."'
 
 
 def describe_divergence(run: Run, state: TrainState, batches: TrainingBatches) -> str:
