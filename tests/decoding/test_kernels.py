@@ -9,6 +9,7 @@ from tlinformer_jax import ModelConfig
 from tlinformer_jax.kernels import history as history_kernel
 from tlinformer_jax.kernels.common import feature_pieces
 from tlinformer_jax.kernels.key_value import KeyValue, quantised
+from tlinformer_jax.models import cached_attention
 from tlinformer_jax.models.cached_attention import TokenLayerParams, token_layer
 from tlinformer_jax.models.cached_rows import CachedRows
 from tlinformer_jax.models.layers import LayerParams, prepare_layers
@@ -69,36 +70,51 @@ def test_attend_few_rows(queries, width, length):
         assert (read == 0).all()
 
 
+@pytest.mark.parametrize("rows", [64, 192, 256, 320])
+@pytest.mark.parametrize("width", [16, 36, 64])
+def test_attend_few_takes_any_number_of_rows_and_queries(rows, width):
+    """Up to 256 narrow rows are loaded once for several tiles; padding adds up the weights if there is any."""
+    padded = -(-width // 8) * 8
+    key, value, query = normal(0, 2, width, rows), normal(1, 2, width, rows), normal(2, 600, 2, padded)
+    for length in (rows, rows - 7):
+        read = history_kernel.attend_few(query, key, value, jnp.int32(length), 0.3, interpret=True)
+        truth = softmax_attention(query[..., :width], key[..., :length], value[..., :length], 0.3)
+        np.testing.assert_allclose(read[..., :width], truth, atol=2e-5)
+        assert (np.asarray(read[..., width:]) == 0).all()
+
+
 @pytest.mark.parametrize("width", [12, 36])
 def test_store_adds_the_bias_rotates_keys_and_touches_nothing_else(width):
     key, value = normal(0, 2, 3, width, 512), normal(1, 2, 3, width, 512)
-    projected = normal(2, 128, 2, 3, width + 4)
-    rope = rope_table(1_000_000 + jnp.arange(128), width)
-    bias = normal(3, 2, 3, width + 4)
+    products, bias = normal(2, 2, 3, width, 256), normal(3, 2, 3, width)
+    rope = rope_table(1_000_000 + jnp.arange(256), width)
     place = jnp.int32(1), jnp.int32(200)
-    new = history_kernel.store(KeyValue(key, value), projected, bias, (rope.cos, rope.sin), *place, interpret=True)
-    biased = projected[..., :width] + bias[..., :width]
+    new = history_kernel.store(KeyValue(key, value), products, bias, (rope.cos.T, rope.sin.T), *place, interpret=True)
+    biased = jnp.moveaxis(products + bias[..., None], -1, 0)
     true_key = rotate(biased[None, :, 0], rope)[0]
     for found, old, rows in ((new.key, key, true_key), (new.value, value, biased[:, 1])):
         expected = np.array(old)
-        expected[1, :, :, 200:328] = np.moveaxis(np.asarray(rows), 0, -1)
+        expected[1, :, :, 200:456] = np.moveaxis(np.asarray(rows), 0, -1)
         np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
-def test_store_looks_rows_up():
-    key, value, words, bias = (
-        normal(0, 2, 3, 12, 512),
-        normal(1, 2, 3, 12, 512),
-        normal(2, 9, 2, 3, 16),
-        normal(3, 2, 3, 16),
-    )
-    rope = rope_table(jnp.arange(128), 12)
-    tables, tokens = (rope.cos, rope.sin), jnp.asarray(np.random.default_rng(4).integers(0, 9, 128), jnp.int32)
-    place = jnp.int32(1), jnp.int32(64)
-    found = history_kernel.store(KeyValue(key, value), words, bias, tables, *place, tokens, interpret=True)
-    expected = history_kernel.store(KeyValue(key, value), words[tokens], bias, tables, *place, interpret=True)
-    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_array_equal(one, other)
+@pytest.mark.parametrize(("heads", "width"), [(3, 12), (5, 36)])
+def test_words_are_looked_up_rotated_and_stored(heads, width):
+    cache = KeyValue(normal(0, 2, heads, width, 512), normal(1, 2, heads, width, 512))
+    natural, rope = normal(2, 9, 2, heads, width), rope_table(1_000_000 + jnp.arange(128), width)
+    tokens = jnp.asarray(np.random.default_rng(4).integers(-2, 12, 128), jnp.int32)  # ids past the history may be any
+    words = jnp.swapaxes(natural.reshape(9, 2, heads, 2, width // 2), 2, 3).reshape(9, 2, 2, -1)
+    place = jnp.int32(1), jnp.int32(200)
+    taken = natural[jnp.clip(tokens, 0, 8)]
+    expected = [np.array(array) for array in (cache.key, cache.value)]
+    for array, rows in zip(expected, (rotate(taken[None, :, 0], rope)[0], taken[:, 1])):
+        array[1, :, :, 200:328] = np.moveaxis(np.asarray(rows), 0, -1)
+    by_kernel = history_kernel.store_words(cache, words, (rope.cos, rope.sin), *place, tokens, interpret=True)
+    clipped = jnp.clip(tokens, 0, 8)
+    plain = cached_attention.write_words(cache, *place, words, rope, clipped, "xla")
+    for found in (by_kernel, plain):
+        for one, other in zip((found.key, found.value), expected):
+            np.testing.assert_allclose(one, other, atol=1e-6)
 
 
 @pytest.mark.parametrize("least", [1, 16])

@@ -21,8 +21,11 @@ from tlinformer_jax.kernels.common import addressable, available, is_half
 from tlinformer_jax.kernels.key_value import KeyValue
 from tlinformer_jax.models.attention import OutputAndLse, attend, attend_parts, merge_parts, no_parts
 from tlinformer_jax.models.cached_rows import CachedRows, attend_cached
-from tlinformer_jax.models.layers import LAYER_NORM_EPSILON, LayerParams, add_bias, project, projections, update
-from tlinformer_jax.models.rope import Rope, rotate
+from tlinformer_jax.models.layers import LAYER_NORM_EPSILON, LayerParams, first_norm, project, projections, update
+from tlinformer_jax.models.rope import Rope
+
+# Cosines and sines of rotations, float32 [d_h / 2, rows].
+Rotations = tuple[Array, Array]
 
 # With more sequences than this, XLA's products on the matrix units are faster than those of `kernels.decode.dense`.
 MAX_FUSED_ROWS = 4
@@ -189,39 +192,94 @@ def write_rows(
     cache: KeyValue,
     row: Array,
     start: Array,
-    products: Float[Array, "sources 2 heads width"],
-    bias: Float[Array, "2 heads width"],
-    rope: Rope,
+    layer: LayerParams,
+    rows: Float[Array, "1 n D"],
+    rotations: Rotations,
     backend: str,
-    tokens: Int[Array, " n"] | None = None,
+    key_rows: Float[Array, "1 n D"] | None = None,
 ) -> KeyValue:
-    """Writes keys and values of many rows into a layer's cache from row `start` on, in place if the cache is donated.
+    """Projects rows to keys and values, and writes these into a layer's cache from row `start` on.
 
-    `products` and `bias` come from `layers.unbiased_projections`; keys are rotated here. The products are those of the
-    rows, or with `tokens`, the rows' ids, those of the whole vocabulary.
+    The products come out in the order of a cache, rows last, which costs nothing; sorting them later would. The cache
+    is changed in place if it is donated.
+
+    Args:
+      rotations: cosines and sines of the rows' rotations, rows last.
+      key_rows: input of the keys, see `layers.Embedded`; None if that is `rows`.
     """
-    rows = rope.cos.shape[0]
-    usable = use_kernels(products.dtype, cache.key.shape[2], backend) and addressable(cache)
-    if usable and rows % history_kernel.STORE_TILE == 0:
-        return history_kernel.store(cache, products, bias, (rope.cos, rope.sin), row, start, tokens)
-    if tokens is not None:
-        products = jnp.take(products, tokens, axis=0, mode="clip")
-    both = add_bias(products, bias)[None]
-    return write_plainly(cache, (rotate(both[:, :, 0], rope), both[:, :, 1]), (row,), start)
+    width = cache.key.shape[-2]
+    inputs = [(rows, slice(1, 3))] if key_rows is None else [(key_rows, slice(1, 2)), (rows, slice(2, 3))]
+    each = [
+        jnp.einsum("dphk,nd->phkn", layer.qkv_kernel[:, parts, :, :width], first_norm(layer, source)[0])
+        for source, parts in inputs
+    ]
+    products, bias = jnp.concatenate(each), layer.qkv_bias[1:, :, :width].astype(rows.dtype)
+    usable = use_kernels(products.dtype, width, backend) and addressable(cache)
+    if usable and rows.shape[1] % history_kernel.STORE_TILE == 0:
+        return history_kernel.store(cache, products, bias, rotations, row, start)
+    # In float32: XLA would make a matrix of a bias of bfloat16, to add it in the product.
+    biased = (products.astype(jnp.float32) + bias.astype(jnp.float32)[..., None]).astype(products.dtype)
+    return _write_unrotated(cache, row, start, biased, rotations)
+
+
+def words_of(layer: LayerParams, vocabulary: Float[Array, "1 V D"], head_dim: int) -> Float[Array, "V 2 2 pairs"]:
+    """Returns keys and values of the whole vocabulary, not rotated, as `write_words` takes them.
+
+    The halves of all heads are apart, [V, (key, value), half, heads * d_h / 2]: a rotation pairs features of both.
+    """
+    both = projections(layer, vocabulary, "kv")[0, ..., :head_dim]
+    size, _, heads, _ = both.shape
+    return jnp.swapaxes(both.reshape(size, 2, heads, 2, head_dim // 2), 2, 3).reshape(size, 2, 2, -1)
+
+
+def write_words(
+    cache: KeyValue,
+    row: Array,
+    start: Array,
+    words: Float[Array, "V 2 2 pairs"],
+    rope: Rope,
+    tokens: Int[Array, " n"],
+    backend: str,
+) -> KeyValue:
+    """Writes keys and values of many tokens into a layer's cache from row `start` on, in place if it is donated.
+
+    `words` is from `words_of`; keys are rotated here.
+    """
+    heads, width = cache.key.shape[-3:-1]
+    usable = use_kernels(words.dtype, width, backend) and addressable(cache) and cache.key_scale is None
+    if usable and tokens.size % history_kernel.WORD_TILE == 0:
+        return history_kernel.store_words(cache, words, (rope.cos, rope.sin), row, start, tokens)
+    taken = jnp.take(words, tokens, axis=0, mode="clip").reshape(-1, 2, 2, heads, width // 2)
+    products = jnp.transpose(taken, (1, 3, 2, 4, 0)).reshape(2, heads, width, -1)
+    return _write_unrotated(cache, row, start, products, (rope.cos.T, rope.sin.T))
+
+
+def _write_unrotated(
+    cache: KeyValue, row: Array, start: Array, both: Float[Array, "2 heads d_h n"], rotations: Rotations
+) -> KeyValue:
+    """Rotates the keys, and writes keys and values to sequence `row` from row `start` on, in plain JAX."""
+    first, second = jnp.split(both[0].astype(jnp.float32), 2, axis=1)
+    cos, sin = rotations
+    key = jnp.concatenate([first * cos - second * sin, first * sin + second * cos], axis=1).astype(both.dtype)
+    return _write(cache, KeyValue(key, both[1]), (row,), start)
 
 
 def write_plainly(
     cache: KeyValue, key_value: Sequence[Array], place: tuple[Array | int, ...], start: Array | int = 0
 ) -> KeyValue:
-    """Writes keys and values of many rows, each [..., rows, heads, d_h or more], from row `start` on, in plain JAX.
+    """Writes keys and values of many rows, each [..., rows, heads, d_h or more], from row `start` on.
 
     `place` is the index in the cache's first axes: the layer (if the cache has several) and the sequence.
     """
-    rows = KeyValue(*(lane_rows(array, cache.key.shape[-2]) for array in key_value))
+    return _write(cache, KeyValue(*(lane_rows(array, cache.key.shape[-2]) for array in key_value)), place, start)
+
+
+def _write(cache: KeyValue, rows: KeyValue, place: tuple[Array | int, ...], start: Array | int) -> KeyValue:
+    """Writes keys and values in the order of the cache, to `place` as in `write_plainly`."""
 
     def write(array: Array, new: Array) -> Array:
         at: list[Any] = [*place, *[0] * (array.ndim - len(place) - 1), start]
-        return jax.lax.dynamic_update_slice(array, new, at)
+        return jax.lax.dynamic_update_slice(array, new.reshape((1,) * (array.ndim - new.ndim) + new.shape), at)
 
     return jax.tree.map(write, cache, cache.as_kept(rows))
 
@@ -264,20 +322,31 @@ def _natural_rows(rows: Array, width: int) -> Array:
     return jnp.pad(moved, [(0, 0)] * (moved.ndim - 1) + [(0, width - moved.shape[-1])])
 
 
+def context_lanes(
+    key: Float[Array, "1 rows heads width"], value: Float[Array, "1 rows heads width"], head_dim: int
+) -> tuple[Float[Array, "heads d_h padded"], Float[Array, "heads d_h padded"]]:
+    """Returns keys and values of a compressed context in the order of a cache, for `attend_context`."""
+    padding = ((0, 0), (0, -key.shape[1] % history_kernel.ROW_TILE), (0, 0), (0, 0))
+    lanes = (lane_rows(jnp.pad(array, padding), head_dim)[0] for array in (key, value))
+    key, value = jax.lax.optimization_barrier(tuple(lanes))  # stays out of the loop over chunks of queries
+    return key, value
+
+
 def attend_context(
     query: Float[Array, "1 queries heads width"],
     key: Float[Array, "1 rows heads width"],
     value: Float[Array, "1 rows heads width"],
     *,
-    head_dim: int,
+    lanes: tuple[Float[Array, "heads d_h padded"], Float[Array, "heads d_h padded"]],
     key_length: Array,
     **options: Any,
 ) -> Float[Array, "1 queries heads width"]:
-    """Computes `attend` from many queries to the few rows of a compressed context; not differentiable."""
-    if use_kernels(query.dtype, head_dim, options["backend"]):
-        padding = ((0, 0), (0, -key.shape[1] % history_kernel.ROW_TILE), (0, 0), (0, 0))
-        key, value = (lane_rows(jnp.pad(array, padding), head_dim)[0] for array in (key, value))
-        return history_kernel.attend_few(query[0], key, value, key_length, options["scale"])[None]
+    """Computes `attend` from many queries to the few rows of a compressed context; not differentiable.
+
+    `lanes` are `context_lanes` of keys and values.
+    """
+    if use_kernels(query.dtype, lanes[0].shape[1], options["backend"]):
+        return history_kernel.attend_few(query[0], *lanes, key_length, options["scale"])[None]
     return attend(query, key, value, key_length=key_length, **options)
 
 
