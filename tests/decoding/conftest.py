@@ -20,7 +20,6 @@ def interpreted_kernels(monkeypatch, own_traces):
 
     for module in (decode_kernel, history_kernel):
         monkeypatch.setattr(module, "call_kernel", interpreted)
-    monkeypatch.setattr(history_kernel, "STORE_TILE", 64)  # as many rows as windows of the tests have
     powers = history_kernel.powers
     monkeypatch.setattr(history_kernel, "powers", lambda scores, shift, scale, _: powers(scores, shift, scale, True))
     monkeypatch.setattr(cached_attention, "available", lambda name: True)

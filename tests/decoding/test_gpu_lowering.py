@@ -77,26 +77,20 @@ def test_attention_to_the_compressed_context():
 def test_storing(kept):
     cache, positions = cache_of(kept), jax.ShapeDtypeStruct((128,), jnp.int32)
 
-    def store(cache, products, bias, positions, row, start):
+    def store(cache, projected, bias, positions, row, start):
         rope = rope_table(positions, WIDTH)
-        return history_kernel.store(cache, products, bias, (rope.cos.T, rope.sin.T), row, start)
+        return history_kernel.store(cache, projected, bias, (rope.cos, rope.sin), row, start)
 
-    text = lowered(
-        store, cache, half(2, HEADS, WIDTH, 128), half(2, HEADS, WIDTH), positions, number(), number()
-    )  # fmt: skip
+    text = lowered(store, cache, half(128, 2, HEADS, 40), half(2, HEADS, 40), positions, number(), number())
     assert "store_history" in text
 
-
-def test_storing_words():
-    positions = jax.ShapeDtypeStruct((128,), jnp.int32)
-
-    def look_up(cache, words, positions, row, start):
+    def look_up(cache, words, bias, positions, row, start):
         rope = rope_table(positions, WIDTH)
-        return history_kernel.store_words(cache, words, (rope.cos, rope.sin), row, start, positions)
+        tokens = jnp.arange(128, dtype=jnp.int32)
+        return history_kernel.store(cache, words, bias, (rope.cos, rope.sin), row, start, tokens)
 
-    words = half(500, 2, 2, HEADS * WIDTH // 2)
-    text = lowered(look_up, cache_of("bfloat16"), words, positions, number(), number())
-    assert "store_words" in text
+    text = lowered(look_up, cache, half(500, 2, HEADS, 40), half(2, HEADS, 40), positions, number(), number())
+    assert "store_history" in text
 
 
 def test_loss_and_slope():
@@ -215,7 +209,7 @@ def test_long_int8_caches_are_written_and_read_by_what_reaches_them(rows, monkey
 
     def write(cache, params, rows, positions, row, start):
         layer, rope = prepare_layers(params, jnp.bfloat16, 8), rope_table(positions, WIDTH)
-        return cached_attention.write_rows(cache, row, start, layer, rows, (rope.cos.T, rope.sin.T), "auto")
+        return cached_attention.write_rows(cache, row, start, layer, rows, rope, "auto")
 
     positions = jax.ShapeDtypeStruct((128,), jnp.int32)
     text = lowered(write, cache, params, half(1, 128, CONFIG.d_model), positions, number(), number())

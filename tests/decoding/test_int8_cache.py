@@ -350,12 +350,12 @@ def test_a_token_by_plain_products(chunk, monkeypatch):
 @pytest.mark.parametrize("width", [12, 36])
 def test_store_quantises_what_it_writes_and_touches_nothing_else(width):
     cache, _, _ = int8_cache(2, 3, width, 512)
-    products, bias = normal(2, 2, 3, width, 128), normal(3, 2, 3, width)
+    projected, bias = normal(2, 128, 2, 3, width + 4), normal(3, 2, 3, width + 4)
     rope = rope_table(1_000_000 + jnp.arange(128), width)
     new = history_kernel.store(
-        cache, products, bias, (rope.cos.T, rope.sin.T), jnp.int32(1), jnp.int32(200), interpret=True
+        cache, projected, bias, (rope.cos, rope.sin), jnp.int32(1), jnp.int32(200), interpret=True
     )
-    biased = jnp.moveaxis(products + bias[..., None], -1, 0)
+    biased = projected[..., :width] + bias[..., :width]
     true_key = rotate(biased[None, :, 0], rope)[0]
     parts = (
         (new.key, new.key_scale, cache.key, cache.key_scale, true_key),

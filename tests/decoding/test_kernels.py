@@ -86,35 +86,63 @@ def test_attend_few_takes_any_number_of_rows_and_queries(rows, width):
 @pytest.mark.parametrize("width", [12, 36])
 def test_store_adds_the_bias_rotates_keys_and_touches_nothing_else(width):
     key, value = normal(0, 2, 3, width, 512), normal(1, 2, 3, width, 512)
-    products, bias = normal(2, 2, 3, width, 256), normal(3, 2, 3, width)
-    rope = rope_table(1_000_000 + jnp.arange(256), width)
+    projected = normal(2, 128, 2, 3, width + 4)
+    rope = rope_table(1_000_000 + jnp.arange(128), width)
+    bias = normal(3, 2, 3, width + 4)
     place = jnp.int32(1), jnp.int32(200)
-    new = history_kernel.store(KeyValue(key, value), products, bias, (rope.cos.T, rope.sin.T), *place, interpret=True)
-    biased = jnp.moveaxis(products + bias[..., None], -1, 0)
+    new = history_kernel.store(KeyValue(key, value), projected, bias, (rope.cos, rope.sin), *place, interpret=True)
+    biased = projected[..., :width] + bias[..., :width]
     true_key = rotate(biased[None, :, 0], rope)[0]
     for found, old, rows in ((new.key, key, true_key), (new.value, value, biased[:, 1])):
         expected = np.array(old)
-        expected[1, :, :, 200:456] = np.moveaxis(np.asarray(rows), 0, -1)
+        expected[1, :, :, 200:328] = np.moveaxis(np.asarray(rows), 0, -1)
         np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
-@pytest.mark.parametrize(("heads", "width"), [(3, 12), (5, 36)])
-def test_words_are_looked_up_rotated_and_stored(heads, width):
-    cache = KeyValue(normal(0, 2, heads, width, 512), normal(1, 2, heads, width, 512))
-    natural, rope = normal(2, 9, 2, heads, width), rope_table(1_000_000 + jnp.arange(128), width)
-    tokens = jnp.asarray(np.random.default_rng(4).integers(-2, 12, 128), jnp.int32)  # ids past the history may be any
-    words = jnp.swapaxes(natural.reshape(9, 2, heads, 2, width // 2), 2, 3).reshape(9, 2, 2, -1)
-    place = jnp.int32(1), jnp.int32(200)
-    taken = natural[jnp.clip(tokens, 0, 8)]
-    expected = [np.array(array) for array in (cache.key, cache.value)]
-    for array, rows in zip(expected, (rotate(taken[None, :, 0], rope)[0], taken[:, 1])):
-        array[1, :, :, 200:328] = np.moveaxis(np.asarray(rows), 0, -1)
-    by_kernel = history_kernel.store_words(cache, words, (rope.cos, rope.sin), *place, tokens, interpret=True)
-    clipped = jnp.clip(tokens, 0, 8)
-    plain = cached_attention.write_words(cache, *place, words, rope, clipped, "xla")
-    for found in (by_kernel, plain):
-        for one, other in zip((found.key, found.value), expected):
-            np.testing.assert_allclose(one, other, atol=1e-6)
+def test_store_looks_rows_up():
+    key, value, words, bias = (
+        normal(0, 2, 3, 12, 512),
+        normal(1, 2, 3, 12, 512),
+        normal(2, 9, 2, 3, 16),
+        normal(3, 2, 3, 16),
+    )
+    rope = rope_table(jnp.arange(128), 12)
+    tables, tokens = (rope.cos, rope.sin), jnp.asarray(np.random.default_rng(4).integers(0, 9, 128), jnp.int32)
+    place = jnp.int32(1), jnp.int32(64)
+    found = history_kernel.store(KeyValue(key, value), words, bias, tables, *place, tokens, interpret=True)
+    expected = history_kernel.store(KeyValue(key, value), words[tokens], bias, tables, *place, interpret=True)
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("shifted", [False, True])
+def test_rows_are_projected_rotated_and_written(shifted):
+    """Against products in float64; heads are padded, and keys may have an input of their own."""
+    width, heads, inner, count = 6, 3, 24, 64
+    shapes = {"norm1_scale": (inner,), "norm1_bias": (inner,), "qkv_kernel": (inner, 3, heads, 8)}
+    others = ("out_kernel", "out_bias", "norm2_scale", "norm2_bias", "gate_up_kernel", "down_kernel")
+    fields = {name: normal(seed, *shape) for seed, (name, shape) in enumerate(shapes.items())}
+    layer = LayerParams(**fields, qkv_bias=normal(3, 3, heads, 8), **dict.fromkeys(others, jnp.zeros(())))
+    cache = KeyValue(normal(4, 2, heads, width, 512), normal(5, 2, heads, width, 512))
+    rows, key_rows = normal(6, 1, count, inner), normal(7, 1, count, inner) if shifted else None
+    rope = rope_table(1_000_000 + jnp.arange(count), width)
+    new = cached_attention.write_rows(cache, jnp.int32(1), jnp.int32(200), layer, rows, rope, "xla", key_rows)
+
+    def projected(part, source):
+        wide = np.asarray(source[0], np.float64)
+        wide = (wide - wide.mean(-1, keepdims=True)) / np.sqrt(wide.var(-1, keepdims=True) + 1e-5)
+        wide = wide * np.asarray(fields["norm1_scale"]) + np.asarray(fields["norm1_bias"])
+        kernel = np.asarray(layer.qkv_kernel[:, part, :, :width], np.float64)
+        return np.einsum("nd,dhk->nhk", wide, kernel) + np.asarray(layer.qkv_bias[part, :, :width])
+
+    keys = jnp.asarray(projected(1, rows if key_rows is None else key_rows), jnp.float32)
+    for found, old, true in (
+        (new.key, cache.key, rotate(keys[None], rope)[0]),
+        (new.value, cache.value, projected(2, rows)),
+    ):
+        expected = np.array(old)
+        expected[1, :, :, 200 : 200 + count] = np.moveaxis(np.asarray(true), 0, -1)
+        np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("least", [1, 16])

@@ -16,20 +16,12 @@ from jaxtyping import Array, Float, Int
 from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.decoding.cache import WindowedCache, chunk_rows, for_chunks
 from tlinformer_jax.decoding.params import DecoderParams, embed
-from tlinformer_jax.decoding.sampling import INT8
 from tlinformer_jax.kernels.common import merge_softmaxes
 from tlinformer_jax.kernels.key_value import KeyValue
 from tlinformer_jax.models.attention import attend_parts, merge_parts, no_parts
-from tlinformer_jax.models.cached_attention import (
-    attend_context,
-    attend_history,
-    context_lanes,
-    words_of,
-    write_rows,
-    write_words,
-)
-from tlinformer_jax.models.layers import Dropout, Embedded, LayerParams, project, projections
-from tlinformer_jax.models.rope import Rope, rope_table, rotary_angles, rotate
+from tlinformer_jax.models.cached_attention import attend_context, attend_history, write_rows, write_words
+from tlinformer_jax.models.layers import Dropout, Embedded, LayerParams, project, projections, unbiased_projections
+from tlinformer_jax.models.rope import Rope, rope_table, rotate
 from tlinformer_jax.models.streams import Stream
 
 # Block 0's projections, before rotation, depend only on the token. If the history has room for at least this many rows
@@ -67,13 +59,6 @@ class SequenceRows:
     def rope(self, start: Int[Array, ""], count: int | None = None) -> Rope:
         """Returns the rotations of these rows."""
         return rope_table(self.positions(start, count), self.config.head_dim, self.config.longest_wavelength)
-
-    def rotations(
-        self, start: Int[Array, ""], count: int | None = None
-    ) -> tuple[Float[Array, "half count"], Float[Array, "half count"]]:
-        """Returns the same cosines and sines as `rope`, rows last."""
-        angles = rotary_angles(self.positions(start, count), self.config.head_dim, self.config.longest_wavelength).T
-        return jnp.cos(angles), jnp.sin(angles)
 
     def ids(self, start: Int[Array, ""], count: int | None = None) -> Int[Array, "1 count"]:
         """Returns the tokens of these rows."""
@@ -138,8 +123,7 @@ class CachedHistory:
         self, restore_rows: Callable[..., Array], shared: Any, fixed: Any, next_layer: LayerParams, parts: str
     ) -> "CachedHistory":
         """Returns C' for the next block, with its keys cached; rows are stored if that block restores C' again."""
-        _, key, value = shared
-        attend = functools.partial(attend_context, lanes=context_lanes(key, value, self.at.config.head_dim))
+        attend = functools.partial(attend_context, head_dim=self.at.config.head_dim)
         restore_rows = functools.partial(restore_rows, shared=shared, fixed=fixed, attend=attend)
 
         def rows(start: Array) -> Array:
@@ -167,7 +151,7 @@ class CachedHistory:
                 kept = jax.lax.dynamic_update_slice(kept, rows, (0, start, 0))
             if keys is not None:
                 keyed = self.key_rows and self.key_rows(start)
-                keys = write_rows(keys, at.row, start, self.layer, rows, at.rotations(start), backend, keyed)
+                keys = write_rows(keys, at.row, start, self.layer, rows, at.rope(start), backend, keyed)
             return keys, kept
 
         keys, kept = for_chunks(at.held, at.cache.room, body, (keys, kept))
@@ -199,7 +183,7 @@ def embedded_history(
         return rotate(jnp.take(table, at.ids(start), axis=0, mode="clip"), at.rope(start))
 
     def write(start: Array, keys: KeyValue) -> KeyValue:
-        return write_words(keys, at.row, start, words, at.rope(start), at.ids(start)[0], backend)
+        return write_words(keys, at.row, start, products[0], bias, at.rope(start), at.ids(start)[0], backend)
 
     z = Stream.of(layer, z_rows, z_rope, "q")
     if params.shift is not None or at.cache.room < ROWS_PER_TOKEN * at.config.vocab_size:
@@ -208,10 +192,7 @@ def embedded_history(
             return CachedHistory(at, layer, z, z_rope, rows, projected, later, first, keyed)
         return CachedHistory(at, layer, z, z_rope, rows, projected, caches, (), keyed)._made(keep_rows=False)
     table = projections(layer, vocabulary, "q")[0, :, 0]  # [V, heads, d_h (padded)]
-    if not fill:
-        return CachedHistory(at, layer, z, z_rope, rows, looked_up, later, first)
-    if at.cache.cache_dtype == INT8:  # rows are looked up in another order than that of their scales
-        return CachedHistory(at, layer, z, z_rope, rows, looked_up, caches)._made(keep_rows=False)
-    words = words_of(layer, vocabulary, at.config.head_dim)
-    first = tuple(for_chunks(at.held, at.cache.room, write, keys) for keys in first)
+    if fill:
+        products, bias = unbiased_projections(layer, vocabulary, "kv")
+        first = tuple(for_chunks(at.held, at.cache.room, write, keys) for keys in first)
     return CachedHistory(at, layer, z, z_rope, rows, looked_up, later, first)

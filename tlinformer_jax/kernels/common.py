@@ -156,8 +156,8 @@ def powers(
 ) -> Float[Array, "queries rows"]:
     """Returns 2^(scores * scale - shift), by one multiplication with addition and one exponential each.
 
-    Compiled by XLA, `jnp.exp2` would take eight instructions: it keeps results below 2^-126, which are 0 here, and
-    multiplies and subtracts apart.
+    XLA would compile `jnp.exp2` to a multiplication, a subtraction and an exponential that keeps results below 2^-126.
+    Here these are 0.
     """
     if interpret:
         return jnp.exp2(scores * scale - shift[:, None])

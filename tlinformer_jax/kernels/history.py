@@ -1,9 +1,10 @@
 """GPU kernels of prefill and slide, in Pallas for Triton.
 
-`store` writes many rows into the cache, `attend` reads the whole cache for a few queries, and `attend_few` reads a
-compressed context for many queries. The plain versions are in `models.cached_attention`: `write_rows`, `attend_history`
-and `attend_context` without kernels. Gain: at a million tokens a slide takes 6%, 32% and 3.3% longer without them, a
-prefill 35%, 31% and 5.4%.
+`store` writes many tokens, or int8 rows, into the cache, `attend` reads the whole cache for a few queries, and
+`attend_few` reads a compressed context for many queries. The plain versions are in `models.cached_attention`:
+`write_words` and `write_rows`, `attend_history` and `attend_context` without kernels. Gain: at a million tokens a slide
+took 6%, 32% and 3.3% longer without them, a prefill 35%, 31% and 5.4%. That was before both readers became faster, and
+before plain JAX wrote rows that are not int8.
 
 Keys and values are [batch, heads, d_h, rows] (`models.cached_attention`); the matrix units need this order of the keys,
 too. With an int8 cache `attend` reads integers and `store` writes them.
@@ -42,9 +43,8 @@ MOST_ROWS_ONCE = 256
 MOST_WIDTH_ONCE = 48
 # Target number of programs: eight for each of the 132 multiprocessors of an H100.
 PROGRAMS = 1056
-# Rows that a program of `store` writes; rows and pairs of features that one of `store_words` writes, and its warps.
-STORE_TILE = 128
-WORD_TILE, WORD_PAIRS, WORD_WARPS = 64, 32, 8
+# Rows that a program of `store` writes.
+STORE_TILE = 64
 # With these tiles wider heads would not fit into a multiprocessor's shared memory.
 MOST_WIDTH = 128
 
@@ -68,8 +68,8 @@ def attend(
     width, room = cache.key.shape[2:]
     tiles = pl.cdiv(queries, QUERY_TILE)
     parts = max(1, min(PROGRAMS // (heads * tiles), room // (4 * ROW_TILE)))
-    kernel = functools.partial(_attend_kernel, scale=scale * LOG2_E, queries=queries, width=width, parts=parts)
-    kernel = functools.partial(kernel, interpret=interpret)
+    sizes = {"queries": queries, "width": width, "parts": parts}
+    kernel = functools.partial(_attend_kernel, scale=scale * LOG2_E, interpret=interpret, **sizes)
     shape = (parts, heads, queries)
     outputs = [
         jax.ShapeDtypeStruct((*shape, width), jnp.float32),
@@ -156,11 +156,13 @@ def _attend_few_kernel(query_ref, cache, length_ref, output_ref, *, scale, queri
             _, total, sums = _stream(query, cache, (0, head), length, blocks, width, scale, interpret)
         else:
             total, sums = _read(query, loaded, length if masked else None, width, scale, interpret)
-        divisor = jnp.where(total > 0, total, 1.0)[:, None]
+        inverse = (1.0 / jnp.where(total > 0, total, 1.0))[:, None]
         for (start, size), values in zip(pieces, sums):
             features = start + iota(size)
             mask = (numbers < queries)[:, None] & (features < output_ref.shape[2])[None, :]
-            values = jnp.where((features < width)[None, :], values / divisor, 0.0)
+            values = values * inverse
+            if start + size > width:
+                values = jnp.where((features < width)[None, :], values, 0.0)
             target = output_ref.at[numbers[:, None], head, features[None, :]]
             masked_store(target, values.astype(output_ref.dtype), mask)
         return done + 1
@@ -274,11 +276,12 @@ def _stream(query, cache, place, length, blocks, width: int, scale: float, inter
 
 def store(
     cache: KeyValue,
-    products: Float[Array, "2 heads d_h rows"],
-    bias: Float[Array, "2 heads d_h"],
-    tables: Sequence[Float[Array, "half rows"]],
+    projected: Float[Array, "sources 2 heads width"],
+    bias: Float[Array, "2 heads width"],
+    tables: Sequence[Float[Array, "rows half"]],
     row: Array,
     start: Array,
+    tokens: Int[Array, " rows"] | None = None,
     interpret: bool = False,
 ) -> KeyValue:
     """Adds the bias to keys and values, rotates the keys, and writes both to sequence `row` from row `start` on.
@@ -288,15 +291,19 @@ def store(
 
     Args:
       cache: [batch, heads, d_h, room].
-      products: products of keys and values, without bias and rotation, in the order of the cache.
+      projected: products of keys and values, without bias and rotation; those of the rows, or with `tokens` those of
+        the whole vocabulary. Features past d_h are padding.
+      bias: bias of keys and values.
       tables: cosines and sines of the rows' rotations.
+      tokens: index into `projected` for each row, clipped to the vocabulary; None if `projected` contains the rows.
     """
+    rows = projected.shape[0] if tokens is None else tokens.size
     place = jnp.stack([row, start]).astype(jnp.int32)
     return call_kernel(
-        functools.partial(_store_kernel, half=cache.key.shape[2] // 2),
-        (products.shape[3] // STORE_TILE, products.shape[1]),
+        functools.partial(_store_kernel, half=cache.key.shape[2] // 2, vocab_size=projected.shape[0]),
+        (rows // STORE_TILE, projected.shape[2]),
         jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), cache),
-        [cache, products, bias, tables, place],
+        [cache, projected, bias, tables, place, tokens],
         "store_history",
         interpret,
         aliases={number: number for number, _ in enumerate(jax.tree.leaves(cache))},
@@ -305,91 +312,39 @@ def store(
     )
 
 
-def _store_kernel(_, products_ref, bias_ref, table_refs, place_ref, cache, *, half: int) -> None:
+def _store_kernel(
+    _, projected_ref, bias_ref, table_refs, place_ref, tokens_ref, cache, *, half: int, vocab_size: int
+) -> None:
     """Stores a tile of rows of one head, in halves: the two features of a rotated pair are in different halves."""
     tile, head = pl.program_id(0), pl.program_id(1)
     pairs = iota(pl.next_power_of_2(half))
     numbers = tile * STORE_TILE + iota(STORE_TILE)
     to = place_ref[1] + numbers
-    there = jnp.broadcast_to((pairs < half)[:, None], (pairs.shape[0], STORE_TILE))
+    there = (pairs < half)[None, :]
+    # Ids past the history are arbitrary, so clip them.
+    sources = numbers if tokens_ref is None else jnp.clip(masked_load(tokens_ref.at[numbers]), 0, vocab_size - 1)
 
     def load(part: int) -> list[Array]:
         halves = []
         for first in (0, half):
-            rows = masked_load(products_ref.at[part, head, first + pairs[:, None], numbers[None, :]], there)
+            rows = masked_load(projected_ref.at[sources[:, None], part, head, first + pairs[None, :]], there)
             bias = masked_load(bias_ref.at[part, head, first + pairs], pairs < half)
             # Round here like the plain version, so that both cache the same keys.
-            halves.append((rows.astype(jnp.float32) + bias.astype(jnp.float32)[:, None]).astype(rows.dtype))
+            halves.append((rows.astype(jnp.float32) + bias.astype(jnp.float32)).astype(rows.dtype))
         return halves
 
     def write(ref, scale_ref, halves: list[Array]) -> None:
         if scale_ref is not None:
-            wide = [block.astype(products_ref.dtype).astype(jnp.float32) for block in halves]
-            scale = row_scale(jnp.maximum(*(jnp.max(jnp.abs(block), axis=0) for block in wide)))
-            halves = [to_integers(block, scale[None, :]) for block in wide]
+            wide = [block.astype(projected_ref.dtype).astype(jnp.float32) for block in halves]
+            scale = row_scale(jnp.maximum(*(jnp.max(jnp.abs(block), axis=1) for block in wide)))
+            halves = [to_integers(block, scale[:, None]) for block in wide]
             masked_store(scale_ref.at[place_ref[0], head, to], scale.astype(scale_ref.dtype))
         for first, block in zip((0, half), halves):
             target = ref.at[place_ref[0], head, first + pairs[:, None], to[None, :]]
-            masked_store(target, block.astype(ref.dtype), there)
+            mask = jnp.broadcast_to((pairs < half)[:, None], (pairs.shape[0], STORE_TILE))
+            masked_store(target, jnp.transpose(block.astype(ref.dtype)), mask)
 
-    cos, sin = (masked_load(ref.at[pairs[:, None], numbers[None, :]], there) for ref in table_refs)
+    cos, sin = (masked_load(ref.at[numbers[:, None], pairs[None, :]], there) for ref in table_refs)
     one, other = (block.astype(jnp.float32) for block in load(0))
     write(cache.key, cache.key_scale, [one * cos - other * sin, one * sin + other * cos])
     write(cache.value, cache.value_scale, load(1))
-
-
-def store_words(
-    cache: KeyValue,
-    words: Float[Array, "V 2 2 pairs"],
-    tables: Sequence[Float[Array, "rows half"]],
-    row: Array,
-    start: Array,
-    tokens: Int[Array, " rows"],
-    interpret: bool = False,
-) -> KeyValue:
-    """Looks up keys and values, rotates the keys, and writes both to sequence `row` from row `start` on.
-
-    The number of rows is a multiple of WORD_TILE; the cache, which is not int8, is changed in place.
-
-    Args:
-      words: keys and values of the whole vocabulary with bias, not rotated. The halves of all heads are apart, so that
-        a program reads whole sectors of memory: [V, (key, value), half, heads * d_h / 2].
-      tables: cosines and sines of the rows' rotations.
-      tokens: index into `words` for each row, clipped to the vocabulary.
-    """
-    place = jnp.stack([row, start]).astype(jnp.int32)
-    return call_kernel(
-        functools.partial(_store_words_kernel, half=cache.key.shape[2] // 2),
-        (pl.cdiv(words.shape[3], WORD_PAIRS), tokens.size // WORD_TILE),
-        jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), cache),
-        [cache, words, tables, place, tokens],
-        "store_words",
-        interpret,
-        aliases={number: number for number, _ in enumerate(jax.tree.leaves(cache))},
-        num_warps=WORD_WARPS,
-        num_stages=1,
-    )
-
-
-def _store_words_kernel(_, words_ref, table_refs, place_ref, tokens_ref, cache, *, half: int) -> None:
-    """Stores a tile of rows of some pairs of features, of any heads."""
-    pairs, numbers = (pl.program_id(axis) * size + iota(size) for axis, size in enumerate((WORD_PAIRS, WORD_TILE)))
-    head, feature = pairs // half, pairs % half
-    to, there = place_ref[1] + numbers, pairs < words_ref.shape[3]
-    # Ids past the history are arbitrary, so clip them.
-    sources = jnp.clip(masked_load(tokens_ref.at[numbers]), 0, words_ref.shape[0] - 1)
-
-    def load(part: int) -> list[Array]:
-        places = (words_ref.at[sources[:, None], part, side, pairs[None, :]] for side in (0, 1))
-        return [masked_load(place, there[None, :]).astype(jnp.float32) for place in places]
-
-    def write(ref, halves: list[Array]) -> None:
-        mask = jnp.broadcast_to(there[:, None], (WORD_PAIRS, WORD_TILE))
-        for first, block in zip((0, half), halves):
-            target = ref.at[place_ref[0], head[:, None], first + feature[:, None], to[None, :]]
-            masked_store(target, jnp.transpose(block.astype(ref.dtype)), mask)
-
-    cos, sin = (masked_load(ref.at[numbers[:, None], feature[None, :]], there[None, :]) for ref in table_refs)
-    one, other = load(0)
-    write(cache.key, [one * cos - other * sin, one * sin + other * cos])
-    write(cache.value, load(1))

@@ -21,11 +21,16 @@ from tlinformer_jax.kernels.common import addressable, available, is_half
 from tlinformer_jax.kernels.key_value import KeyValue
 from tlinformer_jax.models.attention import OutputAndLse, attend, attend_parts, merge_parts, no_parts
 from tlinformer_jax.models.cached_rows import CachedRows, attend_cached
-from tlinformer_jax.models.layers import LAYER_NORM_EPSILON, LayerParams, first_norm, project, projections, update
+from tlinformer_jax.models.layers import (
+    LAYER_NORM_EPSILON,
+    LayerParams,
+    first_norm,
+    project,
+    projections,
+    unbiased_projections,
+    update,
+)
 from tlinformer_jax.models.rope import Rope
-
-# Cosines and sines of rotations, float32 [d_h / 2, rows].
-Rotations = tuple[Array, Array]
 
 # With more sequences than this, XLA's products on the matrix units are faster than those of `kernels.decode.dense`.
 MAX_FUSED_ROWS = 4
@@ -194,7 +199,7 @@ def write_rows(
     start: Array,
     layer: LayerParams,
     rows: Float[Array, "1 n D"],
-    rotations: Rotations,
+    rope: Rope,
     backend: str,
     key_rows: Float[Array, "1 n D"] | None = None,
 ) -> KeyValue:
@@ -204,64 +209,64 @@ def write_rows(
     is changed in place if it is donated.
 
     Args:
-      rotations: cosines and sines of the rows' rotations, rows last.
+      rope: rotations of the rows.
       key_rows: input of the keys, see `layers.Embedded`; None if that is `rows`.
     """
     width = cache.key.shape[-2]
+    if cache.key_scale is not None and can_store(cache, rows.dtype, rows.shape[1], backend):
+        products, bias = unbiased_projections(layer, rows, "kv", key_rows)
+        return history_kernel.store(cache, products[0], bias, (rope.cos, rope.sin), row, start)
     inputs = [(rows, slice(1, 3))] if key_rows is None else [(key_rows, slice(1, 2)), (rows, slice(2, 3))]
     each = [
         jnp.einsum("dphk,nd->phkn", layer.qkv_kernel[:, parts, :, :width], first_norm(layer, source)[0])
         for source, parts in inputs
     ]
-    products, bias = jnp.concatenate(each), layer.qkv_bias[1:, :, :width].astype(rows.dtype)
-    usable = use_kernels(products.dtype, width, backend) and addressable(cache)
-    if usable and rows.shape[1] % history_kernel.STORE_TILE == 0:
-        return history_kernel.store(cache, products, bias, rotations, row, start)
-    # In float32: XLA would make a matrix of a bias of bfloat16, to add it in the product.
-    biased = (products.astype(jnp.float32) + bias.astype(jnp.float32)[..., None]).astype(products.dtype)
-    return _write_unrotated(cache, row, start, biased, rotations)
-
-
-def words_of(layer: LayerParams, vocabulary: Float[Array, "1 V D"], head_dim: int) -> Float[Array, "V 2 2 pairs"]:
-    """Returns keys and values of the whole vocabulary, not rotated, as `write_words` takes them.
-
-    The halves of all heads are apart, [V, (key, value), half, heads * d_h / 2]: a rotation pairs features of both.
-    """
-    both = projections(layer, vocabulary, "kv")[0, ..., :head_dim]
-    size, _, heads, _ = both.shape
-    return jnp.swapaxes(both.reshape(size, 2, heads, 2, head_dim // 2), 2, 3).reshape(size, 2, 2, -1)
+    bias = layer.qkv_bias[1:, :, :width].astype(rows.dtype)
+    return _write_products(cache, row, start, jnp.concatenate(each), bias, rope)
 
 
 def write_words(
     cache: KeyValue,
     row: Array,
     start: Array,
-    words: Float[Array, "V 2 2 pairs"],
+    products: Float[Array, "V 2 heads width"],
+    bias: Float[Array, "2 heads width"],
     rope: Rope,
     tokens: Int[Array, " n"],
     backend: str,
 ) -> KeyValue:
     """Writes keys and values of many tokens into a layer's cache from row `start` on, in place if it is donated.
 
-    `words` is from `words_of`; keys are rotated here.
+    `products` and `bias` come from `layers.unbiased_projections` for the whole vocabulary; keys are rotated here.
     """
-    heads, width = cache.key.shape[-3:-1]
-    usable = use_kernels(words.dtype, width, backend) and addressable(cache) and cache.key_scale is None
-    if usable and tokens.size % history_kernel.WORD_TILE == 0:
-        return history_kernel.store_words(cache, words, (rope.cos, rope.sin), row, start, tokens)
-    taken = jnp.take(words, tokens, axis=0, mode="clip").reshape(-1, 2, 2, heads, width // 2)
-    products = jnp.transpose(taken, (1, 3, 2, 4, 0)).reshape(2, heads, width, -1)
-    return _write_unrotated(cache, row, start, products, (rope.cos.T, rope.sin.T))
+    if can_store(cache, products.dtype, tokens.size, backend):
+        return history_kernel.store(cache, products, bias, (rope.cos, rope.sin), row, start, tokens)
+    width = cache.key.shape[-2]
+    taken = jnp.take(products[..., :width], tokens, axis=0, mode="clip")
+    return _write_products(cache, row, start, jnp.moveaxis(taken, 0, -1), bias[..., :width], rope)
 
 
-def _write_unrotated(
-    cache: KeyValue, row: Array, start: Array, both: Float[Array, "2 heads d_h n"], rotations: Rotations
+def can_store(cache: KeyValue, dtype: Any, rows: int, backend: str) -> bool:
+    """Returns whether `kernels.history.store` can write so many rows of this dtype into the cache."""
+    usable = use_kernels(dtype, cache.key.shape[-2], backend) and addressable(cache)
+    return usable and rows % history_kernel.STORE_TILE == 0
+
+
+def _write_products(
+    cache: KeyValue,
+    row: Array,
+    start: Array,
+    products: Float[Array, "2 heads d_h n"],
+    bias: Float[Array, "2 heads d_h"],
+    rope: Rope,
 ) -> KeyValue:
-    """Rotates the keys, and writes keys and values to sequence `row` from row `start` on, in plain JAX."""
-    first, second = jnp.split(both[0].astype(jnp.float32), 2, axis=1)
-    cos, sin = rotations
-    key = jnp.concatenate([first * cos - second * sin, first * sin + second * cos], axis=1).astype(both.dtype)
-    return _write(cache, KeyValue(key, both[1]), (row,), start)
+    """Adds the bias to products of keys and values, rotates the keys, and writes both from row `start` on."""
+    # In float32: XLA would make a matrix of a bias of bfloat16, to add it in the product.
+    biased = (products.astype(jnp.float32) + bias.astype(jnp.float32)[..., None]).astype(products.dtype)
+    first, second = jnp.split(biased[0].astype(jnp.float32), 2, axis=1)
+    cos, sin = rope.cos.T, rope.sin.T
+    key = jnp.concatenate([first * cos - second * sin, first * sin + second * cos], axis=1).astype(products.dtype)
+    return _write(cache, KeyValue(key, biased[1]), (row,), start)
 
 
 def write_plainly(
@@ -322,31 +327,20 @@ def _natural_rows(rows: Array, width: int) -> Array:
     return jnp.pad(moved, [(0, 0)] * (moved.ndim - 1) + [(0, width - moved.shape[-1])])
 
 
-def context_lanes(
-    key: Float[Array, "1 rows heads width"], value: Float[Array, "1 rows heads width"], head_dim: int
-) -> tuple[Float[Array, "heads d_h padded"], Float[Array, "heads d_h padded"]]:
-    """Returns keys and values of a compressed context in the order of a cache, for `attend_context`."""
-    padding = ((0, 0), (0, -key.shape[1] % history_kernel.ROW_TILE), (0, 0), (0, 0))
-    lanes = (lane_rows(jnp.pad(array, padding), head_dim)[0] for array in (key, value))
-    key, value = jax.lax.optimization_barrier(tuple(lanes))  # stays out of the loop over chunks of queries
-    return key, value
-
-
 def attend_context(
     query: Float[Array, "1 queries heads width"],
     key: Float[Array, "1 rows heads width"],
     value: Float[Array, "1 rows heads width"],
     *,
-    lanes: tuple[Float[Array, "heads d_h padded"], Float[Array, "heads d_h padded"]],
+    head_dim: int,
     key_length: Array,
     **options: Any,
 ) -> Float[Array, "1 queries heads width"]:
-    """Computes `attend` from many queries to the few rows of a compressed context; not differentiable.
-
-    `lanes` are `context_lanes` of keys and values.
-    """
-    if use_kernels(query.dtype, lanes[0].shape[1], options["backend"]):
-        return history_kernel.attend_few(query[0], *lanes, key_length, options["scale"])[None]
+    """Computes `attend` from many queries to the few rows of a compressed context; not differentiable."""
+    if use_kernels(query.dtype, head_dim, options["backend"]):
+        padding = ((0, 0), (0, -key.shape[1] % history_kernel.ROW_TILE), (0, 0), (0, 0))
+        key, value = (lane_rows(jnp.pad(array, padding), head_dim)[0] for array in (key, value))
+        return history_kernel.attend_few(query[0], key, value, key_length, options["scale"])[None]
     return attend(query, key, value, key_length=key_length, **options)
 
 
