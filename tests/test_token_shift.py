@@ -137,18 +137,18 @@ def unshifted_history(monkeypatch):
 
 def shifted_values(monkeypatch):
     """The history's values are made of the shifted rows as well."""
-    real = history.unbiased_projections
+    real = history.write_rows
 
-    def mutated(layer, rows, parts, key_rows=None):
-        return real(layer, rows if key_rows is None else key_rows, parts, key_rows)
+    def mutated(cache, row, start, layer, rows, rope, backend, key_rows=None):
+        return real(cache, row, start, layer, rows if key_rows is None else key_rows, rope, backend, key_rows)
 
-    monkeypatch.setattr(history, "unbiased_projections", mutated)
+    monkeypatch.setattr(history, "write_rows", mutated)
 
 
 def slide_without_shift(monkeypatch):
     """What a slide appends to the history is not shifted."""
-    real = windowed.unbiased_projections
-    monkeypatch.setattr(windowed, "unbiased_projections", lambda layer, rows, parts, _: real(layer, rows, parts))
+    real = windowed.write_rows
+    monkeypatch.setattr(windowed, "write_rows", lambda *arguments: real(*arguments[:-1]))
 
 
 def window_without_predecessor(monkeypatch):

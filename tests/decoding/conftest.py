@@ -22,6 +22,8 @@ def interpreted_kernels(monkeypatch, own_traces):
         monkeypatch.setattr(module, "call_kernel", interpreted)
     # An interpreted kernel converts int8 without assembly.
     monkeypatch.setattr(decode_kernel, "attend", lambda *arguments: attend(*arguments[:-1], True))
+    powers = history_kernel.powers
+    monkeypatch.setattr(history_kernel, "powers", lambda scores, shift, scale, _: powers(scores, shift, scale, True))
     monkeypatch.setattr(cached_attention, "available", lambda name: True)
     monkeypatch.setattr(params_module, "head_multiple", lambda *_: 8)
     monkeypatch.setattr(cache_module, "padded_rows", lambda rows: -(-rows // 128) * 128)

@@ -195,7 +195,6 @@ def test_what_devices_tell_each_other_for_a_window_does_not_grow_with_the_histor
 
 @pytest.mark.slow
 def test_the_gpu_kernels_on_each_device(interpreted_kernels):
-    """A device appends 64 rows a slide, as many as the storing kernel takes."""
     half = {"dtype": "float16", "attention": "auto", "d_model": 24, "hidden_depth": 0}
     config = dataclasses.replace(SMALL, history_window=40, generation_window=128, **half)
     assert largest_error(make_decoder(config, 2), [255, 128], 259) < 0.05

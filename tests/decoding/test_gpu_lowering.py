@@ -206,14 +206,16 @@ def test_long_int8_caches_are_written_and_read_by_what_reaches_them(rows, monkey
     monkeypatch.setattr(cached_attention, "use_kernels", lambda *_: True)
     monkeypatch.setattr(cached_attention, "use_token_kernels", lambda _: True)
 
-    def write(cache, products, bias, positions, row, start):
-        return cached_attention.write_rows(cache, row, start, products, bias, rope_table(positions, WIDTH), "auto")
+    params = jax.eval_shape(lambda: Layer(CONFIG).init_with_output(jax.random.key(0))[0])
+
+    def write(cache, params, rows, positions, row, start):
+        layer, rope = prepare_layers(params, jnp.bfloat16, 8), rope_table(positions, WIDTH)
+        return cached_attention.write_rows(cache, row, start, layer, rows, rope, "auto")
 
     positions = jax.ShapeDtypeStruct((128,), jnp.int32)
-    text = lowered(write, cache, half(128, 2, HEADS, 40), half(2, HEADS, 40), positions, number(), number())
+    text = lowered(write, cache, params, half(1, 128, CONFIG.d_model), positions, number(), number())
     assert ("store_history" in text) == reached
 
-    params = jax.eval_shape(lambda: Layer(CONFIG).init_with_output(jax.random.key(0))[0])
     lengths = jax.ShapeDtypeStruct((1,), jnp.int32)
 
     def layer(params, x, window, history, lengths):

@@ -10,6 +10,7 @@ from tlinformer_jax.kernels import decode as decode_kernel
 from tlinformer_jax.kernels import history as history_kernel
 from tlinformer_jax.kernels.common import feature_pieces
 from tlinformer_jax.kernels.key_value import KeyValue, quantised
+from tlinformer_jax.models import cached_attention
 from tlinformer_jax.models.cached_attention import TokenLayerParams, token_layer
 from tlinformer_jax.models.cached_rows import CachedRows
 from tlinformer_jax.models.layers import LayerParams, prepare_layers
@@ -70,6 +71,19 @@ def test_attend_few_rows(queries, width, length):
         assert (read == 0).all()
 
 
+@pytest.mark.parametrize("rows", [64, 192, 256, 320])
+@pytest.mark.parametrize("width", [16, 36, 64])
+def test_attend_few_takes_any_number_of_rows_and_queries(rows, width):
+    """Up to 256 narrow rows are loaded once for several tiles; padding adds up the weights if there is any."""
+    padded = -(-width // 8) * 8
+    key, value, query = normal(0, 2, width, rows), normal(1, 2, width, rows), normal(2, 600, 2, padded)
+    for length in (rows, rows - 7):
+        read = history_kernel.attend_few(query, key, value, jnp.int32(length), 0.3, interpret=True)
+        truth = softmax_attention(query[..., :width], key[..., :length], value[..., :length], 0.3)
+        np.testing.assert_allclose(read[..., :width], truth, atol=2e-5)
+        assert (np.asarray(read[..., width:]) == 0).all()
+
+
 @pytest.mark.parametrize("width", [12, 36])
 def test_store_adds_the_bias_rotates_keys_and_touches_nothing_else(width):
     key, value = normal(0, 2, 3, width, 512), normal(1, 2, 3, width, 512)
@@ -100,6 +114,36 @@ def test_store_looks_rows_up():
     expected = history_kernel.store(KeyValue(key, value), words[tokens], bias, tables, *place, interpret=True)
     for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("shifted", [False, True])
+def test_rows_are_projected_rotated_and_written(shifted):
+    """Against products in float64; heads are padded, and keys may have an input of their own."""
+    width, heads, inner, count = 6, 3, 24, 64
+    shapes = {"norm1_scale": (inner,), "norm1_bias": (inner,), "qkv_kernel": (inner, 3, heads, 8)}
+    others = ("out_kernel", "out_bias", "norm2_scale", "norm2_bias", "gate_up_kernel", "down_kernel")
+    fields = {name: normal(seed, *shape) for seed, (name, shape) in enumerate(shapes.items())}
+    layer = LayerParams(**fields, qkv_bias=normal(3, 3, heads, 8), **dict.fromkeys(others, jnp.zeros(())))
+    cache = KeyValue(normal(4, 2, heads, width, 512), normal(5, 2, heads, width, 512))
+    rows, key_rows = normal(6, 1, count, inner), normal(7, 1, count, inner) if shifted else None
+    rope = rope_table(1_000_000 + jnp.arange(count), width)
+    new = cached_attention.write_rows(cache, jnp.int32(1), jnp.int32(200), layer, rows, rope, "xla", key_rows)
+
+    def projected(part, source):
+        wide = np.asarray(source[0], np.float64)
+        wide = (wide - wide.mean(-1, keepdims=True)) / np.sqrt(wide.var(-1, keepdims=True) + 1e-5)
+        wide = wide * np.asarray(fields["norm1_scale"]) + np.asarray(fields["norm1_bias"])
+        kernel = np.asarray(layer.qkv_kernel[:, part, :, :width], np.float64)
+        return np.einsum("nd,dhk->nhk", wide, kernel) + np.asarray(layer.qkv_bias[part, :, :width])
+
+    keys = jnp.asarray(projected(1, rows if key_rows is None else key_rows), jnp.float32)
+    for found, old, true in (
+        (new.key, cache.key, rotate(keys[None], rope)[0]),
+        (new.value, cache.value, projected(2, rows)),
+    ):
+        expected = np.array(old)
+        expected[1, :, :, 200 : 200 + count] = np.moveaxis(np.asarray(true), 0, -1)
+        np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("least", [1, 16])

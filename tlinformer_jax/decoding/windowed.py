@@ -25,7 +25,6 @@ from tlinformer_jax.decoding.params import DecoderParams, embed, logits_of
 from tlinformer_jax.kernels.key_value import KeyValue
 from tlinformer_jax.models.block import compress, hidden, restore
 from tlinformer_jax.models.cached_attention import write_plainly, write_rows
-from tlinformer_jax.models.layers import unbiased_projections
 from tlinformer_jax.models.rope import rope_table
 from tlinformer_jax.models.streams import Stream, project_both
 
@@ -84,9 +83,9 @@ def slide(
             count = -(-count // split.parts)
             start = jnp.minimum(split.count(before), cache.room - count)
         at = SequenceRows(config, cache, row, length)
-        new, rope = at.embed(params, start, count), at.rope(start, count)
-        products, bias = unbiased_projections(params.blocks[0].compress, new.rows, "kv", new.key_rows)
-        first = write_rows(cache.history[0], row, start, products[0], bias, rope, config.attention)
+        new, layer, rope = at.embed(params, start, count), params.blocks[0].compress, at.rope(start, count)
+        keys, backend = cache.history[0], config.attention
+        first = write_rows(keys, row, start, layer, new.rows, rope, backend, new.key_rows)
         cache = dataclasses.replace(cache, history=(first, *cache.history[1:]))
     window = jnp.zeros((0,), jnp.int32)
     if overlap:

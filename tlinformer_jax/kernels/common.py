@@ -151,6 +151,27 @@ def dot(left: Array, right: Array, contracted: int) -> Array:
     return jax.lax.dot_general(left, right, axes, preferred_element_type=jnp.float32)
 
 
+def powers(
+    scores: Float[Array, "queries rows"], shift: Float[Array, " queries"], scale: float, interpret: bool
+) -> Float[Array, "queries rows"]:
+    """Returns 2^(scores * scale - shift), by one multiplication with addition and one exponential each.
+
+    XLA would compile `jnp.exp2` to a multiplication, a subtraction and an exponential that keeps results below 2^-126.
+    Here these are 0.
+    """
+    if interpret:
+        return jnp.exp2(scores * scale - shift[:, None])
+    from jax.experimental.pallas import triton
+
+    factor = np.float32(scale).view(np.uint32)
+    code = f"{{ .reg .f32 power; fma.rn.f32 power, $1, 0f{factor:08X}, $2; ex2.approx.ftz.f32 $0, power; }}"
+    shape = jax.ShapeDtypeStruct(scores.shape, jnp.float32)
+    operands = [scores, jnp.broadcast_to(-shift[:, None], scores.shape)]
+    return triton.elementwise_inline_asm(
+        code, args=operands, constraints="=f,f,f", pack=1, result_shape_dtypes=[shape]
+    )[0]
+
+
 def feature_pieces(width: int, least: int = 1) -> tuple[tuple[int, int], ...]:
     """Returns (start, size) of pieces that cover `width` features; sizes are powers of two, at least `least`.
 

@@ -1,9 +1,10 @@
 """GPU kernels of prefill and slide, in Pallas for Triton.
 
-`store` writes many rows into the cache, `attend` reads the whole cache for a few queries, and `attend_few` reads a
-compressed context for many queries. The plain versions are in `models.cached_attention`: `write_rows`, `attend_history`
-and `attend_context` without kernels. Gain: at a million tokens a slide takes 6%, 32% and 3.3% longer without them, a
-prefill 35%, 31% and 5.4%.
+`store` writes many tokens, or int8 rows, into the cache, `attend` reads the whole cache for a few queries, and
+`attend_few` reads a compressed context for many queries. The plain versions are in `models.cached_attention`:
+`write_words` and `write_rows`, `attend_history` and `attend_context` without kernels. Gain: at a million tokens a slide
+took 6%, 32% and 3.3% longer without them, a prefill 35%, 31% and 5.4%. That was before both readers became faster, and
+before plain JAX wrote rows that are not int8.
 
 Keys and values are [batch, heads, d_h, rows] (`models.cached_attention`); the matrix units need this order of the keys,
 too. With an int8 cache `attend` reads integers and `store` writes them.
@@ -27,6 +28,7 @@ from tlinformer_jax.kernels.common import (
     masked_load,
     masked_store,
     merge_softmaxes,
+    powers,
 )
 from tlinformer_jax.kernels.key_value import KeyValue, row_scale, to_integers, value_dtype
 
@@ -35,6 +37,10 @@ QUERY_TILE = 64
 ROW_TILE = 64
 WARPS = 4
 STAGES = 3
+# Most tiles of queries of a program of `attend_few`; most rows, and their width, that it loads once for all its tiles.
+QUERY_TILES = 8
+MOST_ROWS_ONCE = 256
+MOST_WIDTH_ONCE = 48
 # Target number of programs: eight for each of the 132 multiprocessors of an H100.
 PROGRAMS = 1056
 # Rows that a program of `store` writes.
@@ -62,7 +68,8 @@ def attend(
     width, room = cache.key.shape[2:]
     tiles = pl.cdiv(queries, QUERY_TILE)
     parts = max(1, min(PROGRAMS // (heads * tiles), room // (4 * ROW_TILE)))
-    kernel = functools.partial(_attend_kernel, scale=scale * LOG2_E, queries=queries, width=width, parts=parts)
+    sizes = {"queries": queries, "width": width, "parts": parts}
+    kernel = functools.partial(_attend_kernel, scale=scale * LOG2_E, interpret=interpret, **sizes)
     shape = (parts, heads, queries)
     outputs = [
         jax.ShapeDtypeStruct((*shape, width), jnp.float32),
@@ -85,7 +92,7 @@ def attend(
 
 
 def _attend_kernel(
-    query_ref, cache, place_ref, sums_ref, tops_ref, totals_ref, *, scale, queries, width, parts
+    query_ref, cache, place_ref, sums_ref, tops_ref, totals_ref, *, scale, queries, width, parts, interpret
 ) -> None:
     """Computes one part of the rows for a tile of queries and one head; scaled scores are to base 2."""
     tile, head, part = pl.program_id(0), pl.program_id(1), pl.program_id(2)
@@ -95,7 +102,8 @@ def _attend_kernel(
     length = place_ref[1]
     each = pl.cdiv(pl.cdiv(length, ROW_TILE), parts)
     begin = part * each
-    top, total, sums = _stream(query, cache, (place_ref[0], head), length, (begin, begin + each), width, scale)
+    blocks = (begin, begin + each)
+    top, total, sums = _stream(query, cache, (place_ref[0], head), length, blocks, width, scale, interpret)
     is_query = numbers < queries
     for (start, size), values in zip(pieces, sums):
         features = start + iota(size)
@@ -119,9 +127,11 @@ def attend_few(
     Features past d_h are padding, and 0 in the result.
     """
     queries, heads, _ = query.shape
+    tiles = min(QUERY_TILES, pl.cdiv(queries, QUERY_TILE))
+    sizes = {"queries": queries, "width": key.shape[1], "tiles": tiles}
     return call_kernel(
-        functools.partial(_attend_few_kernel, scale=scale * LOG2_E, queries=queries, width=key.shape[1]),
-        (pl.cdiv(queries, QUERY_TILE), heads),
+        functools.partial(_attend_few_kernel, scale=scale * LOG2_E, interpret=interpret, **sizes),
+        (pl.cdiv(queries, tiles * QUERY_TILE), heads),
         jax.ShapeDtypeStruct(query.shape, query.dtype),
         [query, KeyValue(key[None], value[None]), length.astype(jnp.int32)[None]],
         "attend_context",
@@ -131,19 +141,74 @@ def attend_few(
     )
 
 
-def _attend_few_kernel(query_ref, cache, length_ref, output_ref, *, scale, queries, width) -> None:
-    """Computes all rows for a tile of queries and one head."""
-    tile, head = pl.program_id(0), pl.program_id(1)
-    numbers = tile * QUERY_TILE + iota(QUERY_TILE)
-    query = _load_queries(query_ref, numbers, head, queries, width)
-    blocks = (0, pl.cdiv(length_ref[0], ROW_TILE))
-    _, total, sums = _stream(query, cache, (0, head), length_ref[0], blocks, width, scale)
-    divisor = jnp.where(total > 0, total, 1.0)[:, None]
-    for (start, size), values in zip(feature_pieces(width, LEAST_PIECE), sums):
-        features = start + iota(size)
-        mask = (numbers < queries)[:, None] & (features < output_ref.shape[2])[None, :]
-        target = output_ref.at[numbers[:, None], head, features[None, :]]
-        masked_store(target, (values / divisor).astype(output_ref.dtype), mask)
+def _attend_few_kernel(query_ref, cache, length_ref, output_ref, *, scale, queries, width, tiles, interpret) -> None:
+    """Computes all rows for several tiles of queries and one head; few narrow rows are loaded once for all tiles."""
+    first, head, length = pl.program_id(0) * tiles, pl.program_id(1), length_ref[0]
+    rows, pieces = cache.key.shape[3], feature_pieces(width, LEAST_PIECE)
+    once = rows <= MOST_ROWS_ONCE and width <= MOST_WIDTH_ONCE
+    loaded = _load_rows(cache, head, width) if once else None
+
+    def tile(number: Array, done: Array, masked: bool) -> Array:
+        numbers = (first + number) * QUERY_TILE + iota(QUERY_TILE)
+        query = _load_queries(query_ref, numbers, head, queries, width)
+        if loaded is None:
+            blocks = (0, pl.cdiv(length, ROW_TILE))
+            _, total, sums = _stream(query, cache, (0, head), length, blocks, width, scale, interpret)
+        else:
+            total, sums = _read(query, loaded, length if masked else None, width, scale, interpret)
+        inverse = (1.0 / jnp.where(total > 0, total, 1.0))[:, None]
+        for (start, size), values in zip(pieces, sums):
+            features = start + iota(size)
+            mask = (numbers < queries)[:, None] & (features < output_ref.shape[2])[None, :]
+            values = values * inverse
+            if start + size > width:
+                values = jnp.where((features < width)[None, :], values, 0.0)
+            target = output_ref.at[numbers[:, None], head, features[None, :]]
+            masked_store(target, values.astype(output_ref.dtype), mask)
+        return done + 1
+
+    # Almost always all rows are valid, and none is masked.
+    full = jnp.minimum(length // pl.next_power_of_2(rows), 1) * tiles if once else 0
+    done = jax.lax.fori_loop(0, full, functools.partial(tile, masked=False), jnp.int32(0))
+    jax.lax.fori_loop(full, tiles, functools.partial(tile, masked=True), done)
+
+
+def _load_rows(cache: KeyValue, head: Array, width: int) -> tuple[list[Array], list[Array]]:
+    """Loads all keys and values of a head in pieces [size, rows or the next power of 2]; the values' padding is 1."""
+    rows = iota(pl.next_power_of_2(cache.key.shape[3]))
+
+    def load(ref, other: float) -> list[Array]:
+        loaded = []
+        for start, size in feature_pieces(width, LEAST_PIECE):
+            features = start + iota(size)
+            mask = (features < width)[:, None] & (rows < cache.key.shape[3])[None, :]
+            loaded.append(masked_load(ref.at[0, head, features[:, None], rows[None, :]], mask, other))
+        return loaded
+
+    return load(cache.key, 0.0), load(cache.value, 1.0)
+
+
+def _read(query, loaded, length, width: int, scale: float, interpret: bool):
+    """Reads rows from `_load_rows` for a tile of queries; `length` rows are valid, or all if None.
+
+    Returns:
+      each query's sum of weights, float32 [QUERY_TILE], and its weighted values in pieces [QUERY_TILE, size].
+    """
+    keys, values = loaded
+    scores = jnp.zeros((QUERY_TILE, keys[0].shape[1]), jnp.float32)
+    for piece, key in zip(query, keys):
+        scores += dot(piece, key, 0)
+    if length is not None:
+        scores = jnp.where((iota(scores.shape[1]) < length)[None, :], scores, -jnp.inf)
+    top = jnp.maximum(jnp.max(scores, axis=1), -1e30)
+    weights = powers(scores, top * scale, scale, interpret)
+    shares = weights.astype(values[0].dtype)
+    sums = [dot(shares, value, 1) for value in values]
+    start, size = feature_pieces(width, LEAST_PIECE)[-1]
+    if start + size == width:
+        return jnp.sum(weights, axis=1), sums
+    # The first padded feature of every value is 1, so the matrix units have added up the weights.
+    return jnp.sum(jnp.where((start + iota(size) == width)[None, :], sums[-1], 0.0), axis=1), sums
 
 
 def _load_queries(ref, numbers: Array, head: Array, queries: int, width: int) -> list[Array]:
@@ -156,7 +221,7 @@ def _load_queries(ref, numbers: Array, head: Array, queries: int, width: int) ->
     return loaded
 
 
-def _stream(query, cache, place, length, blocks, width: int, scale: float):
+def _stream(query, cache, place, length, blocks, width: int, scale: float, interpret: bool):
     """Reads blocks[0] .. blocks[1] - 1 of ROW_TILE rows, of which `length` are valid, for a tile of queries.
 
     `place` is (sequence, head), the index of the rows in the cache.
@@ -189,7 +254,7 @@ def _stream(query, cache, place, length, blocks, width: int, scale: float):
             scores = jnp.where((rows < length)[None, :], scores, -jnp.inf)
         new_top = jnp.maximum(top, jnp.max(scores, axis=1))
         factor = jnp.exp2((top - new_top) * scale)
-        weights = jnp.exp2(scores * scale - (new_top * scale)[:, None])
+        weights = powers(scores, new_top * scale, scale, interpret)
         new_sums, shares = [], scaled(weights, cache.value_scale, rows).astype(shared_dtype)
         for piece, old in zip(pieces, sums):
             value = load(cache.value, *piece, rows, shared_dtype)

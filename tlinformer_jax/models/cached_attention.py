@@ -21,8 +21,16 @@ from tlinformer_jax.kernels.common import addressable, available, is_half
 from tlinformer_jax.kernels.key_value import KeyValue
 from tlinformer_jax.models.attention import OutputAndLse, attend, attend_parts, merge_parts, no_parts
 from tlinformer_jax.models.cached_rows import CachedRows, attend_cached
-from tlinformer_jax.models.layers import LAYER_NORM_EPSILON, LayerParams, add_bias, project, projections, update
-from tlinformer_jax.models.rope import Rope, rotate
+from tlinformer_jax.models.layers import (
+    LAYER_NORM_EPSILON,
+    LayerParams,
+    first_norm,
+    project,
+    projections,
+    unbiased_projections,
+    update,
+)
+from tlinformer_jax.models.rope import Rope
 
 # With more sequences than this, XLA's products on the matrix units are faster than those of `kernels.decode.dense`.
 MAX_FUSED_ROWS = 4
@@ -189,39 +197,94 @@ def write_rows(
     cache: KeyValue,
     row: Array,
     start: Array,
-    products: Float[Array, "sources 2 heads width"],
-    bias: Float[Array, "2 heads width"],
+    layer: LayerParams,
+    rows: Float[Array, "1 n D"],
     rope: Rope,
     backend: str,
-    tokens: Int[Array, " n"] | None = None,
+    key_rows: Float[Array, "1 n D"] | None = None,
 ) -> KeyValue:
-    """Writes keys and values of many rows into a layer's cache from row `start` on, in place if the cache is donated.
+    """Projects rows to keys and values, and writes these into a layer's cache from row `start` on.
 
-    `products` and `bias` come from `layers.unbiased_projections`; keys are rotated here. The products are those of the
-    rows, or with `tokens`, the rows' ids, those of the whole vocabulary.
+    The products come out in the order of a cache, rows last, which costs nothing; sorting them later would. The cache
+    is changed in place if it is donated.
+
+    Args:
+      rope: rotations of the rows.
+      key_rows: input of the keys, see `layers.Embedded`; None if that is `rows`.
     """
-    rows = rope.cos.shape[0]
-    usable = use_kernels(products.dtype, cache.key.shape[2], backend) and addressable(cache)
-    if usable and rows % history_kernel.STORE_TILE == 0:
+    width = cache.key.shape[-2]
+    if cache.key_scale is not None and can_store(cache, rows.dtype, rows.shape[1], backend):
+        products, bias = unbiased_projections(layer, rows, "kv", key_rows)
+        return history_kernel.store(cache, products[0], bias, (rope.cos, rope.sin), row, start)
+    inputs = [(rows, slice(1, 3))] if key_rows is None else [(key_rows, slice(1, 2)), (rows, slice(2, 3))]
+    each = [
+        jnp.einsum("dphk,nd->phkn", layer.qkv_kernel[:, parts, :, :width], first_norm(layer, source)[0])
+        for source, parts in inputs
+    ]
+    bias = layer.qkv_bias[1:, :, :width].astype(rows.dtype)
+    return _write_products(cache, row, start, jnp.concatenate(each), bias, rope)
+
+
+def write_words(
+    cache: KeyValue,
+    row: Array,
+    start: Array,
+    products: Float[Array, "V 2 heads width"],
+    bias: Float[Array, "2 heads width"],
+    rope: Rope,
+    tokens: Int[Array, " n"],
+    backend: str,
+) -> KeyValue:
+    """Writes keys and values of many tokens into a layer's cache from row `start` on, in place if it is donated.
+
+    `products` and `bias` come from `layers.unbiased_projections` for the whole vocabulary; keys are rotated here.
+    """
+    if can_store(cache, products.dtype, tokens.size, backend):
         return history_kernel.store(cache, products, bias, (rope.cos, rope.sin), row, start, tokens)
-    if tokens is not None:
-        products = jnp.take(products, tokens, axis=0, mode="clip")
-    both = add_bias(products, bias)[None]
-    return write_plainly(cache, (rotate(both[:, :, 0], rope), both[:, :, 1]), (row,), start)
+    width = cache.key.shape[-2]
+    taken = jnp.take(products[..., :width], tokens, axis=0, mode="clip")
+    return _write_products(cache, row, start, jnp.moveaxis(taken, 0, -1), bias[..., :width], rope)
+
+
+def can_store(cache: KeyValue, dtype: Any, rows: int, backend: str) -> bool:
+    """Returns whether `kernels.history.store` can write so many rows of this dtype into the cache."""
+    usable = use_kernels(dtype, cache.key.shape[-2], backend) and addressable(cache)
+    return usable and rows % history_kernel.STORE_TILE == 0
+
+
+def _write_products(
+    cache: KeyValue,
+    row: Array,
+    start: Array,
+    products: Float[Array, "2 heads d_h n"],
+    bias: Float[Array, "2 heads d_h"],
+    rope: Rope,
+) -> KeyValue:
+    """Adds the bias to products of keys and values, rotates the keys, and writes both from row `start` on."""
+    # In float32: XLA would make a matrix of a bias of bfloat16, to add it in the product.
+    biased = (products.astype(jnp.float32) + bias.astype(jnp.float32)[..., None]).astype(products.dtype)
+    first, second = jnp.split(biased[0].astype(jnp.float32), 2, axis=1)
+    cos, sin = rope.cos.T, rope.sin.T
+    key = jnp.concatenate([first * cos - second * sin, first * sin + second * cos], axis=1).astype(products.dtype)
+    return _write(cache, KeyValue(key, biased[1]), (row,), start)
 
 
 def write_plainly(
     cache: KeyValue, key_value: Sequence[Array], place: tuple[Array | int, ...], start: Array | int = 0
 ) -> KeyValue:
-    """Writes keys and values of many rows, each [..., rows, heads, d_h or more], from row `start` on, in plain JAX.
+    """Writes keys and values of many rows, each [..., rows, heads, d_h or more], from row `start` on.
 
     `place` is the index in the cache's first axes: the layer (if the cache has several) and the sequence.
     """
-    rows = KeyValue(*(lane_rows(array, cache.key.shape[-2]) for array in key_value))
+    return _write(cache, KeyValue(*(lane_rows(array, cache.key.shape[-2]) for array in key_value)), place, start)
+
+
+def _write(cache: KeyValue, rows: KeyValue, place: tuple[Array | int, ...], start: Array | int) -> KeyValue:
+    """Writes keys and values in the order of the cache, to `place` as in `write_plainly`."""
 
     def write(array: Array, new: Array) -> Array:
         at: list[Any] = [*place, *[0] * (array.ndim - len(place) - 1), start]
-        return jax.lax.dynamic_update_slice(array, new, at)
+        return jax.lax.dynamic_update_slice(array, new.reshape((1,) * (array.ndim - new.ndim) + new.shape), at)
 
     return jax.tree.map(write, cache, cache.as_kept(rows))
 

@@ -338,9 +338,14 @@ def unbiased_projections(
         each = [unbiased_projections(params, key_rows if part == "k" else x, part) for part in parts]
         products, biases = zip(*each)
         return jnp.concatenate(products, axis=2), jnp.concatenate(biases)
-    normed = layer_norm(x, params.norm1_scale, params.norm1_bias)
-    projected = jnp.einsum("bld,dphk->blphk", normed, params.qkv_kernel[:, first : first + len(parts)])
+    kernel = params.qkv_kernel[:, first : first + len(parts)]
+    projected = jnp.einsum("bld,dphk->blphk", first_norm(params, x), kernel)
     return projected, params.qkv_bias[first : first + len(parts)].astype(x.dtype)
+
+
+def first_norm(params: LayerParams, x: Float[Array, "batch length D"]) -> Float[Array, "batch length D"]:
+    """Returns the rows that the layer projects to queries, keys and values."""
+    return layer_norm(x, params.norm1_scale, params.norm1_bias)
 
 
 def project(
