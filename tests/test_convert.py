@@ -53,7 +53,7 @@ def restored(workdir: pathlib.Path):
 
 @needs_golden
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name == "tlin_small" else pytest.mark.slow) for name in golden.NAMES]
+    "name", [pytest.param(name, marks=() if name == "tlin_minimal" else pytest.mark.slow) for name in golden.NAMES]
 )
 def test_golden_weights_there_and_back(name, tmp_path):
     truth = golden.load(name)

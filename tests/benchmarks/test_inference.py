@@ -52,6 +52,7 @@ PLAN = Plan(
 def one_measurement_of_the_device():
     """Its speed is measured once for all tests; how: tests/benchmarks/test_limits.py."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(limits, "REPEATED", 1)
         patch.setattr(runner, "measure_ceilings", functools.cache(runner.measure_ceilings))
         yield
 
