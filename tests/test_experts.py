@@ -39,7 +39,7 @@ from tlinformer_jax.training.optimizer import decay_mask
 from tlinformer_jax.training.setup import build_run
 from tlinformer_jax.training.step import batch_gradient
 
-EXPERTS = dataclasses.replace(SMALL, hidden_depth=1, history_window=3, num_experts=5, experts_per_token=2)
+EXPERTS = dataclasses.replace(SMALL, hidden_depth=0, history_window=3, num_experts=5, experts_per_token=2)
 D, F, E = 6, 7, 4
 ROWS = (2, 9)
 
@@ -66,6 +66,9 @@ def mixture(top: int, x, router, gate_up, down) -> jax.Array:
     return feed_forward(Router(router, top), gate_up, down, x)
 
 
+compiled_mixture = jax.jit(mixture, static_argnums=0)  # for the CPU
+
+
 def slope(function, values, number: int, direction: np.ndarray, step: float = 1e-5) -> float:
     """Of a function in float64, along a direction of one of its arguments."""
     moved = [[*values[:number], values[number] + sign * step * direction, *values[number + 1 :]] for sign in (1, -1)]
@@ -79,7 +82,7 @@ def slope(function, values, number: int, direction: np.ndarray, step: float = 1e
 def test_values_and_gradients_are_those_of_a_loop(top):
     values, reads = arrays(), np.random.default_rng(1).standard_normal((*ROWS, D))
     narrow = [jnp.asarray(array, jnp.float32) for array in values]
-    np.testing.assert_allclose(mixture(top, *narrow), by_loop(top, *values), atol=1e-4, rtol=1e-4)
+    np.testing.assert_allclose(compiled_mixture(top, *narrow), by_loop(top, *values), atol=1e-4, rtol=1e-4)
     gradients = jax.jit(jax.grad(lambda *given: jnp.sum(mixture(top, *given) * reads), argnums=(0, 1, 2, 3)))(*narrow)
     for number, gradient in enumerate(gradients):
         direction = np.random.default_rng(number).standard_normal(gradient.shape)
@@ -110,18 +113,18 @@ def test_many_rows_and_unequal_shares_on_each_platform(rows, platform):
 
 def test_one_expert_is_the_ordinary_feed_forward():
     x, router, gate_up, down = (jnp.asarray(array, jnp.float32) for array in arrays(experts=1))
-    dense = feed_forward(None, gate_up[0], down[0], x)
-    np.testing.assert_allclose(mixture(1, x, router, gate_up, down), dense, rtol=1e-5, atol=1e-5)
-    alike = [jnp.repeat(array, 3, axis=0) for array in (gate_up, down)]
-    np.testing.assert_allclose(mixture(2, x, jnp.repeat(router, 3, axis=1), *alike), dense, rtol=1e-5, atol=1e-5)
+    dense = jax.jit(functools.partial(feed_forward, None))(gate_up[0], down[0], x)
+    np.testing.assert_allclose(compiled_mixture(1, x, router, gate_up, down), dense, rtol=1e-5, atol=1e-5)
+    alike = [np.repeat(router, 3, axis=1), *(np.repeat(array, 3, axis=0) for array in (gate_up, down))]
+    np.testing.assert_allclose(compiled_mixture(2, x, *alike), dense, rtol=1e-5, atol=1e-5)
 
 
 def test_the_order_of_experts_does_not_matter():
-    x, router, gate_up, down = (jnp.asarray(array, jnp.float32) for array in arrays())
+    x, router, gate_up, down = (array.astype(np.float32) for array in arrays())
     order = np.array([2, 0, 3, 1])
-    moved = mixture(2, x, router[:, order], gate_up[order], down[order])
-    np.testing.assert_allclose(moved, mixture(2, x, router, gate_up, down), rtol=1e-5, atol=1e-5)
-    wrong = mixture(2, x, router[:, order], gate_up, down)
+    moved = compiled_mixture(2, x, router[:, order], gate_up[order], down[order])
+    np.testing.assert_allclose(moved, compiled_mixture(2, x, router, gate_up, down), rtol=1e-5, atol=1e-5)
+    wrong = compiled_mixture(2, x, router[:, order], gate_up, down)
     assert np.abs(wrong - moved).max() > 0.1
 
 
@@ -129,7 +132,7 @@ def test_the_order_of_experts_does_not_matter():
 def test_no_row_is_dropped_where_all_take_one_expert(expert):
     x, router, gate_up, down = arrays()
     x[..., 0], router[0, expert] = 1, 100
-    found = mixture(1, *(jnp.asarray(array, jnp.float32) for array in (x, router, gate_up, down)))
+    found = compiled_mixture(1, *(array.astype(np.float32) for array in (x, router, gate_up, down)))
     gate, value = np.moveaxis(np.einsum("bld,dpf->blpf", x, gate_up[expert]), 2, 0)
     np.testing.assert_allclose(found, (gate / (1 + np.exp(-gate)) * value) @ down[expert], rtol=1e-4, atol=1e-4)
 
@@ -197,7 +200,7 @@ def test_gradients_are_those_with_the_losses_of_rows_that_are_read(top):
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_logits_are_the_references(architecture):
-    config = dataclasses.replace(EXPERTS, architecture=architecture)
+    config = dataclasses.replace(EXPERTS, architecture=architecture, hidden_depth=int(architecture == "tlinformer"))
     tokens, expected = truth(config, 19, 2)
     weights = golden.random_weights(config)
     variables = params_from_reference(weights, config)
@@ -430,8 +433,8 @@ def test_the_load_of_experts_is_that_of_the_rows_that_they_take(monkeypatch):
 
 
 def test_a_router_and_experts_decay_and_begin_as_ordinary_kernels_do():
-    config = dataclasses.replace(EXPERTS, d_model=64, d_ff=128)
-    params = build_model(config).init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    config = dataclasses.replace(EXPERTS, hidden_depth=1, d_model=64, d_ff=128)
+    params = jax.jit(build_model(config).init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
     layer, decays = params["blocks_0"]["compress"], decay_mask(TRAIN, params)["blocks_0"]["compress"]
     stds = {"router_kernel": 0.02, "experts_gate_up_kernel": 0.02, "experts_down_kernel": 0.02 / 12**0.5}
     for name, std in stds.items():

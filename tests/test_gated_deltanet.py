@@ -154,7 +154,8 @@ def test_mutations_of_the_rule_are_caught(mutate, monkeypatch, own_traces):
     arrays = inputs(40)
     expected, _ = by_numpy(*arrays)
     mutate(monkeypatch)
-    output, _ = delta.delta_chunked(*(jnp.asarray(part, jnp.float32) for part in arrays), chunk=16)
+    chunked = jax.jit(functools.partial(delta.delta_chunked, chunk=16))
+    output, _ = chunked(*(jnp.asarray(part, jnp.float32) for part in arrays))
     assert np.abs(output - expected).max() > 1000 * TOLERANCE
 
 
@@ -163,7 +164,7 @@ def test_the_inverse_of_equal_keys(size):
     """I + a triangle of ones, where a series of powers would lose every digit."""
     lower = jnp.tril(jnp.ones((3, size, size)), -1)
     expected = np.eye(size) - np.eye(size, k=-1)
-    np.testing.assert_allclose(delta.unit_lower_inverse(lower), np.stack([expected] * 3), atol=1e-6)
+    np.testing.assert_allclose(jax.jit(delta.unit_lower_inverse)(lower), np.stack([expected] * 3), atol=1e-6)
 
 
 # ---- The model
@@ -399,7 +400,7 @@ def test_the_kernels_serve_what_they_can(jla, own_traces):
     shape = {"vocab_size": 97, "d_model": 128, "num_heads": 4, "num_blocks": 1, "hidden_depth": 0}
     config = ModelConfig(architecture="gated_deltanet", dtype="bfloat16", memory=ExecutionPlan(), **shape)
     tokens = np.random.default_rng(0).integers(0, 97, (1, 20))
-    variables = build_model(config).init(jax.random.key(0), tokens)
+    variables = jax.jit(build_model(config).init)(jax.random.key(0), tokens)
     plain = build_model(config).apply(variables, tokens)
     assert jla == []
     jax.clear_caches()

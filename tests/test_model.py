@@ -51,8 +51,7 @@ def test_parameter_count_of_the_41m_shape(architecture):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_causality_and_full_awareness_by_gradients(architecture):
     """d logits[t] / d embedding[s] is exactly 0 for s > t, and non-zero for every s <= t that t may see."""
-    plan = ExecutionPlan(segments=2 if architecture == "tlinformer" else 1)
-    config = dataclasses.replace(SMALL, architecture=architecture, history_window=4, memory=plan)
+    config = dataclasses.replace(SMALL, architecture=architecture, history_window=4, memory=ExecutionPlan())
     model, variables = build_model(config), golden_scale(config)
     length = 22  # five full windows and a short one
     embeddings = jnp.asarray(np.random.default_rng(0).standard_normal((1, length, config.d_model)), jnp.float32)
@@ -75,15 +74,11 @@ def test_causality_and_full_awareness_by_gradients(architecture):
             assert seen.min() > 1e-7, (position, seen)
 
 
-@pytest.mark.parametrize(
-    ("architecture", "checkpointing"),
-    [("tlinformer", True), pytest.param("tconstformer", False, marks=pytest.mark.slow)],
-)
-def test_scan_equals_plain_loop_over_windows(architecture, checkpointing):
-    """The segmented scans give what applying the public block window by window gives, gradients included."""
-    config = dataclasses.replace(
-        SMALL, architecture=architecture, memory=ExecutionPlan(checkpointing=checkpointing), hidden_depth=0
-    )
+@pytest.mark.slow
+def test_scan_equals_plain_loop_over_windows():
+    """The segmented scans give what applying the public block window by window gives, gradients included: by ordinary
+    differentiation. As training has them: tests/test_training_paths.py."""
+    config = dataclasses.replace(SMALL, memory=ExecutionPlan(checkpointing=True), hidden_depth=0)
     variables = golden_scale(config)
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, config.vocab_size, (2, 11)))
     model, block = build_model(config), DualWindowBlock(config)

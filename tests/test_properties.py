@@ -7,7 +7,6 @@ import math
 import hypothesis
 import hypothesis.strategies as st
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -113,7 +112,7 @@ def valid_configs(draw, architecture: str | None = None, blocks: int = 1, window
 def check_step(config: RunConfig) -> None:
     """One update: finite, and (where windows are not sampled) of a loss near a guess's; the parameters have moved."""
     model, length = build_model(config.model), config.data.sequence_length
-    state = init_state(jax.random.key(0), model, config.train, Horizon(10, 10))
+    state = jax.jit(lambda key: init_state(key, model, config.train, Horizon(10, 10)))(jax.random.key(0))
     tokens = np.random.default_rng(length).integers(0, VOCABULARY, (4, length + 1)).astype(np.int32)
     batch = {"inputs": tokens[:, :-1], "labels": tokens[:, 1:], "weights": np.ones((4, length), np.float32)}
     step = functools.partial(train_step, model=model, config=config.train, horizon=Horizon(10, 10))
@@ -122,8 +121,8 @@ def check_step(config: RunConfig) -> None:
     assert 0 < float(metrics["loss"]) < math.inf
     assert config.train.sampled_windows or abs(float(metrics["loss"]) - math.log(VOCABULARY)) < 1
     assert 0 < float(metrics["grad_norm"]) < math.inf
-    assert jax.tree.all(jax.tree.map(lambda leaf: bool(jnp.isfinite(leaf).all()), after.params))
-    assert not jnp.array_equal(after.params["embedding"], state.params["embedding"])
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(after.params))
+    assert not np.array_equal(after.params["embedding"], state.params["embedding"])
 
 
 def check_decoding(config: ModelConfig, length: int, prompt: int) -> None:
@@ -157,7 +156,7 @@ STRATUM = {"vocab_size": VOCABULARY, "d_model": 8, "num_heads": 2, "num_blocks":
 STRATUM |= {"dtype": "float32", "attention": "xla", "generation_window": 3}
 STRATA = {
     "tlinformer": (
-        {"memory": ExecutionPlan(checkpointing=True), "history_window": 4, "dropout": 0.1, "num_experts": 3},
+        {"memory": ExecutionPlan(checkpointing=True), "history_window": 4},
         4,
     ),
     "tconstformer": ({"memory": ExecutionPlan(), "history_window": 2}, 3),

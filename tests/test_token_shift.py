@@ -4,7 +4,6 @@ The shift's vector is drawn at golden scale: s is of the order of 1, like the em
 """
 
 import dataclasses
-import itertools
 
 import jax
 import jax.numpy as jnp
@@ -68,17 +67,17 @@ def test_logits_are_the_references_whether_tokens_or_rows_are_given(architecture
 @pytest.mark.parametrize("architecture", QUICK)
 def test_it_is_off_unless_asked_for_and_starts_at_zero(architecture):
     """Without it no parameter; with it the same others, and before training the same logits but for rounding."""
-    config = shifted(architecture)
+    config = shifted(architecture, num_blocks=1)
     off = dataclasses.replace(config, token_shift=False)
     assert not ModelConfig().token_shift
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, (2, 11))
-    variables, without = (build_model(model).init(jax.random.key(3), tokens) for model in (config, off))
+    variables, without = (jax.jit(build_model(model).init)(jax.random.key(3), tokens[:, :1]) for model in (config, off))
     shift = variables["params"].pop("shift")
     assert shift.shape == (config.d_model,)
     assert not shift.any()
     jax.tree.map(np.testing.assert_array_equal, variables, without)
     given = {"params": variables["params"] | {"shift": shift}}
-    on, plain = build_model(config).apply(given, tokens), build_model(off).apply(without, tokens)
+    on, plain = jax.jit(build_model(config).apply)(given, tokens), jax.jit(build_model(off).apply)(without, tokens)
     np.testing.assert_allclose(on, plain, atol=1e-6)
 
 
@@ -110,10 +109,14 @@ def test_what_has_a_convolution_has_no_shift(architecture):
 # ---- Generation
 
 
-@pytest.mark.parametrize("architecture", QUICK)
-def test_prefill_step_and_slide_equal_the_reference(architecture):
-    """Prompts of unequal lengths in one batch, each continued across at least three slides."""
-    check_every_way(shifted(architecture, hidden_depth=1), PROMPTS, FED, alone=(1, 8))
+@pytest.mark.parametrize(
+    ("architecture", "hidden_depth"),
+    [pytest.param("tlinformer", 1, marks=pytest.mark.slow), ("transformer", 0), ("sliding_window", 0)],
+)
+def test_prefill_step_and_slide_equal_the_reference(architecture, hidden_depth):
+    """Prompts of unequal lengths in one batch, each continued across at least three slides. TLinFormer with its other
+    options: tests/test_options_together.py."""
+    check_every_way(shifted(architecture, hidden_depth=hidden_depth), PROMPTS, FED, alone=(1, 8))
 
 
 @pytest.mark.parametrize("architecture", SHIFTING)
@@ -214,8 +217,12 @@ def test_mistakes_in_the_decoder_are_caught(mutate, monkeypatch, own_traces):
 @pytest.mark.parametrize(
     ("architecture", "checkpointing"),
     [
-        *itertools.product(QUICK, [False, True]),
-        pytest.param("tconstformer", True, marks=pytest.mark.slow),
+        ("tlinformer", True),
+        ("transformer", False),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (("tlinformer", False), ("transformer", True), ("sliding_window", True), ("tconstformer", True))
+        ),
     ],
 )
 def test_the_gradient_of_the_vector_is_the_references_slope(architecture, checkpointing):
@@ -254,7 +261,9 @@ def test_a_small_rate_moves_it_and_nothing_makes_it_decay(schedule):
     train = dataclasses.replace(TRAIN, learning_rate=3e-4, schedule="constant", warmup_steps=0, batch_size=2)
     params = golden_scale(config)["params"]
     optimizer = build_optimizer(train, horizon)
-    updates, _ = optimizer.update(jax.tree.map(jnp.ones_like, params), optimizer.init(params), params)
+    updates = jax.jit(lambda grads: optimizer.update(grads, optimizer.init(params), params)[0])(
+        jax.tree.map(np.ones_like, params)
+    )
     np.testing.assert_allclose(SHIFT_SCALE * updates["shift"], -3e-3, rtol=1e-3)
     decays = decay_mask(dataclasses.replace(TRAIN, schedule=schedule, steps="1epoch"), params)
     assert not decays["shift"]

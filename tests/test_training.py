@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from tests.support import golden
+from tests.support.commands import TEXT_FILE
 from tlinformer_jax.config.data import DataConfig
 from tlinformer_jax.config.model import ARCHITECTURES, RECURRENT, ExecutionPlan
 from tlinformer_jax.config.run import RunConfig, TrainConfig
@@ -357,13 +358,19 @@ def run_config(**changes) -> RunConfig:
     return RunConfig(
         model=dataclasses.replace(MODEL, **changes.pop("model", {})),
         train=dataclasses.replace(TRAIN, **changes.pop("train", {})),
-        data=DataConfig(dataset="pydoc", tokenizer="bytes", sequence_length=16),
+        data=DataConfig(
+            dataset="text",
+            tokenizer="bytes",
+            sequence_length=16,
+            train_files=str(TEXT_FILE),
+            validation_files=str(TEXT_FILE),
+        ),
     )
 
 
 def test_a_run_leaves_a_complete_workdir_and_continues_exactly(tmp_path, capsys):
     """Stopping after two steps and going on, with checkpoints by the clock, gives the same parameters."""
-    config = run_config()
+    config = run_config(model={"num_blocks": 1})
     whole = train_and_evaluate(config, tmp_path / "whole")
     assert 0 < whole["loss"] < 10
     assert math.isclose(whole["perplexity"], math.exp(whole["loss"]), rel_tol=1e-6)
@@ -386,7 +393,7 @@ def test_a_run_leaves_a_complete_workdir_and_continues_exactly(tmp_path, capsys)
         (part / name).write_bytes((tmp_path / "whole" / name).read_bytes())
     (tmp_path / "whole" / "checkpoints" / "2").rename(part / "checkpoints" / "2")
     capsys.readouterr()
-    train_and_evaluate(run_config(train={"checkpoint_every": "0.001s"}), part)
+    train_and_evaluate(dataclasses.replace(config, train=dataclasses.replace(TRAIN, checkpoint_every="0.001s")), part)
     assert "checkpoints: every 0.001s, at the end\n" in capsys.readouterr().err
     assert {path.name for path in (part / "checkpoints").iterdir()} == {"3", "4"}
     run = build_run(config, ByteTokenizer())

@@ -26,16 +26,11 @@ LENGTH = 15  # three windows of 4 tokens, and one of 3
 WAYS = {
     "one after the other": {"memory": ExecutionPlan(2, chunk=3, checkpointing=True)},
     "a segment each": {"memory": ExecutionPlan(9, checkpointing=True)},
-    "three segments": {"memory": ExecutionPlan(3, checkpointing=True), "history_window": 9},
     "one segment in chunks": {"memory": ExecutionPlan(chunk=8, checkpointing=True), "history_window": 9},
     "in groups": {"memory": ExecutionPlan(4, together=2, chunk=5, checkpointing=True)},
     "in threes": {"memory": ExecutionPlan(2, together=3, scan_layers=False, checkpointing=True)},
     "eight windows in threes": {
         "memory": ExecutionPlan(2, together=3, scan_layers=False, checkpointing=True),
-        "generation_window": 2,
-    },
-    "eight windows in twos": {
-        "memory": ExecutionPlan(2, together=2, scan_layers=False, checkpointing=True),
         "generation_window": 2,
     },
     "all together": {"memory": ExecutionPlan(together=5), "history_window": 9},

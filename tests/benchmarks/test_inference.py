@@ -48,6 +48,15 @@ PLAN = Plan(
 )
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_measurement_of_the_device():
+    """Its speed is measured once for all tests; how: tests/benchmarks/test_limits.py."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(limits, "REPEATED", 1)
+        patch.setattr(runner, "measure_ceilings", functools.cache(runner.measure_ceilings))
+        yield
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> tuple[pathlib.Path, dict[str, Any]]:
     """A whole run at toy lengths: its folder, and inference.json."""

@@ -11,7 +11,7 @@ import pytest
 
 from tests.decoding.test_context import small_caches
 from tests.decoding.test_exactness import errors_of, make_decoder, truth
-from tests.decoding.test_kernels import in_int8, log_sum_exp, normal, softmax_attention
+from tests.decoding.test_kernels import attend_history, in_int8, log_sum_exp, normal, softmax_attention, store
 from tests.decoding.test_trained_bfloat16 import decoded_logits
 from tests.support import golden, reference
 from tests.support.commands import command
@@ -26,7 +26,6 @@ from tlinformer_jax.decoding.spread import on_devices
 from tlinformer_jax.errors import ConfigError
 from tlinformer_jax.interop import params_from_reference
 from tlinformer_jax.kernels import decode as decode_kernel
-from tlinformer_jax.kernels import history as history_kernel
 from tlinformer_jax.kernels import key_value
 from tlinformer_jax.kernels.key_value import KeyValue, quantised
 from tlinformer_jax.models import cached_rows
@@ -106,7 +105,7 @@ def test_every_logit_is_that_of_a_history_quantised_in_numpy(changes, rows_per_t
     # A number in the middle of two multiples may be rounded the other way in float32, which moves a few logits.
     assert np.median(errors) < 2e-5
     assert errors.max() < 0.02
-    assert np.median(int8_errors(make_decoder(config), truth)) > 1e-3  # so the bound above means something
+    assert np.median(int8_errors(make_decoder(config), truth, room=13)) > 1e-3  # so the bound above means something
 
 
 @pytest.mark.parametrize(
@@ -321,7 +320,7 @@ def int8_cache(*shape: int, seed: int = 0) -> tuple[KeyValue, np.ndarray, np.nda
 def test_attend_history(queries, width, length):
     cache, key, value = int8_cache(2, 2, width, 1536)
     query = normal(5, queries, 2, width + 4)
-    read, lse = history_kernel.attend(query, cache, jnp.int32(1), jnp.int32(length), 0.3, interpret=True)
+    read, lse = attend_history(query, cache, jnp.int32(1), jnp.int32(length), 0.3)
     if not length:
         assert (np.asarray(read) == 0).all()
         assert (np.asarray(lse) == -np.inf).all()
@@ -387,9 +386,7 @@ def test_store_quantises_what_it_writes_and_touches_nothing_else(width):
     cache, _, _ = int8_cache(2, 3, width, 512)
     projected, bias = normal(2, 128, 2, 3, width + 4), normal(3, 2, 3, width + 4)
     rope = rope_table(1_000_000 + jnp.arange(128), width)
-    new = history_kernel.store(
-        cache, projected, bias, (rope.cos, rope.sin), jnp.int32(1), jnp.int32(200), interpret=True
-    )
+    new = store(cache, projected, bias, (rope.cos, rope.sin), jnp.int32(1), jnp.int32(200))
     biased = projected[..., :width] + bias[..., :width]
     true_key = rotate(biased[None, :, 0], rope)[0]
     parts = (

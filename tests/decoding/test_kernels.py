@@ -1,5 +1,7 @@
 """The GPU kernels of generation, interpreted on the CPU, against plain products in float64."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +17,11 @@ from tlinformer_jax.models.cached_attention import TokenLayerParams, token_layer
 from tlinformer_jax.models.cached_rows import CachedRows
 from tlinformer_jax.models.layers import LayerParams, prepare_layers
 from tlinformer_jax.models.rope import rope_table, rotate
+
+# Whole programs: one by one, operations around a kernel take longer to compile.
+attend_history = jax.jit(functools.partial(history_kernel.attend, interpret=True), static_argnums=4)
+attend_few = jax.jit(functools.partial(history_kernel.attend_few, interpret=True), static_argnums=4)
+store = jax.jit(functools.partial(history_kernel.store, interpret=True))
 
 
 def normal(seed: int, *shape: int) -> jax.Array:
@@ -44,7 +51,7 @@ def softmax_attention(query, key, value, scale):
 def test_attend_history(queries, width, length):
     key, value = normal(0, 2, 2, width, 768), normal(1, 2, 2, width, 768)
     query = normal(2, queries, 2, width + 4)  # its padding must not count
-    read, lse = history_kernel.attend(query, KeyValue(key, value), jnp.int32(1), jnp.int32(length), 0.3, interpret=True)
+    read, lse = attend_history(query, KeyValue(key, value), jnp.int32(1), jnp.int32(length), 0.3)
     truth = softmax_attention(query[..., :width], key[1, ..., :length], value[1, ..., :length], 0.3)
     np.testing.assert_allclose(read, truth, atol=2e-5)
     np.testing.assert_allclose(lse, log_sum_exp(query[..., :width], key[1, ..., :length], 0.3), atol=2e-5)
@@ -52,9 +59,7 @@ def test_attend_history(queries, width, length):
 
 def test_attend_history_without_rows_is_zero():
     key, value = normal(0, 1, 2, 8, 256), normal(1, 1, 2, 8, 256)
-    read, lse = history_kernel.attend(
-        normal(2, 4, 2, 8), KeyValue(key, value), jnp.int32(0), jnp.int32(0), 0.3, interpret=True
-    )
+    read, lse = attend_history(normal(2, 4, 2, 8), KeyValue(key, value), jnp.int32(0), jnp.int32(0), 0.3)
     assert (np.asarray(read) == 0).all()
     assert (np.asarray(lse) == -np.inf).all()
 
@@ -62,7 +67,7 @@ def test_attend_history_without_rows_is_zero():
 @pytest.mark.parametrize(("queries", "width", "length"), [(130, 12, 100), (64, 36, 192), (3, 8, 0)])
 def test_attend_few_rows(queries, width, length):
     key, value, query = normal(0, 2, width, 192), normal(1, 2, width, 192), normal(2, queries, 2, width + 4)
-    read = np.asarray(history_kernel.attend_few(query, key, value, jnp.int32(length), 0.3, interpret=True))
+    read = np.asarray(attend_few(query, key, value, jnp.int32(length), 0.3))
     assert (read[..., width:] == 0).all()
     if length:
         truth = softmax_attention(query[..., :width], key[..., :length], value[..., :length], 0.3)
@@ -91,7 +96,7 @@ def test_store_adds_the_bias_rotates_keys_and_touches_nothing_else(width):
     rope = rope_table(1_000_000 + jnp.arange(128), width)
     bias = normal(3, 2, 3, width + 4)
     place = jnp.int32(1), jnp.int32(200)
-    new = history_kernel.store(KeyValue(key, value), projected, bias, (rope.cos, rope.sin), *place, interpret=True)
+    new = store(KeyValue(key, value), projected, bias, (rope.cos, rope.sin), *place)
     biased = projected[..., :width] + bias[..., :width]
     true_key = rotate(biased[None, :, 0], rope)[0]
     for found, old, rows in ((new.key, key, true_key), (new.value, value, biased[:, 1])):
@@ -110,8 +115,8 @@ def test_store_looks_rows_up():
     rope = rope_table(jnp.arange(128), 12)
     tables, tokens = (rope.cos, rope.sin), jnp.asarray(np.random.default_rng(4).integers(0, 9, 128), jnp.int32)
     place = jnp.int32(1), jnp.int32(64)
-    found = history_kernel.store(KeyValue(key, value), words, bias, tables, *place, tokens, interpret=True)
-    expected = history_kernel.store(KeyValue(key, value), words[tokens], bias, tables, *place, interpret=True)
+    found = store(KeyValue(key, value), words, bias, tables, *place, tokens)
+    expected = store(KeyValue(key, value), words[tokens], bias, tables, *place)
     for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_array_equal(one, other)
 

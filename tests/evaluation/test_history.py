@@ -34,7 +34,7 @@ def window_costs(model, tokens, labels, start, cut, seen=None):
 @pytest.mark.parametrize(
     "model",
     [
-        DEEP,
+        MODEL,
         *(
             pytest.param(dataclasses.replace(DEEP, **changes), marks=pytest.mark.slow)
             for changes in (

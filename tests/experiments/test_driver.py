@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 
+from tests.support.commands import TEXT_FILE
 from tlinformer_jax.config.model import ARCHITECTURES
 from tlinformer_jax.config.run import run_config
 from tlinformer_jax.decoding.cache import capacity_for, init_cache
@@ -26,7 +27,8 @@ CONFIG = run_config(
     {
         "model": MODEL,
         "train": {"steps": 4, "batch_size": 8, "log_every": 1, "eval_every": 2, "warmup_steps": 1, "seed": 5},
-        "data": {"dataset": "pydoc", "tokenizer": "bytes", "sequence_length": 32},
+        "data": {"dataset": "text", "tokenizer": "bytes", "sequence_length": 32}
+        | {f"{split}_files": str(TEXT_FILE) for split in ("train", "validation", "test")},
     }
 )
 
@@ -52,7 +54,7 @@ def test_a_run_is_recorded_whole_and_only_once(tmp_path, monkeypatch):
     speeds = sorted(event["train/tokens_per_second"] for event in events if "train/tokens_per_second" in event)
     assert written["speed"]["tokens_per_second"] == pytest.approx(np.median(speeds))
     assert (written["steps"], written["tokens"], written["seed"]) == (4, 4 * 8 * 32, 5)
-    parameters = build_model(ModelConfig(**MODEL)).init(jax.random.key(0), np.zeros((1, 8), np.int32))
+    parameters = jax.eval_shape(build_model(ModelConfig(**MODEL)).init, jax.random.key(0), np.zeros((1, 8), np.int32))
     assert written["parameters"] == sum(leaf.size for leaf in jax.tree.leaves(parameters))
     assert written["device"] == {"kind": jax.devices()[0].device_kind, "platform": "cpu", "count": 8}
     assert run_config(written["config"]) == CONFIG

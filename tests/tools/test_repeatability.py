@@ -23,7 +23,7 @@ def test_a_difference_is_told_by_the_log_and_the_arrays(tmp_path, monkeypatch):
     from tools import repeatability
 
     def run(name: str, **train) -> repeatability.Run:
-        config = run_config(tmp_path, steps=3, log_every=1, eval_every=0, **train)
+        config = run_config(tmp_path, dropout=0.1, steps=3, log_every=1, eval_every=0, **train)
         train_and_evaluate(config, tmp_path / name / "run")
         monkeypatch.setattr(repeatability.Run, "__init__", lambda self: None)
         found = repeatability.Run()

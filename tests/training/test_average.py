@@ -50,7 +50,8 @@ def last_state(config, workdir):
 
 @pytest.mark.slow
 def test_evaluations_and_readers_of_checkpoints_use_it_and_a_run_with_every_recipe_goes_on_exactly(tmp_path):
-    config = run_config(tmp_path, steps=4, log_every=1, eval_every=0, checkpoint_every=2, keep_checkpoints=9, **RECIPE)
+    often = {"log_every": 1, "eval_every": 0, "checkpoint_every": 2, "keep_checkpoints": 9}
+    config = run_config(tmp_path, dropout=0.1, steps=4, **often, **RECIPE)
     whole, part, tuned = tmp_path / "whole", tmp_path / "part", tmp_path / "tuned"
     figures = train_and_evaluate(config, whole)
     run, state = last_state(config, whole)

@@ -52,6 +52,7 @@ def test_a_run_says_that_it_compiles_what_it_reached_and_what_comes_next(tmp_pat
     (evaluation,) = [line for line in lines if line.startswith("evaluation at step 2: ")]
     assert evaluation.startswith(f"evaluation at step 2: bits per byte {figures['bits_per_byte']:.5g}  loss ")
     (goal,) = [line.removeprefix("to beat: ") for line in lines if line.startswith("to beat: ")]
+    assert re.fullmatch(r"[12]\.\d{3} bits per byte, .* \([56] bytes of context, Kneser-Ney\)", goal)
     assert f"reached: {figures['bits_per_byte']:.3f} bits per byte; to beat: {goal}" in lines
     assert f"next: python -m tlinformer_jax evaluate --workdir='{tmp_path}/a run'" in lines
     assert f"next: python -m tlinformer_jax generate --workdir='{tmp_path}/a run' --prompt=\"...\"" in lines

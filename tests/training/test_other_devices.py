@@ -20,9 +20,8 @@ def stopped(tmp_path_factory):
     """A configuration over 8 devices, what the whole run logs, and a directory that crashed after step 3 of 6."""
     folder = tmp_path_factory.mktemp("devices")
     # Without accumulation: each of 8 devices has rows of its own, whose dropout must not depend on where they are.
-    config = run_config(
-        folder, log_every=1, eval_every=3, checkpoint_every=3, keep_checkpoints=2, accumulation=1, mesh="fsdp=2"
-    )
+    often = {"log_every": 1, "eval_every": 3, "checkpoint_every": 3, "keep_checkpoints": 2}
+    config = run_config(folder, dropout=0.1, **often, accumulation=1, mesh="fsdp=2")
     train_and_evaluate(config, folder / "whole")
     log_step = callbacks.log_step
 

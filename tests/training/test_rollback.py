@@ -54,11 +54,11 @@ SHORT = {"steps": 9, "log_every": 1, "eval_every": 0, "checkpoint_every": 3, "ke
 def test_a_rollback_leaves_out_what_came_after_the_checkpoint_and_goes_on_past_the_bad_batches(
     tmp_path, spoil, monkeypatch, capfd
 ):
-    config = run_config(tmp_path, **SHORT, max_skipped_updates="1+2")
+    config = run_config(tmp_path, dropout=0.1, **SHORT, max_skipped_updates="1+2")
     # Updates 6 and 7 are bad; the checkpoint of 6 is none to go back to. What follows has the state of step 3:
     # as if updates 4 to 7 had been skipped, by which a run without rollbacks is told what to expect.
     spoil(3, 4, 5, 6)
-    plain = run_config(tmp_path, **SHORT, max_skipped_updates=9)
+    plain = run_config(tmp_path, dropout=0.1, **SHORT, max_skipped_updates=9)
     train_and_evaluate(plain, tmp_path / "skipped")
     expected = last_state(plain, tmp_path / "skipped")
     capfd.readouterr()

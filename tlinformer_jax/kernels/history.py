@@ -87,7 +87,9 @@ def attend(
         num_warps=WARPS,
         num_stages=STAGES,
     )
-    merged, lse = merge_softmaxes(sums, tops / LOG2_E, 0, totals)
+    # A part without rows has none: two roundings of its finite top would differ by more than exp can take.
+    tops = jnp.where(totals > 0, tops / LOG2_E, -jnp.inf)
+    merged, lse = merge_softmaxes(sums, tops, 0, totals)
     return jnp.swapaxes(merged, 0, 1), jnp.swapaxes(lse, 0, 1)
 
 
