@@ -1,0 +1,1 @@
+"""Evaluation of a trained model: by position, at other lengths, on any text."""

@@ -1,0 +1,161 @@
+"""Shared parts of sweep files, and of config files for tasks with answers: models of equal depth, recipe, points."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from tlinformer_jax.config.data import DataConfig
+from tlinformer_jax.config.named import load_python
+from tlinformer_jax.config.recipes import TOKENS_PER_UPDATE, set_books, set_own_recipe
+from tlinformer_jax.config.run import default_config_dict
+from tlinformer_jax.errors import ConfigError
+
+if TYPE_CHECKING:
+    from ml_collections import ConfigDict
+
+T = TypeVar("T")
+
+TOKENS = 200_000_000  # most training tokens of a run
+STOP_AT = 0.99
+EVALUATIONS = 24
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """Sizes of a task: N, W_oh and W_og, the pairs of 'recall', and `DataConfig.curriculum`."""
+
+    length: int
+    history_window: int
+    generation_window: int
+    pairs: int = 1
+    curriculum: str = ""
+
+
+# Architecture, B, H: B * (H + 2) layers. B = 2, since a first block's history of raw embeddings lacks context.
+MODELS = {
+    "attention-2": ("transformer", 1, 0),  # shows that the task can be learnt in this setup
+    "attention-4": ("transformer", 2, 0),
+    "attention-6": ("transformer", 2, 1),
+    "tlin-4": ("tlinformer", 2, 0),
+    "tlin-6": ("tlinformer", 2, 1),
+    "tconst-4": ("tconstformer", 2, 0),
+    "tconst-6": ("tconstformer", 2, 1),
+    "sliding-4": ("sliding_window", 2, 0),
+    "sliding-6": ("sliding_window", 2, 1),
+}
+# What the models above are compared with (configs/sweep_comparators.py).
+COMPARATORS = {"delta-4": ("gated_deltanet", 2, 0), "hybrid-4": ("gated_deltanet_hybrid", 2, 0)}
+
+
+def set_model(config: "ConfigDict", name: str) -> None:
+    """Sets architecture and depth to an entry of MODELS or COMPARATORS; raises a ConfigError for an unknown name.
+
+    Gated DeltaNet has a short convolution in place of the token shift, and no rotary positions.
+    """
+    architecture, blocks, hidden = chosen(MODELS | COMPARATORS, name)
+    config.model.update(architecture=architecture, num_blocks=blocks, hidden_depth=hidden)
+    if name in COMPARATORS:
+        config.model.token_shift = False
+    if architecture == "gated_deltanet":
+        config.model.longest_wavelength = 0
+
+
+def books_config(row: str, tokens: int) -> "ConfigDict":
+    """Returns the configuration of a row of `config.recipes` with our recipe, trained on `tokens` tokens of books.
+
+    A tenth of the updates is warm-up; there are ten evaluations, each with a checkpoint.
+    """
+    config = default_config_dict()
+    set_books(config)
+    set_own_recipe(config, row)
+    updates = -(-tokens // TOKENS_PER_UPDATE)
+    tenth = max(1, updates // 10)
+    config.train.update(steps=updates, warmup_steps=tenth, eval_every=tenth, checkpoint_every=tenth)
+    return config
+
+
+def package_config(name: str) -> "Callable[[str], ConfigDict]":
+    """Returns `get_config` of one of the package's config files; it takes a variant."""
+    return lambda variant: load_python(f"{name}:{variant}", "--config", "get_config")
+
+
+def sweep_points(
+    get_config: "Callable[[str], ConfigDict]",
+    settings: Sequence[str],
+    models: Sequence[str],
+    learning_rates: Sequence[float],
+) -> "tuple[ConfigDict, dict[str, dict[str, Any]]]":
+    """Returns a sweep's base and a point SETTING_MODEL_lrRATE for every setting, model and learning rate."""
+    from tlinformer_jax.experiments.plan import overrides_between
+
+    def configured(setting: str, model: str) -> "ConfigDict":
+        config = get_config(setting)
+        set_model(config, model)
+        return config
+
+    base, points = configured(settings[0], models[0]), {}
+    for setting in settings:
+        for model in models:
+            changed = overrides_between(base, configured(setting, model))
+            for rate in learning_rates:
+                points[f"{setting}_{model}_lr{rate:g}"] = changed | {"train.learning_rate": rate}
+    return base, points
+
+
+def set_needles(config: "ConfigDict", setting: Setting, dataset: str, needles: int, tiny: bool) -> None:
+    """Sets up needles, all asked for in training, in books (GPT-2 tokens) or, if `tiny`, Python's reference (bytes)."""
+    if tiny:
+        config.data.tokenizer = "bytes"
+    else:
+        set_books(config)  # niah-1 has its own haystack and does not read the books
+    config.data.update(dataset=dataset, num_items=needles)
+    if tiny:
+        set_task(config, setting, vocab_size=257, width=32, tokens_per_update=4_096, learning_rate=3e-3)
+        shorten(config, 40)
+    else:
+        set_task(config, setting, vocab_size=50257, width=256, tokens_per_update=65_536, learning_rate=1e-3)
+        config.train.eval_every = TOKENS // 65_536 // 8  # an evaluation in samples of 8,192 tokens reads 1.6 M tokens
+
+
+def set_task(
+    config: "ConfigDict", setting: Setting, vocab_size: int, width: int, tokens_per_update: int, learning_rate: float
+) -> None:
+    """Sets windows, a small model and AdamW without weight decay, with warm-up and cosine; no sample is seen twice."""
+    config.model.update(
+        vocab_size=vocab_size,
+        d_model=width,
+        num_heads=max(1, width // 64),
+        history_window=setting.history_window,
+        generation_window=setting.generation_window,
+        dropout=0.0,
+    )
+    set_model(config, "tlin-4")
+    config.data.update(sequence_length=setting.length, curriculum=setting.curriculum)
+    rows, updates = tokens_per_update // setting.length, TOKENS // tokens_per_update
+    config.train.update(
+        steps=f"{updates}@{STOP_AT}",
+        batch_size=rows,
+        learning_rate=learning_rate,
+        warmup_steps=updates // 10,
+        schedule="cosine:0.1",
+        weight_decay=0.0,
+        clip_norm=1.0,
+        log_every=50,
+        eval_every=updates // EVALUATIONS,
+        checkpoint_every=updates // 4,
+    )
+    config.data.examples = DataConfig(**config.data).samples_before(updates, rows)
+
+
+def shorten(config: "ConfigDict", steps: int) -> None:
+    """Shortens a run to a trial of `steps` updates, evaluated twice."""
+    config.train.update(steps=f"{steps}@{STOP_AT}", warmup_steps=steps // 10)
+    config.train.update(eval_every=steps // 2, checkpoint_every=steps // 2)
+    config.data.examples = DataConfig(**config.data).samples_before(steps, config.train.batch_size)
+
+
+def chosen(table: Mapping[str, T], name: str) -> T:
+    """Returns the variant `name` of a config file; raises a ConfigError for an unknown name."""
+    if name not in table:
+        raise ConfigError("variant", name, f"must be one of {', '.join(table)}")
+    return table[name]

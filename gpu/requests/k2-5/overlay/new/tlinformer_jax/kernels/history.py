@@ -1,0 +1,395 @@
+"""GPU kernels of prefill and slide, in Pallas for Triton.
+
+`store` writes many rows into the cache, `attend` reads the whole cache for a few queries, and `attend_few` reads a
+compressed context for many queries. The plain versions are in `models.cached_attention`: `write_rows`, `attend_history`
+and `attend_context` without kernels. Gain: at a million tokens a slide takes 6%, 32% and 3.3% longer without them, a
+prefill 35%, 31% and 5.4%.
+
+Keys and values are [batch, heads, d_h, rows] (`models.cached_attention`); the matrix units need this order of the keys,
+too. With an int8 cache `attend` reads integers and `store` writes them.
+"""
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jaxtyping import Array, Float, Int
+
+from tlinformer_jax.kernels.common import (
+    LEAST_PIECE,
+    LOG2_E,
+    call_kernel,
+    dot,
+    feature_pieces,
+    iota,
+    masked_load,
+    masked_store,
+    merge_softmaxes,
+    powers,
+)
+from tlinformer_jax.kernels.key_value import KeyValue, row_scale, to_integers, value_dtype
+
+# Queries and rows that a program of `attend` multiplies at once, its warps, and its pipeline stages.
+QUERY_TILE = 64
+ROW_TILE = 64
+WARPS = 4
+STAGES = 3
+# Most tiles of queries of a program of `attend_few`; most rows, and their width, that it loads once for all its tiles.
+QUERY_TILES = 8
+MOST_ROWS_ONCE = 256
+MOST_WIDTH_ONCE = 48
+# Target number of programs: eight for each of the 132 multiprocessors of an H100.
+PROGRAMS = 1056
+# Rows that a program of `store` writes; rows and pairs of features that one of `store_words` writes, and its warps.
+STORE_TILE = 128
+WORD_TILE, WORD_PAIRS, WORD_WARPS = 64, 32, 8
+# With these tiles wider heads would not fit into a multiprocessor's shared memory.
+MOST_WIDTH = 128
+
+
+def attend(
+    query: Float[Array, "queries heads width"],
+    cache: KeyValue,
+    row: Array,
+    length: Array,
+    scale: float,
+    interpret: bool = False,
+) -> tuple[Float[Array, "queries heads d_h"], Float[Array, "queries heads"]]:
+    """Computes softmax attention of a few rotated queries to the first `length` cached rows of sequence `row`.
+
+    The work is split over the rows. Features of the queries past d_h are padding.
+
+    Returns:
+      the output, float32, and the log-sum-exp of the scaled scores; 0 and -inf if no row is valid.
+    """
+    queries, heads, _ = query.shape
+    width, room = cache.key.shape[2:]
+    tiles = pl.cdiv(queries, QUERY_TILE)
+    parts = max(1, min(PROGRAMS // (heads * tiles), room // (4 * ROW_TILE)))
+    kernel = functools.partial(_attend_kernel, scale=scale * LOG2_E, queries=queries, width=width, parts=parts)
+    kernel = functools.partial(kernel, interpret=interpret)
+    shape = (parts, heads, queries)
+    outputs = [
+        jax.ShapeDtypeStruct((*shape, width), jnp.float32),
+        jax.ShapeDtypeStruct(shape, jnp.float32),
+        jax.ShapeDtypeStruct(shape, jnp.float32),
+    ]
+    place = jnp.stack([row, length]).astype(jnp.int32)
+    sums, tops, totals = call_kernel(
+        kernel,
+        (tiles, heads, parts),
+        outputs,
+        [query, cache, place],
+        "attend_history",
+        interpret,
+        num_warps=WARPS,
+        num_stages=STAGES,
+    )
+    merged, lse = merge_softmaxes(sums, tops / LOG2_E, 0, totals)
+    return jnp.swapaxes(merged, 0, 1), jnp.swapaxes(lse, 0, 1)
+
+
+def _attend_kernel(
+    query_ref, cache, place_ref, sums_ref, tops_ref, totals_ref, *, scale, queries, width, parts, interpret
+) -> None:
+    """Computes one part of the rows for a tile of queries and one head; scaled scores are to base 2."""
+    tile, head, part = pl.program_id(0), pl.program_id(1), pl.program_id(2)
+    numbers = tile * QUERY_TILE + iota(QUERY_TILE)
+    pieces = feature_pieces(width, LEAST_PIECE)
+    query = _load_queries(query_ref, numbers, head, queries, width)
+    length = place_ref[1]
+    each = pl.cdiv(pl.cdiv(length, ROW_TILE), parts)
+    begin = part * each
+    blocks = (begin, begin + each)
+    top, total, sums = _stream(query, cache, (place_ref[0], head), length, blocks, width, scale, interpret)
+    is_query = numbers < queries
+    for (start, size), values in zip(pieces, sums):
+        features = start + iota(size)
+        mask = is_query[:, None] & (features < width)[None, :]
+        masked_store(sums_ref.at[part, head, numbers[:, None], features[None, :]], values, mask)
+    masked_store(tops_ref.at[part, head, numbers], top * scale, is_query)
+    masked_store(totals_ref.at[part, head, numbers], total, is_query)
+
+
+def attend_few(
+    query: Float[Array, "queries heads width"],
+    key: Float[Array, "heads d_h rows"],
+    value: Float[Array, "heads d_h rows"],
+    length: Array,
+    scale: float,
+    interpret: bool = False,
+) -> Float[Array, "queries heads width"]:
+    """Computes softmax attention of many queries to a few rows, as from the history to the compressed context.
+
+    The number of rows is a multiple of ROW_TILE; the first `length` rows are valid, and the result is 0 if none is.
+    Features past d_h are padding, and 0 in the result.
+    """
+    queries, heads, _ = query.shape
+    tiles = min(QUERY_TILES, pl.cdiv(queries, QUERY_TILE))
+    sizes = {"queries": queries, "width": key.shape[1], "tiles": tiles}
+    return call_kernel(
+        functools.partial(_attend_few_kernel, scale=scale * LOG2_E, interpret=interpret, **sizes),
+        (pl.cdiv(queries, tiles * QUERY_TILE), heads),
+        jax.ShapeDtypeStruct(query.shape, query.dtype),
+        [query, KeyValue(key[None], value[None]), length.astype(jnp.int32)[None]],
+        "attend_context",
+        interpret,
+        num_warps=WARPS,
+        num_stages=STAGES,
+    )
+
+
+def _attend_few_kernel(query_ref, cache, length_ref, output_ref, *, scale, queries, width, tiles, interpret) -> None:
+    """Computes all rows for several tiles of queries and one head; few narrow rows are loaded once for all tiles."""
+    first, head, length = pl.program_id(0) * tiles, pl.program_id(1), length_ref[0]
+    rows, pieces = cache.key.shape[3], feature_pieces(width, LEAST_PIECE)
+    once = rows <= MOST_ROWS_ONCE and width <= MOST_WIDTH_ONCE
+    loaded = _load_rows(cache, head, width) if once else None
+
+    def tile(number: Array, done: Array, masked: bool) -> Array:
+        numbers = (first + number) * QUERY_TILE + iota(QUERY_TILE)
+        query = _load_queries(query_ref, numbers, head, queries, width)
+        if loaded is None:
+            blocks = (0, pl.cdiv(length, ROW_TILE))
+            _, total, sums = _stream(query, cache, (0, head), length, blocks, width, scale, interpret)
+        else:
+            total, sums = _read(query, loaded, length if masked else None, width, scale, interpret)
+        divisor = jnp.where(total > 0, total, 1.0)[:, None]
+        for (start, size), values in zip(pieces, sums):
+            features = start + iota(size)
+            mask = (numbers < queries)[:, None] & (features < output_ref.shape[2])[None, :]
+            values = jnp.where((features < width)[None, :], values / divisor, 0.0)
+            target = output_ref.at[numbers[:, None], head, features[None, :]]
+            masked_store(target, values.astype(output_ref.dtype), mask)
+        return done + 1
+
+    # Almost always all rows are valid, and none is masked.
+    full = jnp.minimum(length // pl.next_power_of_2(rows), 1) * tiles if once else 0
+    done = jax.lax.fori_loop(0, full, functools.partial(tile, masked=False), jnp.int32(0))
+    jax.lax.fori_loop(full, tiles, functools.partial(tile, masked=True), done)
+
+
+def _load_rows(cache: KeyValue, head: Array, width: int) -> tuple[list[Array], list[Array]]:
+    """Loads all keys and values of a head in pieces [size, rows or the next power of 2]; the values' padding is 1."""
+    rows = iota(pl.next_power_of_2(cache.key.shape[3]))
+
+    def load(ref, other: float) -> list[Array]:
+        loaded = []
+        for start, size in feature_pieces(width, LEAST_PIECE):
+            features = start + iota(size)
+            mask = (features < width)[:, None] & (rows < cache.key.shape[3])[None, :]
+            loaded.append(masked_load(ref.at[0, head, features[:, None], rows[None, :]], mask, other))
+        return loaded
+
+    return load(cache.key, 0.0), load(cache.value, 1.0)
+
+
+def _read(query, loaded, length, width: int, scale: float, interpret: bool):
+    """Reads rows from `_load_rows` for a tile of queries; `length` rows are valid, or all if None.
+
+    Returns:
+      each query's sum of weights, float32 [QUERY_TILE], and its weighted values in pieces [QUERY_TILE, size].
+    """
+    keys, values = loaded
+    scores = jnp.zeros((QUERY_TILE, keys[0].shape[1]), jnp.float32)
+    for piece, key in zip(query, keys):
+        scores += dot(piece, key, 0)
+    if length is not None:
+        scores = jnp.where((iota(scores.shape[1]) < length)[None, :], scores, -jnp.inf)
+    top = jnp.maximum(jnp.max(scores, axis=1), -1e30)
+    weights = powers(scores, top * scale, scale, interpret)
+    shares = weights.astype(values[0].dtype)
+    sums = [dot(shares, value, 1) for value in values]
+    start, size = feature_pieces(width, LEAST_PIECE)[-1]
+    if start + size == width:
+        return jnp.sum(weights, axis=1), sums
+    # The first padded feature of every value is 1, so the matrix units have added up the weights.
+    return jnp.sum(jnp.where((start + iota(size) == width)[None, :], sums[-1], 0.0), axis=1), sums
+
+
+def _load_queries(ref, numbers: Array, head: Array, queries: int, width: int) -> list[Array]:
+    """Loads the queries `numbers` of one head in pieces [QUERY_TILE, size]; 0 past the last query and the width."""
+    loaded = []
+    for start, size in feature_pieces(width, LEAST_PIECE):
+        features = start + iota(size)
+        mask = (numbers < queries)[:, None] & (features < width)[None, :]
+        loaded.append(masked_load(ref.at[numbers[:, None], head, features[None, :]], mask))
+    return loaded
+
+
+def _stream(query, cache, place, length, blocks, width: int, scale: float, interpret: bool):
+    """Reads blocks[0] .. blocks[1] - 1 of ROW_TILE rows, of which `length` are valid, for a tile of queries.
+
+    `place` is (sequence, head), the index of the rows in the cache.
+
+    Returns:
+      each query's largest score before scaling and its sum of weights, float32 [QUERY_TILE], and its weighted values in
+      pieces [QUERY_TILE, size].
+    """
+    pieces, lanes = feature_pieces(width, LEAST_PIECE), iota(ROW_TILE)
+    key_dtype = query[0].dtype
+    shared_dtype = key_dtype if cache.value_scale is None else value_dtype(key_dtype)
+
+    def load(ref, start: int, size: int, rows: Array, dtype) -> Array:
+        features = start + iota(size)
+        # Rows up to the cache's end can be read without a mask: the weight of invalid rows is 0.
+        mask = None if start + size <= width else (features < width)[:, None]
+        return masked_load(ref.at[(*place, features[:, None], rows[None, :])], mask).astype(dtype)
+
+    def scaled(numbers: Array, ref, rows: Array) -> Array:
+        return numbers if ref is None else numbers * masked_load(ref.at[(*place, rows)]).astype(jnp.float32)[None, :]
+
+    def block(index, carry, masked):
+        top, total, sums = carry
+        rows = index * ROW_TILE + lanes
+        scores = jnp.zeros((QUERY_TILE, ROW_TILE), jnp.float32)
+        for piece, values in zip(pieces, query):
+            scores += dot(values, load(cache.key, *piece, rows, key_dtype), 0)
+        scores = scaled(scores, cache.key_scale, rows)
+        if masked:
+            scores = jnp.where((rows < length)[None, :], scores, -jnp.inf)
+        new_top = jnp.maximum(top, jnp.max(scores, axis=1))
+        factor = jnp.exp2((top - new_top) * scale)
+        weights = powers(scores, new_top * scale, scale, interpret)
+        new_sums, shares = [], scaled(weights, cache.value_scale, rows).astype(shared_dtype)
+        for piece, old in zip(pieces, sums):
+            value = load(cache.value, *piece, rows, shared_dtype)
+            new_sums.append(old * factor[:, None] + dot(shares, value, 1))
+        return new_top, total * factor + jnp.sum(weights, axis=1), tuple(new_sums)
+
+    carry = (
+        # Finite, so that a part without valid rows adds 0 when parts are merged.
+        jnp.full((QUERY_TILE,), -1e30, jnp.float32),
+        jnp.zeros((QUERY_TILE,), jnp.float32),
+        tuple(jnp.zeros((QUERY_TILE, size), jnp.float32) for _, size in pieces),
+    )
+    first, last = blocks
+    full = jnp.clip(length // ROW_TILE, first, last)
+    carry = jax.lax.fori_loop(first, full, functools.partial(block, masked=False), carry)
+    end = jnp.clip(pl.cdiv(length, ROW_TILE), first, last)
+    return jax.lax.fori_loop(full, end, functools.partial(block, masked=True), carry)
+
+
+def store(
+    cache: KeyValue,
+    products: Float[Array, "2 heads d_h rows"],
+    bias: Float[Array, "2 heads d_h"],
+    tables: Sequence[Float[Array, "half rows"]],
+    row: Array,
+    start: Array,
+    interpret: bool = False,
+) -> KeyValue:
+    """Adds the bias to keys and values, rotates the keys, and writes both to sequence `row` from row `start` on.
+
+    One kernel does all of this, since separate operations would each read and write all rows again. The number of rows
+    is a multiple of STORE_TILE; the cache is changed in place.
+
+    Args:
+      cache: [batch, heads, d_h, room].
+      products: products of keys and values, without bias and rotation, in the order of the cache.
+      tables: cosines and sines of the rows' rotations.
+    """
+    place = jnp.stack([row, start]).astype(jnp.int32)
+    return call_kernel(
+        functools.partial(_store_kernel, half=cache.key.shape[2] // 2),
+        (products.shape[3] // STORE_TILE, products.shape[1]),
+        jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), cache),
+        [cache, products, bias, tables, place],
+        "store_history",
+        interpret,
+        aliases={number: number for number, _ in enumerate(jax.tree.leaves(cache))},
+        num_warps=4,
+        num_stages=1,
+    )
+
+
+def _store_kernel(_, products_ref, bias_ref, table_refs, place_ref, cache, *, half: int) -> None:
+    """Stores a tile of rows of one head, in halves: the two features of a rotated pair are in different halves."""
+    tile, head = pl.program_id(0), pl.program_id(1)
+    pairs = iota(pl.next_power_of_2(half))
+    numbers = tile * STORE_TILE + iota(STORE_TILE)
+    to = place_ref[1] + numbers
+    there = jnp.broadcast_to((pairs < half)[:, None], (pairs.shape[0], STORE_TILE))
+
+    def load(part: int) -> list[Array]:
+        halves = []
+        for first in (0, half):
+            rows = masked_load(products_ref.at[part, head, first + pairs[:, None], numbers[None, :]], there)
+            bias = masked_load(bias_ref.at[part, head, first + pairs], pairs < half)
+            # Round here like the plain version, so that both cache the same keys.
+            halves.append((rows.astype(jnp.float32) + bias.astype(jnp.float32)[:, None]).astype(rows.dtype))
+        return halves
+
+    def write(ref, scale_ref, halves: list[Array]) -> None:
+        if scale_ref is not None:
+            wide = [block.astype(products_ref.dtype).astype(jnp.float32) for block in halves]
+            scale = row_scale(jnp.maximum(*(jnp.max(jnp.abs(block), axis=0) for block in wide)))
+            halves = [to_integers(block, scale[None, :]) for block in wide]
+            masked_store(scale_ref.at[place_ref[0], head, to], scale.astype(scale_ref.dtype))
+        for first, block in zip((0, half), halves):
+            target = ref.at[place_ref[0], head, first + pairs[:, None], to[None, :]]
+            masked_store(target, block.astype(ref.dtype), there)
+
+    cos, sin = (masked_load(ref.at[pairs[:, None], numbers[None, :]], there) for ref in table_refs)
+    one, other = (block.astype(jnp.float32) for block in load(0))
+    write(cache.key, cache.key_scale, [one * cos - other * sin, one * sin + other * cos])
+    write(cache.value, cache.value_scale, load(1))
+
+
+def store_words(
+    cache: KeyValue,
+    words: Float[Array, "V 2 2 pairs"],
+    tables: Sequence[Float[Array, "rows half"]],
+    row: Array,
+    start: Array,
+    tokens: Int[Array, " rows"],
+    interpret: bool = False,
+) -> KeyValue:
+    """Looks up keys and values, rotates the keys, and writes both to sequence `row` from row `start` on.
+
+    The number of rows is a multiple of WORD_TILE; the cache, which is not int8, is changed in place.
+
+    Args:
+      words: keys and values of the whole vocabulary with bias, not rotated. The halves of all heads are apart, so that
+        a program reads whole sectors of memory: [V, (key, value), half, heads * d_h / 2].
+      tables: cosines and sines of the rows' rotations.
+      tokens: index into `words` for each row, clipped to the vocabulary.
+    """
+    place = jnp.stack([row, start]).astype(jnp.int32)
+    return call_kernel(
+        functools.partial(_store_words_kernel, half=cache.key.shape[2] // 2),
+        (pl.cdiv(words.shape[3], WORD_PAIRS), tokens.size // WORD_TILE),
+        jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), cache),
+        [cache, words, tables, place, tokens],
+        "store_words",
+        interpret,
+        aliases={number: number for number, _ in enumerate(jax.tree.leaves(cache))},
+        num_warps=WORD_WARPS,
+        num_stages=1,
+    )
+
+
+def _store_words_kernel(_, words_ref, table_refs, place_ref, tokens_ref, cache, *, half: int) -> None:
+    """Stores a tile of rows of some pairs of features, of any heads."""
+    pairs, numbers = (pl.program_id(axis) * size + iota(size) for axis, size in enumerate((WORD_PAIRS, WORD_TILE)))
+    head, feature = pairs // half, pairs % half
+    to, there = place_ref[1] + numbers, pairs < words_ref.shape[3]
+    # Ids past the history are arbitrary, so clip them.
+    sources = jnp.clip(masked_load(tokens_ref.at[numbers]), 0, words_ref.shape[0] - 1)
+
+    def load(part: int) -> list[Array]:
+        places = (words_ref.at[sources[:, None], part, side, pairs[None, :]] for side in (0, 1))
+        return [masked_load(place, there[None, :]).astype(jnp.float32) for place in places]
+
+    def write(ref, halves: list[Array]) -> None:
+        mask = jnp.broadcast_to(there[:, None], (WORD_PAIRS, WORD_TILE))
+        for first, block in zip((0, half), halves):
+            target = ref.at[place_ref[0], head[:, None], first + feature[:, None], to[None, :]]
+            masked_store(target, jnp.transpose(block.astype(ref.dtype)), mask)
+
+    cos, sin = (masked_load(ref.at[numbers[:, None], feature[None, :]], there[None, :]) for ref in table_refs)
+    one, other = load(0)
+    write(cache.key, [one * cos - other * sin, one * sin + other * cos])
+    write(cache.value, load(1))

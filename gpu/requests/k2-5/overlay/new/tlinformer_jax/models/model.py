@@ -1,0 +1,321 @@
+"""The language model: tied embedding, one of the architectures, final LayerNorm, head; and the baselines' layers."""
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from tlinformer_jax.config.model import HYBRID_PERIOD, ModelConfig
+from tlinformer_jax.errors import DataError
+from tlinformer_jax.models.attention import attend, head_multiple
+from tlinformer_jax.models.block import CAUSAL_ATTENTION, FEED_FORWARD, BlockParams, DualWindowBlock
+from tlinformer_jax.models.delta import DeltaLayer, DeltaParams, delta_mixer
+from tlinformer_jax.models.layers import (
+    INIT_STD,
+    Dropout,
+    Embedded,
+    Layer,
+    LayerParams,
+    ResidualParams,
+    chain_layers,
+    layer_norm,
+    part_of,
+    prepare_layers,
+    project,
+    update,
+)
+from tlinformer_jax.models.rope import rope_table
+from tlinformer_jax.models.streams import Stream, attention_options
+from tlinformer_jax.models.tlinformer import forward_windows
+from tlinformer_jax.parallel.sharding import constrain_batch, gathered
+
+# In half precision the head's product pads the vocabulary to a multiple of this: loads of the matrix units are then
+# aligned, and XLA need not pad the logits by a copy.
+VOCABULARY_MULTIPLE = 128
+# Id for the token before position 0 and before the first token of a document: there is none.
+NO_TOKEN = -1
+# Factor from the token shift's parameter to s. An update of Adam changes a parameter by about the learning rate: at
+# 3e-4 and without this factor, s would hardly leave 0 in a run, but must reach the order of 1.
+SHIFT_SCALE = 10.0
+
+
+@flax.struct.dataclass
+class ModelParams:
+    """A model's parameters as a typed pytree."""
+
+    embedding: jax.Array  # [V, D]; also the output head
+    blocks: tuple[BlockParams, ...]  # windowed architectures only
+    layers: tuple[LayerParams | DeltaParams, ...]  # baselines only
+    norm_scale: jax.Array  # [D]. Final LayerNorm
+    norm_bias: jax.Array  # [D]
+    shift: jax.Array | None = None  # [D]; None without config.token_shift; see `shifted`
+
+
+class LanguageModel(nn.Module):
+    """A causal language model of any architecture.
+
+    `model.init(rng, tokens)` returns the variables, `model.apply(variables, tokens)` the logits. With
+    `train=True` and a positive `config.dropout`, `apply` needs `rngs={"dropout": key}`.
+
+    Attributes:
+      config: shape and numerics.
+    """
+
+    config: ModelConfig
+
+    def setup(self) -> None:
+        config = self.config
+        dtype = jnp.float32
+        self.embedding = self.param(
+            "embedding", nn.initializers.normal(INIT_STD), (config.vocab_size, config.d_model), dtype
+        )
+        windowed = config.windowed
+        self.blocks = [DualWindowBlock(config) for _ in range(config.num_blocks if windowed else 0)]
+        kinds = [
+            Layer if config.attends(index) else DeltaLayer for index in range(0 if windowed else config.num_layers)
+        ]
+        self.layers = [kind(config) for kind in kinds]
+        self.norm_scale = self.param("norm_scale", nn.initializers.ones, (config.d_model,), dtype)
+        self.norm_bias = self.param("norm_bias", nn.initializers.zeros, (config.d_model,), dtype)
+        shifts = config.token_shift
+        self.shift = self.param("shift", nn.initializers.zeros, (config.d_model,), dtype) if shifts else None
+
+    def parameters(self) -> ModelParams:
+        """Returns the parameters as a typed pytree, in their stored dtype."""
+        return ModelParams(
+            embedding=self.embedding,
+            blocks=tuple(block.parameters() for block in self.blocks),
+            layers=tuple(layer() for layer in self.layers),
+            norm_scale=self.norm_scale,
+            norm_bias=self.norm_bias,
+            shift=self.shift,
+        )
+
+    def __call__(
+        self,
+        tokens: jax.Array | None = None,
+        *,
+        train: bool = False,
+        inputs_embeds: jax.Array | None = None,
+        documents: jax.Array | None = None,
+    ) -> jax.Array:
+        """Returns the logits of the next token at every position.
+
+        Args:
+          tokens: integer [batch, length], length >= 1, in [0, vocab_size); other ids give NaN.
+          train: whether to apply dropout.
+          inputs_embeds: embeddings [batch, length, D], instead of tokens. `config.token_shift` applies to them as it
+            does to embedded tokens.
+          documents: each token's document in a packed sample, int32 [batch, length], counted from 0; a token sees only
+            its own document. Not supported by architectures with Gated DeltaNet.
+
+        Returns:
+          float32 [batch, length, vocab_size].
+
+        Raises:
+          DataError: if an input has the wrong shape or type, or the sequence is empty.
+        """
+        hidden = self.hidden_states(tokens, train=train, inputs_embeds=inputs_embeds, documents=documents)
+        return output_logits(hidden, self.embedding)
+
+    def hidden_states(
+        self,
+        tokens: jax.Array | None = None,
+        *,
+        train: bool = False,
+        inputs_embeds: jax.Array | None = None,
+        start: int = 0,
+        documents: jax.Array | None = None,
+    ) -> jax.Array:
+        """Returns the input of the head at positions start, ...: [batch, length - start, D]; see `__call__`."""
+        config = self.config
+        check_inputs(config, tokens, inputs_embeds)
+        if documents is not None and config.recurrent:
+            raise DataError(f"documents: must be None for model.architecture = {config.architecture!r}")
+        params = self.parameters()
+        if inputs_embeds is None:
+            assert tokens is not None  # check_inputs
+            embeddings = embed(params, config, tokens, documents=documents)
+        else:
+            rows = constrain_batch(inputs_embeds.astype(config.compute_dtype))
+            embeddings = shifted(params.shift, rows, documents=documents)
+        if self.is_initializing():  # all parameters are declared by now; the forward pass is not needed
+            return embeddings.rows
+        dropout = Dropout.by_key(self.make_rng("dropout"), config.dropout) if train and config.dropout else None
+        return hidden_states(prepare_params(params, config), config, embeddings, dropout, start)
+
+
+def build_model(config: ModelConfig) -> LanguageModel:
+    """Returns the model for a configuration."""
+    return LanguageModel(config)
+
+
+def prepare_params(params: ModelParams, config: ModelConfig) -> ModelParams:
+    """Prepares blocks and layers by `prepare_layers`, once for all windows."""
+    multiple = head_multiple(config.compute_dtype, config.attention)
+    blocks, layers = prepare_layers((params.blocks, params.layers), config.compute_dtype, multiple)
+    return dataclasses.replace(params, blocks=blocks, layers=layers)
+
+
+def embed(
+    params: ModelParams,
+    config: ModelConfig,
+    tokens: Int[Array, "batch length"],
+    before: Int[Array, "batch length"] | None = None,
+    documents: Int[Array, "batch whole"] | None = None,
+) -> Embedded:
+    """Embeds tokens in the compute dtype; ids outside the vocabulary become NaN.
+
+    Args:
+      before: the id before each token, NO_TOKEN at position 0 (see `tokens_before`), for the token shift; None if
+        `tokens` begin at position 0.
+      documents: see `Embedded`.
+    """
+
+    table = gathered(params.embedding)
+
+    def look_up(ids: Array) -> Array:
+        # jnp.take returns NaN for ids past the table but counts negative ids from its end, so these are moved past it.
+        rows = jnp.take(table, jnp.where(ids < 0, config.vocab_size, ids), axis=0)
+        return constrain_batch(rows.astype(config.compute_dtype))
+
+    rows = look_up(tokens)
+    if params.shift is None or before is None:
+        return shifted(params.shift, rows, documents=documents)
+    previous = jnp.where((before == NO_TOKEN)[..., None], 0, look_up(before))
+    return shifted(params.shift, rows, previous, documents)
+
+
+def tokens_before(
+    tokens: Int[Array, "batch length"], documents: Int[Array, "batch length"] | None = None
+) -> Int[Array, "batch length"]:
+    """Returns the id before each token; NO_TOKEN for the first token of a sequence and of each document."""
+    before = jnp.pad(tokens, ((0, 0), (1, 0)), constant_values=NO_TOKEN)[:, :-1]
+    return before if documents is None else jnp.where(begins(documents), NO_TOKEN, before)
+
+
+def begins(documents: Int[Array, "batch length"]) -> Bool[Array, "batch length"]:
+    """Returns whether each row is the first of a document."""
+    return jnp.diff(documents, axis=1, prepend=-1) != 0
+
+
+def shifted(
+    shift: Float[Array, " D"] | None,
+    rows: Float[Array, "*shape D"],
+    previous: Float[Array, "*shape D"] | None = None,
+    documents: Int[Array, "batch whole"] | None = None,
+) -> Embedded:
+    """Applies the token shift: the input of the first layer's keys is e_t + s * e_(t-1), with s = SHIFT_SCALE * shift.
+
+    A query can then find a row by the token before it, so that recall takes one layer. Otherwise an earlier layer would
+    have to copy that token to the row, which block 0 cannot do: rows of the history do not read each other there.
+
+    Args:
+      shift: the parameter; None without `config.token_shift`.
+      rows: e_t.
+      previous: e_(t-1), zeros at position 0; None if `rows` are sequences [batch, length, D] from position 0 on.
+      documents: see `Embedded`; the first row of a document has no previous row.
+    """
+    if shift is None:
+        return Embedded(rows, documents=documents)
+    if previous is None:
+        previous = jnp.pad(rows, ((0, 0), (1, 0), (0, 0)))[:, :-1]
+        if documents is not None:
+            previous = jnp.where(begins(documents)[..., None], 0, previous)
+    scale = SHIFT_SCALE * shift.astype(jnp.float32)
+    key_rows = (rows.astype(jnp.float32) + scale * previous.astype(jnp.float32)).astype(rows.dtype)
+    return Embedded(rows, key_rows, documents)
+
+
+def hidden_states(
+    params: ModelParams,
+    config: ModelConfig,
+    embeddings: Embedded,
+    dropout: Dropout | None = None,
+    start: int = 0,
+) -> Float[Array, "batch rest D"]:
+    """Returns the hidden states after the final LayerNorm, which the head multiplies with the embedding.
+
+    Args:
+      params: from `prepare_params`.
+      embeddings: embeddings of a whole sequence, in the compute dtype.
+      dropout: None outside training.
+      start: first position to return; generation windows before it are not run.
+    """
+    if config.windowed:
+        first, rest = divmod(start, config.generation_window)
+        hidden = forward_windows(params.blocks, config, embeddings, dropout, first)[:, rest:]
+    else:
+        hidden = forward_layers(params.layers, config, embeddings, dropout)[:, start:]
+    return layer_norm(hidden, params.norm_scale, params.norm_bias)
+
+
+def output_logits(hidden: jax.Array, embedding: jax.Array) -> jax.Array:
+    """Returns logits, float32 [..., V], of hidden states [..., D]: a product in their dtype, summed in float32."""
+    return jnp.einsum("...d,vd->...v", hidden, embedding.astype(hidden.dtype), preferred_element_type=jnp.float32)
+
+
+def padded_vocabulary(vocab_size: int, dtype: Any) -> int:
+    """Returns the number of rows to which the head is padded for products with many tokens in `dtype`."""
+    half = jnp.dtype(dtype).itemsize < 4
+    return vocab_size + (-vocab_size % VOCABULARY_MULTIPLE if half else 0)
+
+
+def check_inputs(config: ModelConfig, tokens: Any, inputs_embeds: Any) -> None:
+    """Raises a DataError if the model cannot take these inputs."""
+    if (tokens is None) == (inputs_embeds is None):
+        raise DataError("model inputs: give either tokens or inputs_embeds")
+    if tokens is not None:
+        if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
+            raise DataError(f"tokens {tokens.dtype}{list(tokens.shape)}: must be integers [batch, length]")
+    elif inputs_embeds.ndim != 3 or inputs_embeds.shape[-1] != config.d_model:
+        raise DataError(
+            f"inputs_embeds {list(inputs_embeds.shape)}: must be [batch, length, model.d_model = {config.d_model}]"
+        )
+    given = tokens if tokens is not None else inputs_embeds
+    if given.shape[1] < 1:
+        raise DataError(f"sequence of length {given.shape[1]}: must hold at least one token")
+
+
+def attention_window(config: ModelConfig) -> int | None:
+    """Returns how many positions a baseline's query sees, including its own; None for all up to its own."""
+    if config.architecture == "sliding_window":
+        return int(config.history_window) + config.generation_window
+    return None
+
+
+def forward_layers(
+    layers: tuple[LayerParams | DeltaParams, ...],
+    config: ModelConfig,
+    embeddings: Embedded,
+    dropout: Dropout | None = None,
+) -> Float[Array, "batch length D"]:
+    """Returns a baseline's hidden states of a whole sequence, before the final LayerNorm."""
+    rope = rope_table(jnp.arange(embeddings.rows.shape[1], dtype=jnp.int32), config.head_dim, config.longest_wavelength)
+    window, plan = attention_window(config), config.plan()
+    stream = Stream(None, documents=embeddings.documents)
+
+    def layer(
+        x: jax.Array, item: tuple[ResidualParams, Dropout | None], key_rows: jax.Array | None = None
+    ) -> tuple[jax.Array, None]:
+        params, dropout = item
+        if isinstance(params, DeltaParams):
+            mixed, _ = delta_mixer(params, x)
+        else:
+            assert isinstance(params, LayerParams)
+            options = attention_options(config, part_of(dropout, CAUSAL_ATTENTION), stream, stream)
+            mixed = attend(*project(params, x, rope, key_rows=key_rows), causal=True, window=window, **options)
+        return update(params, x, mixed, part_of(dropout, FEED_FORWARD)), None
+
+    if plan.checkpointing:
+        layer = jax.checkpoint(layer, prevent_cse=not plan.scan_layers)
+    x, key_rows = embeddings.rows, embeddings.key_rows
+    if key_rows is not None:
+        x, _ = layer(x, (layers[0], part_of(dropout, 0)), key_rows)
+        layers, dropout = layers[1:], part_of(dropout, 1)
+    period = 1 if config.attention_layers in (0, config.num_layers) else HYBRID_PERIOD
+    return chain_layers(layer, layers, x, dropout, plan.scan_layers, period)

@@ -1,0 +1,1 @@
+"""The commands: each defines its flags and makes one call."""

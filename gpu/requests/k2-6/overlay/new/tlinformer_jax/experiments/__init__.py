@@ -1,0 +1,1 @@
+"""Many runs and their results: sweeps, the record of a finished run, tables, figures and the report."""

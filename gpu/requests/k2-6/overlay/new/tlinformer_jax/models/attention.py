@@ -1,0 +1,335 @@
+"""Exact softmax attention: the entry point `attend` and its back ends.
+
+Callers say which keys a query sees by structure (causal, local window, number of valid keys, documents), never by a
+mask tensor, so that kernels can skip the other keys.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from tlinformer_jax.kernels import dropout as dropout_kernel
+from tlinformer_jax.kernels.common import Scores, is_half, merge_softmaxes
+from tlinformer_jax.kernels.splash import attend_splash
+from tlinformer_jax.models.layers import Dropout
+from tlinformer_jax.models.recompute import map_steps
+from tlinformer_jax.models.windows import in_chunks, joined
+from tlinformer_jax.parallel.mesh import is_nvidia_gpu, platform
+
+# Keys per part when attention to many keys is split; a power of two.
+KEYS_PER_PART = 1024
+# Most float32 scores that attention with dropout or documents holds at a time.
+DROPOUT_SCORES = 1 << 27
+
+Queries = Float[Array, "batch queries heads d_h"]
+Keys = Float[Array, "batch keys heads d_h"]
+# The documents of queries and of keys; a query sees only keys of its own document.
+Documents = tuple[Int[Array, "batch rows"], Int[Array, "batch keys"]]
+# The output and the log-sum-exp of the scaled scores, by which softmaxes over disjoint keys are merged.
+OutputAndLse = tuple[Queries, Float[Array, "batch queries heads"]]
+
+
+def attend(
+    query: Queries,
+    key: Keys,
+    value: Keys,
+    *,
+    causal: bool = False,
+    window: int | None = None,
+    key_length: Array | int | None = None,
+    dropout: Dropout | None = None,
+    backend: str = "auto",
+    return_lse: bool = False,
+    scale: float | None = None,
+    never_empty: bool = False,
+    documents: Documents | None = None,
+) -> Any:
+    """Computes exact softmax attention.
+
+    Args:
+      causal: query i sees only keys 0 .. i (queries and keys start at the same position).
+      window: query i sees only the last `window` keys up to its own; needs `causal`.
+      key_length: number of valid keys, which come first; a scalar or int32 [batch]. If 0, the result is 0, never NaN.
+      dropout: dropout of the attention weights, with a separate mask for each softmax.
+      backend: 'auto', 'xla', 'cudnn' (NVIDIA, half precision), 'splash' (TPU, interpreted elsewhere) or 'triton'
+        (NVIDIA, half precision, for dropout only). Only XLA's log-sum-exp is differentiable.
+      return_lse: also return the log-sum-exp of the scaled scores, -inf if no key is valid.
+      scale: factor of the scores; None for 1 / sqrt(d_h). Padded heads must pass the scale of their true width.
+      never_empty: `key_length` is never 0; this saves a pass over the output.
+      documents: a query sees only keys of its own document; if there are none, result and gradients are 0. 'cudnn' and
+        'triton' do not support documents; 'auto' then chooses another back end.
+
+    Returns:
+      the output, shaped as the query; with `return_lse`, `OutputAndLse`.
+
+    Raises:
+      ValueError: for a window without `causal`, or an option that the back end does not support.
+    """
+    if window is not None and not causal:
+        raise ValueError("attend: window needs causal=True")
+    if key_length is not None:
+        key_length = jnp.broadcast_to(jnp.asarray(key_length, jnp.int32), query.shape[:1])
+    scores = Scores(1.0 / math.sqrt(query.shape[-1]) if scale is None else scale, causal, window)
+    apart = documents is not None
+    chosen = choose_backend(query, dropout, return_lse, apart) if backend == "auto" else backend
+    output, lse = None, None
+    if query.shape[1] == 0 or key.shape[1] == 0:  # no observation window, or no history
+        output, lse = jnp.zeros_like(query), no_parts(query)[1]
+    elif chosen == "xla":
+        output, lse = _attend_in_chunks(query, key, value, scores, key_length, dropout, documents)
+    elif chosen == "triton" and dropout is not None and not return_lse and not apart:
+        given = dropout.words, dropout.rate
+        output = dropout_kernel.attend_with_dropout(query, key, value, scores, key_length, *given)
+    elif chosen == "splash" and dropout is None and not return_lse:
+        output = attend_splash(query, key, value, scores, key_length, documents, interpret=platform() != "tpu")
+    elif chosen == "cudnn" and dropout is None and not apart:
+        output, lse = _attend_cudnn(query, key, value, scores, key_length, return_lse, never_empty)
+    else:
+        asked = {"dropout": dropout is not None, "documents": apart, "return_lse": return_lse}
+        options = " with ".join(name for name, given in asked.items() if given)
+        raise ValueError(
+            f"attend: backend {chosen!r} does not support {options or 'a call without options'}; 'auto' and 'xla' do"
+        )
+    return (output, lse) if return_lse else output
+
+
+def head_multiple(dtype: Any, backend: str) -> int:
+    """Returns the multiple to which `layers.prepare_layers` pads the features of a head: 8 for cuDNN, else 1."""
+    return 8 if fused_kernel(dtype, backend) else 1
+
+
+def choose_backend(query: Queries, dropout: Dropout | None, return_lse: bool, documents: bool = False) -> str:
+    """Returns the back end for 'auto'.
+
+    In half precision on NVIDIA GPUs it is cuDNN, or 'triton' with dropout; in bfloat16 on TPUs splash; otherwise XLA.
+    """
+    # cuDNN and splash have neither dropout nor a differentiable log-sum-exp in JAX; cuDNN and triton have no documents.
+    if dropout is not None and not return_lse:
+        return "triton" if not documents and dropout_kernel.use_kernel(query.dtype, query.shape[-1]) else "xla"
+    if return_lse or (documents and is_nvidia_gpu()):
+        return "xla"
+    if fused_kernel(query.dtype):
+        return "cudnn"
+    return "splash" if query.dtype == jnp.bfloat16 and platform() == "tpu" else "xla"
+
+
+def fused_kernel(dtype: Any, backend: str = "auto") -> bool:
+    """Returns whether attention is by cuDNN: if configured, or 'auto' in half precision on an NVIDIA GPU."""
+    return backend == "cudnn" or (backend == "auto" and is_half(dtype) and is_nvidia_gpu())
+
+
+def attend_parts(
+    query: Float[Array, "1 queries heads d_h"],
+    key: Float[Array, "1 keys heads d_h"],
+    value: Float[Array, "1 keys heads d_h"],
+    key_length: Array,
+    scale: float,
+    backend: str = "auto",
+) -> OutputAndLse:
+    """Computes attention of a few queries to many keys of one sequence; returns float32; not differentiable.
+
+    A fused kernel assigns each block of queries to one multiprocessor. With few queries most multiprocessors would
+    idle, so the keys are split into parts that run as a batch. `key_length` is clipped to 0 .. keys.
+    """
+    keys = key.shape[1]
+    key_length = jnp.clip(key_length, 0, keys)
+    if not fused_kernel(query.dtype, backend):
+        output, lse = attend(query, key, value, key_length=key_length, backend="xla", return_lse=True, scale=scale)
+        return output.astype(jnp.float32), lse
+    count = max(1, math.gcd(keys, 1 << 20) // KEYS_PER_PART)
+    key, value = (part.reshape(count, keys // count, *part.shape[2:]) for part in (key, value))
+    lengths = jnp.clip(key_length - jnp.arange(count) * (keys // count), 0, keys // count)
+    query = jnp.broadcast_to(query, (count, *query.shape[1:]))
+    output, lse = attend(query, key, value, key_length=lengths, backend="cudnn", return_lse=True, scale=scale)
+    output, lse = merge_softmaxes(output.astype(jnp.float32), lse, axis=0)
+    return output[None], lse[None]
+
+
+def attend_chunk(
+    query: Float[Array, "1 queries heads d_h"],
+    key: Float[Array, "1 keys heads d_h"],
+    value: Float[Array, "1 keys heads d_h"],
+    start: Array,
+    window: int | None,
+    scale: float,
+    backend: str = "auto",
+) -> Queries:
+    """Computes causal attention of one chunk of queries to all rows up to their own; not differentiable.
+
+    Args:
+      query: queries of rows start .. start + queries - 1; `start` is a multiple of their number.
+      key: keys of rows 0, 1, ..., at least up to the chunk's last row.
+      window: rows that each query sees, including its own; None for all rows up to its own.
+    """
+    size = query.shape[1]
+    fused = fused_kernel(query.dtype, backend)
+    options: dict[str, Any] = {"backend": "cudnn" if fused else "xla", "scale": scale}
+    if window is not None:
+        # Keep only keys that a window of the chunk reaches; zeros stand in for the queries before the chunk.
+        reach = min(key.shape[1] - size, window - 1)
+        first = jnp.maximum(start - reach, 0)
+        key, value = (jax.lax.dynamic_slice_in_dim(part, first, size + reach, axis=1) for part in (key, value))
+        query = jax.lax.dynamic_update_slice_in_dim(jnp.zeros_like(key), query, start - first, axis=1)
+        output = attend(query, key, value, causal=True, window=window, **options)
+        return jax.lax.dynamic_slice_in_dim(output, start - first, size, axis=1)
+
+    def rows(number: Array) -> list[Array]:
+        return [jax.lax.dynamic_slice_in_dim(part, number * size, size, axis=1) for part in (key, value)]
+
+    own = attend(query, *rows(start // size), causal=True, return_lse=True, **options)
+    if key.shape[1] == size:
+        return own[0]
+    parts = own[0].astype(jnp.float32), own[1]
+    if fused:
+        before, lse = attend(query, key, value, key_length=start, return_lse=True, **options)
+        return merge_parts(parts, (before.astype(jnp.float32), lse))[0].astype(query.dtype)
+
+    def block(number: Array, parts: OutputAndLse) -> OutputAndLse:
+        keys, values = rows(number)
+        return merge_parts(parts, attend_parts(query, keys, values, jnp.int32(size), **options))
+
+    # One chunk of keys at a time, so that the memory for scores does not grow with the sequence.
+    return jax.lax.fori_loop(0, start // size, block, parts)[0].astype(query.dtype)
+
+
+def no_parts(query: Queries) -> OutputAndLse:
+    """Returns the output and log-sum-exp of attention to no keys, as the initial value for `merge_parts`."""
+    return jnp.zeros(query.shape, jnp.float32), jnp.full(query.shape[:3], -jnp.inf, jnp.float32)
+
+
+def merge_parts(first: OutputAndLse, second: OutputAndLse) -> OutputAndLse:
+    """Merges two softmaxes over disjoint keys."""
+    output, lse = jax.tree.map(lambda *arrays: jnp.stack(arrays), first, second)
+    return merge_softmaxes(output, lse, axis=0)
+
+
+def visible(
+    queries: int,
+    keys: int,
+    causal: bool,
+    window: int | None,
+    key_length: Array | None,
+    start: Array | int = 0,
+    documents: Documents | None = None,
+) -> Array | None:
+    """Returns which keys each query sees, bool [batch or 1, 1, queries, keys]; None if all.
+
+    Query i is at position start + i, key j at position j; `documents[0]` begins at position 0, not at `start`.
+    """
+    mask: Array | None = None
+    if causal:
+        distance = start + np.arange(queries)[:, None] - np.arange(keys)[None, :]
+        seen = distance >= 0 if window is None else (distance >= 0) & (distance < window)
+        mask = jnp.asarray(seen)[None, None]
+    if key_length is not None:
+        valid = jnp.arange(keys)[None, None, None, :] < key_length[:, None, None, None]
+        mask = valid if mask is None else mask & valid
+    if documents is not None:
+        own = jax.lax.dynamic_slice_in_dim(documents[0], start, queries, axis=1)
+        same = (own[:, :, None] == documents[1][:, None, :])[:, None]
+        mask = same if mask is None else mask & same
+    return mask
+
+
+def _attend_xla(
+    query: Queries,
+    key: Keys,
+    value: Keys,
+    scores: Scores,
+    key_length: Array | None,
+    dropout: Dropout | None,
+    documents: Documents | None = None,
+    start: Array | int = 0,
+) -> OutputAndLse:
+    """Computes attention by plain matrix products; scores and softmax are float32; query i is at start + i."""
+    scaled = jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=jnp.float32) * scores.scale
+    mask = visible(query.shape[1], key.shape[1], scores.causal, scores.window, key_length, start, documents)
+    if mask is not None:
+        scaled = jnp.where(mask, scaled, -jnp.inf)
+    top = jnp.max(scaled, axis=-1, keepdims=True, initial=-jnp.inf)
+    top = jax.lax.stop_gradient(jnp.where(jnp.isfinite(top), top, 0.0))  # finite even for rows that see no key
+    weights = jnp.exp(scaled - top)
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    lse = jnp.where(total > 0, jnp.log(jnp.where(total > 0, total, 1.0)) + top, -jnp.inf)
+    weights = weights / jnp.where(total > 0, total, 1.0)
+    if dropout is not None:
+        weights = dropout(weights, start)
+    output = jnp.einsum("bhqk,bkhd->bqhd", weights.astype(value.dtype), value)
+    return output, jnp.swapaxes(lse[..., 0], 1, 2)
+
+
+def _attend_in_chunks(
+    query: Queries,
+    key: Keys,
+    value: Keys,
+    scores: Scores,
+    key_length: Array | None,
+    dropout: Dropout | None,
+    documents: Documents | None,
+) -> OutputAndLse:
+    """Runs `_attend_xla`; with dropout or documents, in chunks of queries with at most DROPOUT_SCORES scores.
+
+    Neither pass ever holds all scores of a long history: the backward pass computes each chunk again.
+    """
+    batch, queries, heads, _ = query.shape
+    chunk = max(1, DROPOUT_SCORES // (batch * heads * key.shape[1]))
+    if (dropout is None and documents is None) or chunk >= queries:
+        return _attend_xla(query, key, value, scores, key_length, dropout, documents)
+
+    def some(shared: Any, fixed: Any, item: tuple[Array, Array]) -> OutputAndLse:
+        (key, value), (key_length, dropout, documents), (query, number) = shared, fixed, item
+        return _attend_xla(query, key, value, scores, key_length, dropout, documents, number * chunk)
+
+    padded = jnp.pad(query, ((0, 0), (0, -queries % chunk), (0, 0), (0, 0)))
+    if documents is not None:
+        documents = jnp.pad(documents[0], ((0, 0), (0, -queries % chunk))), documents[1]
+    fixed = key_length, dropout, documents
+    found = map_steps(some, (key, value), in_chunks(padded, chunk), fixed, padded.shape[1] // chunk)
+    output, lse = (joined(array)[:, :queries] for array in found)
+    return output, lse
+
+
+def _attend_cudnn(
+    query: Queries,
+    key: Keys,
+    value: Keys,
+    scores: Scores,
+    key_length: Array | None,
+    return_lse: bool,
+    never_empty: bool,
+) -> tuple[Queries, Array | None]:
+    """Calls cuDNN's fused kernel; heads are padded to a multiple of 8 features, which does not change the scores."""
+    queries, keys, width = query.shape[1], key.shape[1], query.shape[-1]
+    # JAX refuses to differentiate the kernel at odd lengths. With `return_lse` it is never differentiated.
+    odd_queries, odd_keys = (0, 0) if return_lse else (queries % 2, keys % 2)
+    if odd_keys and key_length is None and not (scores.causal and queries <= keys):
+        key_length, never_empty = jnp.full(query.shape[:1], keys, jnp.int32), True
+    query, key, value = (
+        jnp.pad(x, [(0, 0), (0, odd), (0, 0), (0, -width % 8)])
+        for x, odd in ((query, odd_queries), (key, odd_keys), (value, odd_keys))
+    )
+    options: dict[str, Any] = {"return_residual": return_lse}
+    if key_length is not None:
+        options["query_seq_lengths"] = jnp.full(query.shape[:1], query.shape[1], jnp.int32)
+        options["key_value_seq_lengths"] = jnp.maximum(key_length, 1)
+    result: Any = jax.nn.dot_product_attention(
+        query,
+        key,
+        value,
+        scale=scores.scale,
+        is_causal=scores.causal,
+        local_window_size=None if scores.window is None else (scores.window - 1, 0),
+        implementation="cudnn",
+        **options,
+    )
+    output, lse = result if return_lse else (result, None)
+    output = output[:, :queries, :, :width]
+    if key_length is not None and not never_empty:
+        empty = (key_length == 0)[:, None, None]
+        output = jnp.where(empty[..., None], 0, output)
+        lse = None if lse is None else jnp.where(empty, -jnp.inf, lse)
+    return output, lse

@@ -1,0 +1,278 @@
+"""The paper's block (section 3): three kinds of layer, two equations each.
+
+    compress:  z  = update(C[h:], attend(Qc[h:], Kc, Vc))
+               x  = update(x, attend_causal(Qx, Kx, Vx) + attend(Qx, Kc, Vc))
+    hidden:    z' = update(z, attend(Qz, Kz, Vz))
+               x' = update(x, attend_causal(Qx, Kx, Vx) + attend(Qx, Kz, Vz))
+    restore:   C' = update(C, attend(Qc, Kz, Vz))
+               x' = update(x, attend_causal(Qx, Kx, Vx) + attend(Qx, Kz, Vz))
+
+x is the generation window. C is the history: all n rows before x. z is the observation window, a compressed history: it
+starts as C[h:], the last W_oh rows of C. A layer projects each stream to Q, K and V, with rotary positions
+(`Stream.of`). `attend` is softmax attention (`attention.attend`). `update` is the rest of the layer, row by row: output
+projection, feed-forward and both residuals (`layers.update`).
+
+The functions `compress`, `hidden` and `restore` below are these equations. Training, evaluation, `prefill` and `slide`
+all call them, but store C in different ways. So C has two methods: `read` is attend(Q, Kc, Vc), and `restore` computes
+C' for every row. `streams.History` restores all rows at once, in chunks, or split over devices; `decoding.history`
+works from a KV cache.
+
+Rows of z and x are concatenated ("side by side") to share one call of `update`, and of `attend` if they read the same
+keys. The first window has no history: C and z have no rows, which compiles to nothing, and attention to no keys is 0.
+
+If a sample packs several documents, a query sees only keys of its own document (`Stream.documents`). Positions do not
+restart with a document: rotary positions encode distances, which do not depend on where a document begins.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from tlinformer_jax.config.model import ModelConfig
+from tlinformer_jax.models.attention import attend, head_multiple
+from tlinformer_jax.models.layers import Dropout, Layer, LayerParams, chain_layers, part_of, prepare_layers, update
+from tlinformer_jax.models.rope import rope_table
+from tlinformer_jax.models.streams import (
+    History,
+    PlacedWindow,
+    Stream,
+    apart,
+    attention_options,
+    beside,
+    observed_stream,
+    place_window,
+    project_both,
+    side_by_side,
+    with_documents,
+)
+from tlinformer_jax.models.windows import WindowFrame
+
+# Parts of a layer that draw separate dropout masks.
+SHARED_ATTENTION, CAUSAL_ATTENTION, FEED_FORWARD, CONTEXT_ATTENTION, CONTEXT_FEED_FORWARD = range(5)
+# Rows of the residual stream: of z, x and C.
+ZRows = Float[Array, "batch width D"]
+XRows = Float[Array, "batch m D"]
+CRows = Float[Array, "batch n D"]
+
+
+@runtime_checkable
+class ReadableHistory(Protocol):
+    """The history C, as the equations need it; see `streams.History`."""
+
+    def read(self, query: Array, config: ModelConfig, dropout: Dropout | None, *readers: Stream) -> Array:
+        """Returns attend(Q, Kc, Vc), where Q are the queries of the `readers`, side by side."""
+
+    def restore(
+        self, restore_rows: Callable[..., Array], shared: Any, fixed: Any, next_layer: LayerParams, parts: str
+    ) -> Any:
+        """Returns C', computed by `restore_rows` and projected to `parts` by `next_layer`."""
+
+
+def compress(
+    layer: LayerParams, config: ModelConfig, C: ReadableHistory, z: Stream, x: Stream, dropout: Dropout | None = None
+) -> tuple[ZRows, XRows]:
+    """Runs the first layer, which compresses the history.
+
+        z = update(C[h:], attend(Qc[h:], Kc, Vc))
+        x = update(x, attend_causal(Qx, Kx, Vx) + attend(Qx, Kc, Vc))
+
+    The argument z contains C[h:] and Qc[h:]. In TConstFormer x does not read C.
+    """
+    causal = attention_options(config, part_of(dropout, CAUSAL_ATTENTION), x, x)
+    x_attends = attend(x.Q, x.K, x.V, causal=True, **causal)
+    if config.architecture == "tconstformer":
+        z_attends = C.read(z.Q, config, part_of(dropout, SHARED_ATTENTION), z)
+    else:
+        both = C.read(beside(z.Q, x.Q), config, part_of(dropout, SHARED_ATTENTION), z, x)
+        z_attends, x_reads = apart(both, z.Q.shape[1])
+        x_attends += x_reads
+    return _update(layer, (z.rows, x.rows), (z_attends, x_attends), dropout)
+
+
+def hidden(
+    layer: LayerParams, config: ModelConfig, z: Stream, x: Stream, dropout: Dropout | None = None
+) -> tuple[ZRows, XRows]:
+    """Runs a layer between the first and the last.
+
+        z' = update(z, attend(Qz, Kz, Vz))
+        x' = update(x, attend_causal(Qx, Kx, Vx) + attend(Qx, Kz, Vz))
+
+    z and x read the compressed history z, not C.
+    """
+    causal = attention_options(config, part_of(dropout, CAUSAL_ATTENTION), x, x)
+    shared = attention_options(config, part_of(dropout, SHARED_ATTENTION), z, z, x)
+    z_attends, x_reads = apart(attend(beside(z.Q, x.Q), z.K, z.V, **shared), z.Q.shape[1])
+    x_attends = attend(x.Q, x.K, x.V, causal=True, **causal) + x_reads
+    return _update(layer, (z.rows, x.rows), (z_attends, x_attends), dropout)
+
+
+def restore(
+    layer: LayerParams,
+    config: ModelConfig,
+    C: ReadableHistory,
+    z: Stream,
+    x: Stream,
+    later: Sequence["BlockParams"] = (),
+    dropout: Dropout | None = None,
+) -> tuple[Any, XRows]:
+    """Runs the last layer, which restores the history to its full length.
+
+        C' = update(C, attend(Qc, Kz, Vz))
+        x' = update(x, attend_causal(Qx, Kx, Vx) + attend(Qx, Kz, Vz))
+
+    Qc are the queries of C from the block's `compress` layer. C' is None if no `later` block reads it.
+    """
+    causal = attention_options(config, part_of(dropout, CAUSAL_ATTENTION), x, x)
+    shared = attention_options(config, part_of(dropout, SHARED_ATTENTION), z, x)
+    x_attends = attend(x.Q, x.K, x.V, causal=True, **causal) + attend(x.Q, z.K, z.V, **shared)
+    x_rows = update(layer, x.rows, x_attends, part_of(dropout, FEED_FORWARD))
+    if not later:
+        return None, x_rows
+    parts = "qkv" if len(later) > 1 else "kv"  # the last block does not restore C, so it needs no Qc
+    restore_some = functools.partial(restore_rows, config, z.never_empty)
+    read, fixed = (layer, z.K, z.V), (z.length, z.documents, dropout)
+    return C.restore(restore_some, read, fixed, later[0].compress, parts), x_rows
+
+
+def restore_rows(
+    config: ModelConfig,
+    never_empty: bool,
+    C: CRows,
+    Qc: Array,
+    shared: Any,
+    fixed: Any,
+    documents: Array | None = None,
+    attend: Callable[..., Array] = attend,
+) -> CRows:
+    """Returns C' = update(C, attend(Qc, Kz, Vz)) for any rows of C, since rows of C do not read each other.
+
+    Args:
+      shared: (the layer, Kz, Vz).
+      fixed: (number of valid rows of z, documents of z, dropout).
+      documents: documents of these rows of C; None if the sample is a single document.
+      attend: `attention.attend`, or another implementation of it.
+    """
+    (layer, Kz, Vz), (length, read, dropout) = shared, fixed
+    z = Stream(None, K=Kz, length=length, never_empty=never_empty, documents=read)
+    options = attention_options(config, part_of(dropout, CONTEXT_ATTENTION), z, Stream(C, documents=documents))
+    return update(layer, C, attend(Qc, Kz, Vz, **options), part_of(dropout, CONTEXT_FEED_FORWARD))
+
+
+def _update(
+    layer: LayerParams, rows: tuple[ZRows, XRows], attended: tuple[Array, Array], dropout: Dropout | None
+) -> tuple[ZRows, XRows]:
+    """Returns update(z, ...) and update(x, ...), computed side by side."""
+    return side_by_side(
+        lambda rows, attended: update(layer, rows, attended, part_of(dropout, FEED_FORWARD)), rows, attended
+    )
+
+
+@flax.struct.dataclass
+class BlockParams:
+    """Parameters of one block."""
+
+    compress: LayerParams
+    hidden: tuple[LayerParams, ...]
+    restore: LayerParams
+
+    def layers(self) -> tuple[LayerParams, ...]:
+        """Returns all layers in order."""
+        return (self.compress, *self.hidden, self.restore)
+
+
+def dual_window_block(
+    params: BlockParams,
+    config: ModelConfig,
+    C: History,
+    x: Stream,
+    window: PlacedWindow,
+    later: Sequence[BlockParams] = (),
+    dropout: Dropout | None = None,
+) -> tuple[History | None, XRows]:
+    """Runs one block on one generation window, or on g windows together; returns C' and the next x.
+
+    Args:
+      params: the block's parameters, from `prepare_layers`.
+      C: the history from position 0 on, projected by `params.compress`.
+      x: the windows' rows, projected by `params.compress`; [batch * g, m, D] for g windows.
+      window: the windows' positions and rotations.
+      later: the blocks that follow; C' is None if there are none.
+      dropout: None outside training.
+    """
+    z = observed_stream(params.compress, C, window, x.rows.shape[0])
+    z, x = with_documents(window.frame, z, x)
+    valid, never_empty = window.frame.observed_length, config.always_observes
+    rows = compress(params.compress, config, C, z, x, part_of(dropout, 0))
+
+    def hidden_layer(rows: tuple[ZRows, XRows], item: tuple[LayerParams, Dropout | None]) -> tuple[Any, None]:
+        layer, dropout = item
+        z, x = with_documents(window.frame, *project_both(layer, *rows, window.rope, valid, never_empty))
+        return hidden(layer, config, z, x, dropout), None
+
+    z_rows, x_rows = chain_layers(hidden_layer, params.hidden, rows, part_of(dropout, 1), config.plan().scan_layers)
+    z = Stream.of(params.restore, z_rows, window.z_rope, "kv", valid, never_empty)
+    z, x = with_documents(window.frame, z, Stream.of(params.restore, x_rows, window.x_rope))
+    return restore(params.restore, config, C, z, x, later, part_of(dropout, 2))
+
+
+class DualWindowBlock(nn.Module):
+    """One dual-window block as a Flax module, for use in any model.
+
+    The block maps a generation window x of m rows and its history C of n rows to the next x and C. Positions are
+    0 .. n - 1 in the history and n .. n + m - 1 in the window. The block ignores `config.vocab_size` and
+    `config.generation_window`; `config.num_blocks` only affects the scale of the initial weights.
+
+    Examples:
+      >>> block = DualWindowBlock(ModelConfig(d_model=64, num_heads=4, history_window=32))
+      >>> variables = block.init(jax.random.key(0), x, history)
+      >>> x, history = block.apply(variables, x, history)
+    """
+
+    config: ModelConfig
+
+    def setup(self) -> None:
+        self.compress_layer = Layer(self.config, name="compress")
+        self.hidden_layers = [Layer(self.config, name=f"hidden_{i}") for i in range(self.config.hidden_depth)]
+        self.restore_layer = Layer(self.config, name="restore")
+
+    def parameters(self) -> BlockParams:
+        """Returns the block's parameters as a typed pytree."""
+        return BlockParams(self.compress_layer(), tuple(layer() for layer in self.hidden_layers), self.restore_layer())
+
+    def __call__(
+        self, x: jax.Array, history: jax.Array | None = None, *, restore: bool = True, train: bool = False
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """Returns the next x, and C' (None if `restore` is false or `history` is None).
+
+        Args:
+          x: the generation window, [batch, m, D], m >= 1.
+          history: C, [batch, n, D]; None or n = 0 if there is no history.
+          restore: whether to return C'.
+          train: whether to apply dropout, drawn from the rng stream 'dropout'.
+        """
+        config = self.config
+        params = prepare_layers(
+            self.parameters(),
+            config.compute_dtype,
+            head_multiple(config.compute_dtype, config.attention),
+        )
+        x = x.astype(config.compute_dtype)
+        dropout = Dropout.by_key(self.make_rng("dropout"), config.dropout) if train and config.dropout else None
+        length = 0 if history is None else history.shape[1]
+        rows = x[:, :0] if history is None else history.astype(x.dtype)
+        rope = rope_table(jnp.arange(length + x.shape[1]), config.head_dim, config.longest_wavelength)
+        observed = config.observed_rows(length)
+        width = max(observed, min(length, 1))
+        C = History.whole(params.compress, rows, rope)
+        window = Stream.of(params.compress, x, rope.rows(length, x.shape[1]))
+        placed = place_window(WindowFrame(length, length - width, observed, width), rope, x.shape[1])
+        # C' is only computed for a block that follows. The stand-in's projections of C' are not used.
+        later = (params,) if restore and history is not None else ()
+        restored, x = dual_window_block(params, config, C, window, placed, later, dropout)
+        return x, None if restored is None else restored.rows

@@ -1,0 +1,356 @@
+"""The layer of a generated token, and functions by which `prefill` and `slide` write and read many cached rows.
+
+Cached keys and values are [batch, heads, d_h, rows]: the row axis is contiguous, so that a GPU streams memory and a TPU
+needs no padding. The number of valid rows differs between sequences and is known only at run time. Rows may be int8
+(`kernels.key_value`).
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
+from jaxtyping import Array, Float, Int
+
+from tlinformer_jax.config.model import ModelConfig
+from tlinformer_jax.kernels import decode as decode_kernel
+from tlinformer_jax.kernels import history as history_kernel
+from tlinformer_jax.kernels.common import addressable, available, is_half
+from tlinformer_jax.kernels.key_value import KeyValue
+from tlinformer_jax.models.attention import OutputAndLse, attend, attend_parts, merge_parts, no_parts
+from tlinformer_jax.models.cached_rows import CachedRows, attend_cached
+from tlinformer_jax.models.layers import LAYER_NORM_EPSILON, LayerParams, first_norm, project, projections, update
+from tlinformer_jax.models.rope import Rope
+
+# Cosines and sines of rotations, float32 [d_h / 2, rows].
+Rotations = tuple[Array, Array]
+
+# With more sequences than this, XLA's products on the matrix units are faster than those of `kernels.decode.dense`.
+MAX_FUSED_ROWS = 4
+
+
+@flax.struct.dataclass
+class TokenLayerParams(LayerParams):
+    """A layer's parameters for a single row: the weights of each output feature are contiguous.
+
+    The matrices are [3, h, d_h, D], [D, h, d_h], [2, F, D] and [D, F]; those of experts are as in `LayerParams`.
+    """
+
+    @classmethod
+    def of(cls, params: LayerParams) -> "TokenLayerParams":
+        """Converts parameters from `prepare_layers`, whose heads must not be padded."""
+        moved = {name: jnp.moveaxis(getattr(params, name), *axes) for name, axes in _moved_axes(params)}
+        return cls(**{**vars(params), **moved})
+
+    def natural(self) -> LayerParams:
+        """Returns the parameters for `layers.project` and `layers.update`; inside `jit` this copies no memory."""
+        moved = {name: jnp.moveaxis(getattr(self, name), *axes[::-1]) for name, axes in _moved_axes(self)}
+        return LayerParams(**{**vars(self), **moved})
+
+
+def _moved_axes(params: LayerParams) -> list[tuple[str, tuple[int, int]]]:
+    """Returns the matrices of `TokenLayerParams`, and the axis that each moves from and to."""
+    experts = params.router is not None
+    return [
+        ("qkv_kernel", (0, -1)),
+        ("out_kernel", (-1, 0)),
+        *([] if experts else [("gate_up_kernel", (0, -1)), ("down_kernel", (0, -1))]),
+    ]
+
+
+def token_layer(
+    params: TokenLayerParams,
+    config: ModelConfig,
+    x: Float[Array, "batch D"],
+    rope: Rope,
+    past: CachedRows,
+    context: CachedRows | None,
+    backend: str | None = None,
+    key_rows: Float[Array, "batch D"] | None = None,
+) -> tuple[Float[Array, "batch D"], KeyValue]:
+    """Runs a layer on one new row per sequence, which attends to cached rows and to itself.
+
+    Args:
+      x: the new rows.
+      rope: rotations of the new rows, [batch, d_h / 2].
+      past: rows that share a softmax with the new row's own key: its generation window, or a baseline's cache.
+      context: rows with a separate softmax: history or compressed context. None, or no valid row, adds 0.
+      backend: 'plain', 'triton', or 'triton_interpreted' (for tests on the CPU); None to choose automatically.
+      key_rows: input of the keys, see `layers.Embedded`; None if that is x.
+
+    Returns:
+      the next x, and the new row's key (rotated) and value, each [batch, heads, d_h].
+    """
+    if backend is None:
+        caches = [part.cache for part in (past, context) if part is not None]
+        backend = "triton" if use_token_kernels(config) and addressable(caches) else "plain"
+    if backend == "plain":
+        natural, keyed = params.natural(), None if key_rows is None else key_rows[:, None]
+        rows = jax.tree.map(lambda table: table[:, None], rope)
+        query, key, value = (part[:, 0] for part in project(natural, x[:, None], rows, key_rows=keyed))
+        own = KeyValue(key, value)
+        attended = attend_cached(query, own, past, context, config.attention_scale)
+        return update(natural, x[:, None], attended[:, None])[:, 0], own
+    interpret = backend == "triton_interpreted"
+    # The fused products do not support experts; the attention kernel does not depend on the feed-forward.
+    fused = x.shape[0] <= MAX_FUSED_ROWS and params.router is None
+
+    def projected_rows(rows: Array) -> Array:
+        return _projected(params, rows, interpret) if fused else projections(params.natural(), rows[:, None])[:, 0]
+
+    projected = projected_rows(x)
+    if key_rows is not None:
+        projected = projected.at[:, 1].set(projected_rows(key_rows)[:, 1])
+    sources = [(part.cache, part.length, part.layer) for part in (past, context) if part is not None]
+    parts, lses, own_key = decode_kernel.attend(
+        projected, (rope.cos, rope.sin), sources, config.attention_scale, interpret
+    )
+    if context is not None and context.split is not None:
+        parts = jnp.stack([parts[0], context.merged(parts[1], lses[1])])
+    own = KeyValue(own_key, projected[:, 2])
+    if fused:
+        return _updated(params, x, parts, interpret), own
+    return update(params.natural(), x[:, None], jnp.sum(parts, axis=0).astype(x.dtype)[:, None])[:, 0], own
+
+
+def use_token_kernels(config: ModelConfig) -> bool:
+    """Returns whether the GPU kernels of `token_layer` can run here and the configuration allows them."""
+    return config.attention != "xla" and available("decode")
+
+
+def int8_readers(config: ModelConfig) -> str:
+    """Returns a line that says which code reads an int8 cache here."""
+    names = {True: "a kernel", False: "plain JAX"}
+    kernels = [use_token_kernels(config)]
+    line = f"int8 cache: read by {names[kernels[0]]} for a token"
+    if config.windowed:
+        kernels.append(use_kernels(config.compute_dtype, config.head_dim, config.attention))
+        line += f", by {names[kernels[1]]} for prefill and slide"
+    return line + ("; arrays of 2^31 to 2^32 numbers by plain JAX" if any(kernels) else "")
+
+
+def _projected(params: TokenLayerParams, x: Array, interpret: bool) -> Array:
+    """Computes `layers.projections` by the fused kernel: [batch, 3, heads, d_h]."""
+    shape, norm = params.qkv_kernel.shape, (params.norm1_scale, params.norm1_bias, LAYER_NORM_EPSILON)
+    kernel, bias = params.qkv_kernel.reshape(-1, shape[-1]), params.qkv_bias.reshape(-1)
+    return decode_kernel.dense(x[None], kernel, norm=norm, bias=bias, interpret=interpret).reshape(-1, *shape[:-1])
+
+
+def _updated(params: TokenLayerParams, x: Array, parts: Array, interpret: bool) -> Array:
+    """Computes `layers.update` by fused kernels from attention's parts [parts, batch, heads, d_h]: [batch, D]."""
+    attended = parts.reshape(*parts.shape[:2], -1)
+    out_kernel = params.out_kernel.reshape(x.shape[-1], -1)
+    x = decode_kernel.dense(attended, out_kernel, bias=params.out_bias, residual=x, dtype=x.dtype, interpret=interpret)
+    norm = (params.norm2_scale, params.norm2_bias, LAYER_NORM_EPSILON)
+    inner = decode_kernel.dense(x[None], params.gate_up_kernel, norm=norm, gated=True, interpret=interpret)
+    return decode_kernel.dense(inner[None], params.down_kernel, residual=x, interpret=interpret)
+
+
+def write_row(cache: KeyValue, own: KeyValue, row: Int[Array, " batch"], active: Array) -> KeyValue:
+    """Writes one new row per active sequence into the cache of every layer, in place if the cache is donated.
+
+    Args:
+      cache: keys and values of all layers.
+      own: new keys and values, each [layers, batch, heads, d_h].
+      row: each sequence's row to write.
+      active: bool [batch]; the other sequences do not change.
+    """
+
+    rows = cache.as_kept(jax.tree.map(lambda array: array[..., None], own))
+
+    def write_one(array: Array, new: Array) -> Array:
+        at: list[Any] = [*[0] * (array.ndim - 1), row[0]]
+        old = jax.lax.dynamic_slice(array, at, new.shape)
+        return jax.lax.dynamic_update_slice(array, jnp.where(active[0], new, old), at)
+
+    def write_all(array: Array, new: Array) -> Array:
+        # Inactive sequences write past the end, which drops their row. `set` expects the indexed axes first.
+        between = [slice(None)] * (array.ndim - 3)
+        at = (slice(None), jnp.arange(row.size), *between, jnp.where(active, row, array.shape[-1]))
+        return array.at[at].set(jnp.moveaxis(new[..., 0], 1, 0), mode="drop")
+
+    return jax.tree.map(write_one if row.size == 1 else write_all, cache, rows)
+
+
+# ---- Many rows of one sequence
+#
+# Below, `row` is the sequence's index in the batch, int32 [], and `backend` is the attention's.
+
+
+def lane_rows(rows: Float[Array, "*any n heads width"], head_dim: int) -> Float[Array, "*any heads d_h n"]:
+    """Converts keys or values of many rows to the order of axes in a cache, and removes the padding of heads.
+
+    The memory layout is fixed: otherwise XLA would copy the whole cache to the layout of the written rows, and back.
+    """
+    moved = jnp.moveaxis(rows[..., :head_dim], -3, -1)
+    return with_layout_constraint(moved, Layout(tuple(range(moved.ndim))))
+
+
+def write_rows(
+    cache: KeyValue,
+    row: Array,
+    start: Array,
+    layer: LayerParams,
+    rows: Float[Array, "1 n D"],
+    rotations: Rotations,
+    backend: str,
+    key_rows: Float[Array, "1 n D"] | None = None,
+) -> KeyValue:
+    """Projects rows to keys and values, and writes these into a layer's cache from row `start` on.
+
+    The products come out in the order of a cache, rows last, which costs nothing; sorting them later would. The cache
+    is changed in place if it is donated.
+
+    Args:
+      rotations: cosines and sines of the rows' rotations, rows last.
+      key_rows: input of the keys, see `layers.Embedded`; None if that is `rows`.
+    """
+    width = cache.key.shape[-2]
+    inputs = [(rows, slice(1, 3))] if key_rows is None else [(key_rows, slice(1, 2)), (rows, slice(2, 3))]
+    each = [
+        jnp.einsum("dphk,nd->phkn", layer.qkv_kernel[:, parts, :, :width], first_norm(layer, source)[0])
+        for source, parts in inputs
+    ]
+    products, bias = jnp.concatenate(each), layer.qkv_bias[1:, :, :width].astype(rows.dtype)
+    usable = use_kernels(products.dtype, width, backend) and addressable(cache)
+    if usable and rows.shape[1] % history_kernel.STORE_TILE == 0:
+        return history_kernel.store(cache, products, bias, rotations, row, start)
+    # In float32: XLA would make a matrix of a bias of bfloat16, to add it in the product.
+    biased = (products.astype(jnp.float32) + bias.astype(jnp.float32)[..., None]).astype(products.dtype)
+    return _write_unrotated(cache, row, start, biased, rotations)
+
+
+def words_of(layer: LayerParams, vocabulary: Float[Array, "1 V D"], head_dim: int) -> Float[Array, "V 2 2 pairs"]:
+    """Returns keys and values of the whole vocabulary, not rotated, as `write_words` takes them.
+
+    The halves of all heads are apart, [V, (key, value), half, heads * d_h / 2]: a rotation pairs features of both.
+    """
+    both = projections(layer, vocabulary, "kv")[0, ..., :head_dim]
+    size, _, heads, _ = both.shape
+    return jnp.swapaxes(both.reshape(size, 2, heads, 2, head_dim // 2), 2, 3).reshape(size, 2, 2, -1)
+
+
+def write_words(
+    cache: KeyValue,
+    row: Array,
+    start: Array,
+    words: Float[Array, "V 2 2 pairs"],
+    rope: Rope,
+    tokens: Int[Array, " n"],
+    backend: str,
+) -> KeyValue:
+    """Writes keys and values of many tokens into a layer's cache from row `start` on, in place if it is donated.
+
+    `words` is from `words_of`; keys are rotated here.
+    """
+    heads, width = cache.key.shape[-3:-1]
+    usable = use_kernels(words.dtype, width, backend) and addressable(cache) and cache.key_scale is None
+    if usable and tokens.size % history_kernel.WORD_TILE == 0:
+        return history_kernel.store_words(cache, words, (rope.cos, rope.sin), row, start, tokens)
+    taken = jnp.take(words, tokens, axis=0, mode="clip").reshape(-1, 2, 2, heads, width // 2)
+    products = jnp.transpose(taken, (1, 3, 2, 4, 0)).reshape(2, heads, width, -1)
+    return _write_unrotated(cache, row, start, products, (rope.cos.T, rope.sin.T))
+
+
+def _write_unrotated(
+    cache: KeyValue, row: Array, start: Array, both: Float[Array, "2 heads d_h n"], rotations: Rotations
+) -> KeyValue:
+    """Rotates the keys, and writes keys and values to sequence `row` from row `start` on, in plain JAX."""
+    first, second = jnp.split(both[0].astype(jnp.float32), 2, axis=1)
+    cos, sin = rotations
+    key = jnp.concatenate([first * cos - second * sin, first * sin + second * cos], axis=1).astype(both.dtype)
+    return _write(cache, KeyValue(key, both[1]), (row,), start)
+
+
+def write_plainly(
+    cache: KeyValue, key_value: Sequence[Array], place: tuple[Array | int, ...], start: Array | int = 0
+) -> KeyValue:
+    """Writes keys and values of many rows, each [..., rows, heads, d_h or more], from row `start` on.
+
+    `place` is the index in the cache's first axes: the layer (if the cache has several) and the sequence.
+    """
+    return _write(cache, KeyValue(*(lane_rows(array, cache.key.shape[-2]) for array in key_value)), place, start)
+
+
+def _write(cache: KeyValue, rows: KeyValue, place: tuple[Array | int, ...], start: Array | int) -> KeyValue:
+    """Writes keys and values in the order of the cache, to `place` as in `write_plainly`."""
+
+    def write(array: Array, new: Array) -> Array:
+        at: list[Any] = [*place, *[0] * (array.ndim - len(place) - 1), start]
+        return jax.lax.dynamic_update_slice(array, new.reshape((1,) * (array.ndim - new.ndim) + new.shape), at)
+
+    return jax.tree.map(write, cache, cache.as_kept(rows))
+
+
+def attend_history(
+    query: Float[Array, "1 queries heads width"],
+    cache: KeyValue,
+    row: Array,
+    length: Array,
+    scale: float,
+    chunk: int,
+    backend: str,
+) -> OutputAndLse:
+    """Computes attention of a few queries to the first `length` cached rows of a sequence; returns float32.
+
+    Without a kernel that reads the cache directly, `chunk` rows are read at a time; `chunk` divides the cache's rows.
+    """
+    width = query.shape[-1]
+    if use_kernels(query.dtype, cache.key.shape[2], backend) and addressable(cache):
+        read, lse = history_kernel.attend(query[0], cache, row, length, scale)
+        return jnp.pad(read[None], [(0, 0)] * 3 + [(0, width - read.shape[-1])]), lse[None]
+
+    def body(number: Array, carry: OutputAndLse) -> OutputAndLse:
+        start = number * chunk
+
+        def some(array: Array) -> Array:
+            at: list[Any] = [row, *[0] * (array.ndim - 2), start]
+            return jax.lax.dynamic_slice(array, at, (1, *array.shape[1:-1], chunk))
+
+        rows = jax.tree.map(some, cache).widened(query.dtype)
+        key, value = (_natural_rows(part, width) for part in (rows.key, rows.value))
+        return merge_parts(carry, attend_parts(query, key, value, length - start, scale, backend))
+
+    return jax.lax.fori_loop(0, -(-length // chunk), body, no_parts(query))
+
+
+def _natural_rows(rows: Array, width: int) -> Array:
+    """Converts cached keys or values to `attend`'s order of axes, [..., rows, heads, width], padded with zeros."""
+    moved = jnp.moveaxis(rows, -1, -3)
+    return jnp.pad(moved, [(0, 0)] * (moved.ndim - 1) + [(0, width - moved.shape[-1])])
+
+
+def context_lanes(
+    key: Float[Array, "1 rows heads width"], value: Float[Array, "1 rows heads width"], head_dim: int
+) -> tuple[Float[Array, "heads d_h padded"], Float[Array, "heads d_h padded"]]:
+    """Returns keys and values of a compressed context in the order of a cache, for `attend_context`."""
+    padding = ((0, 0), (0, -key.shape[1] % history_kernel.ROW_TILE), (0, 0), (0, 0))
+    lanes = (lane_rows(jnp.pad(array, padding), head_dim)[0] for array in (key, value))
+    key, value = jax.lax.optimization_barrier(tuple(lanes))  # stays out of the loop over chunks of queries
+    return key, value
+
+
+def attend_context(
+    query: Float[Array, "1 queries heads width"],
+    key: Float[Array, "1 rows heads width"],
+    value: Float[Array, "1 rows heads width"],
+    *,
+    lanes: tuple[Float[Array, "heads d_h padded"], Float[Array, "heads d_h padded"]],
+    key_length: Array,
+    **options: Any,
+) -> Float[Array, "1 queries heads width"]:
+    """Computes `attend` from many queries to the few rows of a compressed context; not differentiable.
+
+    `lanes` are `context_lanes` of keys and values.
+    """
+    if use_kernels(query.dtype, lanes[0].shape[1], options["backend"]):
+        return history_kernel.attend_few(query[0], *lanes, key_length, options["scale"])[None]
+    return attend(query, key, value, key_length=key_length, **options)
+
+
+def use_kernels(dtype: Any, head_dim: int, backend: str) -> bool:
+    """Returns whether `kernels.history` can run here for this dtype and head width, and `backend` allows it."""
+    takes = is_half(dtype) and head_dim <= history_kernel.MOST_WIDTH
+    return takes and backend != "xla" and available("history")

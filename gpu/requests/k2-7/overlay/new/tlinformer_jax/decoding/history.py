@@ -1,0 +1,217 @@
+"""The history C of one cached sequence, as `prefill` and `slide` pass it to the block.
+
+For a million rows, neither C nor its projections fit into memory beside the cache. So C at the entrance of a block is
+a function that computes one chunk of rows at a time: embeddings, or rows that the blocks before have restored.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from tlinformer_jax.config.model import ModelConfig
+from tlinformer_jax.decoding.cache import WindowedCache, chunk_rows, for_chunks
+from tlinformer_jax.decoding.params import DecoderParams, embed
+from tlinformer_jax.decoding.sampling import INT8
+from tlinformer_jax.kernels.common import merge_softmaxes
+from tlinformer_jax.kernels.key_value import KeyValue
+from tlinformer_jax.models.attention import attend_parts, merge_parts, no_parts
+from tlinformer_jax.models.cached_attention import (
+    attend_context,
+    attend_history,
+    context_lanes,
+    words_of,
+    write_rows,
+    write_words,
+)
+from tlinformer_jax.models.layers import Dropout, Embedded, LayerParams, project, projections
+from tlinformer_jax.models.rope import Rope, rope_table, rotary_angles, rotate
+from tlinformer_jax.models.streams import Stream
+
+# Block 0's projections, before rotation, depend only on the token. If the history has room for at least this many rows
+# per token of the vocabulary, the whole vocabulary is projected once, and rows are looked up. With a token shift keys
+# also depend on the token before, so every row is projected.
+ROWS_PER_TOKEN = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class SequenceRows:
+    """The history of one sequence, its first `length` tokens; if rows are split, this device's rows."""
+
+    config: ModelConfig
+    cache: WindowedCache
+    row: Int[Array, ""]
+    length: Int[Array, ""]
+
+    @property
+    def chunk(self) -> int:
+        """Number of rows processed at once."""
+        return chunk_rows(self.cache.room)
+
+    @property
+    def held(self) -> Int[Array, ""]:
+        """Number of history rows on this device."""
+        return self.length if self.cache.split is None else self.cache.split.count(self.length)
+
+    def positions(self, start: Int[Array, ""], count: int | None = None) -> Int[Array, " count"]:
+        """Returns positions of this device's `count` rows (default: a chunk) from row `start` on."""
+        count, split = count or self.chunk, self.cache.split
+        if split is not None:
+            return split.positions(start, count)
+        return start + jnp.arange(count, dtype=jnp.int32)
+
+    def rope(self, start: Int[Array, ""], count: int | None = None) -> Rope:
+        """Returns the rotations of these rows."""
+        return rope_table(self.positions(start, count), self.config.head_dim, self.config.longest_wavelength)
+
+    def rotations(
+        self, start: Int[Array, ""], count: int | None = None
+    ) -> tuple[Float[Array, "half count"], Float[Array, "half count"]]:
+        """Returns the same cosines and sines as `rope`, rows last."""
+        angles = rotary_angles(self.positions(start, count), self.config.head_dim, self.config.longest_wavelength).T
+        return jnp.cos(angles), jnp.sin(angles)
+
+    def ids(self, start: Int[Array, ""], count: int | None = None) -> Int[Array, "1 count"]:
+        """Returns the tokens of these rows."""
+        count = count or self.chunk
+        tokens, split = self.cache.tokens, self.cache.split
+        if split is None:
+            return jax.lax.dynamic_slice(tokens, (self.row, start), (1, count))
+        ids = jax.lax.dynamic_slice(tokens, (self.row, start * split.parts), (1, count * split.parts))
+        return split.take(ids)
+
+    def embed(self, params: DecoderParams, start: Int[Array, ""], count: int | None = None) -> Embedded:
+        """Returns these rows of block 0's C, the embeddings."""
+        ids = self.ids(start, count)
+        if params.shift is None:
+            return embed(params, ids)
+        return embed(params, ids, self.cache.tokens_before(self.row, self.positions(start, count))[None])
+
+
+@dataclasses.dataclass(frozen=True)
+class CachedHistory:
+    """C at the entrance of a block, which `block.compress` reads and `block.restore` restores.
+
+    Attributes:
+      at: the sequence and its rows.
+      layer: the block's `compress` layer.
+      z, z_rope: rows h .. n - 1 of C with their queries, and their rotations; the same on every device.
+      rows: function from a row index to the chunk of C's rows from there on (this device's rows).
+      queries: function from a row index and the chunk's rows to the chunk's queries.
+      keys: caches of keys and values that are not filled yet, of this and later blocks; empty for TConstFormer.
+      filled: caches that are filled, of this block and those before; empty for TConstFormer.
+      key_rows: function like `rows` for the input of keys; None if that is `rows`.
+    """
+
+    at: SequenceRows
+    layer: LayerParams
+    z: Stream
+    z_rope: Rope
+    rows: Callable[[Array], Float[Array, "1 chunk D"]]
+    queries: Callable[[Array, Array], Float[Array, "1 chunk heads d_h"]]
+    keys: tuple[KeyValue, ...]
+    filled: tuple[KeyValue, ...] = ()
+    key_rows: Callable[[Array], Float[Array, "1 chunk D"]] | None = None
+
+    def read(self, query: Array, config: ModelConfig, dropout: Dropout | None, *readers: Stream) -> Array:
+        """Returns attend(Q, Kc, Vc); keys come from the cache, or are computed chunk by chunk."""
+        at, scale, backend = self.at, config.attention_scale, config.attention
+        if self.filled:
+            parts = attend_history(query, self.filled[-1], at.row, at.held, scale, at.chunk, backend)
+        else:
+
+            def body(start: Array, parts: tuple[Array, Array]) -> tuple[Array, Array]:
+                keyed = self.key_rows and self.key_rows(start)
+                key, value = project(self.layer, self.rows(start), at.rope(start), "kv", keyed)
+                return merge_parts(parts, attend_parts(query, key, value, at.held - start, scale, backend))
+
+            parts = for_chunks(at.held, at.cache.room, body, no_parts(query))
+        split = at.cache.split
+        output = parts[0] if split is None else merge_softmaxes(*parts, split.axis)[0]
+        return output.astype(query.dtype)
+
+    def restore(
+        self, restore_rows: Callable[..., Array], shared: Any, fixed: Any, next_layer: LayerParams, parts: str
+    ) -> "CachedHistory":
+        """Returns C' for the next block, with its keys cached; rows are stored if that block restores C' again."""
+        _, key, value = shared
+        attend = functools.partial(attend_context, lanes=context_lanes(key, value, self.at.config.head_dim))
+        restore_rows = functools.partial(restore_rows, shared=shared, fixed=fixed, attend=attend)
+
+        def rows(start: Array) -> Array:
+            before = self.rows(start)
+            return restore_rows(before, self.queries(start, before))
+
+        def queries(start: Array, rows: Array) -> Array:
+            return project(next_layer, rows, self.at.rope(start), "q")[0]
+
+        z = Stream.of(next_layer, restore_rows(self.z.rows, self.z.Q), self.z_rope, "q")
+        new = dataclasses.replace(self, layer=next_layer, z=z, rows=rows, queries=queries, key_rows=None)
+        return new._made(keep_rows="q" in parts)
+
+    def _made(self, keep_rows: bool) -> "CachedHistory":
+        """Fills the cache of this block's keys; with `keep_rows`, also stores all rows of C in one array."""
+        if not self.keys and not keep_rows:
+            return self
+        at, (keys, *rest), backend = self.at, self.keys or (None,), self.at.config.attention
+        kept = jnp.zeros((1, at.cache.room, self.z.rows.shape[-1]), self.z.rows.dtype) if keep_rows else None
+
+        def body(start: Array, carry: tuple[Any, Any]) -> tuple[Any, Any]:
+            keys, kept = carry
+            rows = self.rows(start)
+            if kept is not None:
+                kept = jax.lax.dynamic_update_slice(kept, rows, (0, start, 0))
+            if keys is not None:
+                keyed = self.key_rows and self.key_rows(start)
+                keys = write_rows(keys, at.row, start, self.layer, rows, at.rotations(start), backend, keyed)
+            return keys, kept
+
+        keys, kept = for_chunks(at.held, at.cache.room, body, (keys, kept))
+        new = self if keys is None else dataclasses.replace(self, keys=tuple(rest), filled=(*self.filled, keys))
+        if kept is None:
+            return new
+        shape = (1, at.chunk, kept.shape[-1])
+        return dataclasses.replace(new, rows=lambda start: jax.lax.dynamic_slice(kept, (0, start, 0), shape))
+
+
+def embedded_history(
+    params: DecoderParams, at: SequenceRows, z_rows: Float[Array, "1 width D"], z_rope: Rope, fill: bool
+) -> CachedHistory:
+    """Returns block 0's C, the embeddings; `fill` computes its keys, which the cache otherwise contains already."""
+    layer, vocabulary = params.blocks[0].compress, params.embedding[None]
+    backend, caches = at.config.attention, at.cache.history
+    first, later = caches[:1], caches[1:]
+
+    def rows(start: Array) -> Array:
+        return at.embed(params, start).rows
+
+    def key_rows(start: Array) -> Any:
+        return at.embed(params, start).key_rows
+
+    def projected(start: Array, rows: Array) -> Array:
+        return project(layer, rows, at.rope(start), "q")[0]
+
+    def looked_up(start: Array, rows: Array) -> Array:
+        return rotate(jnp.take(table, at.ids(start), axis=0, mode="clip"), at.rope(start))
+
+    def write(start: Array, keys: KeyValue) -> KeyValue:
+        return write_words(keys, at.row, start, words, at.rope(start), at.ids(start)[0], backend)
+
+    z = Stream.of(layer, z_rows, z_rope, "q")
+    if params.shift is not None or at.cache.room < ROWS_PER_TOKEN * at.config.vocab_size:
+        keyed = None if params.shift is None else key_rows
+        if not fill:
+            return CachedHistory(at, layer, z, z_rope, rows, projected, later, first, keyed)
+        return CachedHistory(at, layer, z, z_rope, rows, projected, caches, (), keyed)._made(keep_rows=False)
+    table = projections(layer, vocabulary, "q")[0, :, 0]  # [V, heads, d_h (padded)]
+    if not fill:
+        return CachedHistory(at, layer, z, z_rope, rows, looked_up, later, first)
+    if at.cache.cache_dtype == INT8:  # rows are looked up in another order than that of their scales
+        return CachedHistory(at, layer, z, z_rope, rows, looked_up, caches)._made(keep_rows=False)
+    words = words_of(layer, vocabulary, at.config.head_dim)
+    first = tuple(for_chunks(at.held, at.cache.room, write, keys) for keys in first)
+    return CachedHistory(at, layer, z, z_rope, rows, looked_up, later, first)

@@ -1,0 +1,262 @@
+"""Measures what the history contributes to a trained model, without any training.
+
+n is the position of a window's first row, counting the `model.window_overlap` rows before its own; d is a distance.
+
+- *Cut at d*: the window's history is rows max(0, n - d) .. n - 1 of the sequence, at their positions; the observation
+  window is the last W_oh of these rows.
+- *Change at d*: mean loss with the cut minus mean loss without, over all tokens, and over tokens in windows with n > d.
+- *Loss by history*: mean loss of the windows that start at n, without a cut. Different n are different tokens.
+- *Loss of the same tokens*: over the windows whose history is at least as long as the largest distance.
+- *Mass*: the part of the `compress` layers' softmax, for the window's tokens ('x', not in TConstFormer) and for the
+  observation window ('z'), on rows n - r with r in a bin: the mean over queries, heads, windows and samples.
+- *Share*: the mean over tokens of |O a| / (|O a| + |O b|): a is what x reads from the history, b what it reads from its
+  own window, O the output projection of the `compress` layer without its bias.
+"""
+
+import collections
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tlinformer_jax.config.model import ModelConfig
+from tlinformer_jax.data.batches import num_samples, take_samples
+from tlinformer_jax.data.documents import DocumentStream
+from tlinformer_jax.data.tasks import Split
+from tlinformer_jax.errors import UserError
+from tlinformer_jax.models.attention import attend, head_multiple
+from tlinformer_jax.models.block import BlockParams, dual_window_block
+from tlinformer_jax.models.layers import Embedded, LayerParams, layer_norm, prepare_layers
+from tlinformer_jax.models.model import ModelParams, embed
+from tlinformer_jax.models.rope import rope_table
+from tlinformer_jax.models.streams import History, PlacedWindow, Stream, observed_stream, place_window
+from tlinformer_jax.models.tlinformer import window_states
+from tlinformer_jax.models.windows import WindowFrame, num_windows
+from tlinformer_jax.training.loss import LOSS_CHUNK, token_losses_and_hits
+from tlinformer_jax.training.setup import TrainedRun
+
+SAMPLES = 64
+MASKED = "history: data.document_masking = True: must be False, because the history must be that of one text"
+Sums = dict[str, jax.Array]
+
+
+def measure_history(
+    trained: TrainedRun,
+    stream: Split,
+    length: int | None = None,
+    *,
+    samples: int = SAMPLES,
+    distances: Sequence[int] = (),
+    batch_size: int = 1,
+) -> dict[str, Any]:
+    """Measures the quantities above, in at most `samples` samples of `length` tokens (None: as trained).
+
+    `distances` are where the history is cut, ascending; default: 0 and the powers of 4 from 16 that cut something.
+
+    Returns:
+      JSON: length, samples; starts, the first position of each window, and its tokens; losses: distance, or 'all' if
+      nothing is cut, -> mean loss of each window, None without tokens; cuts and same_tokens, see `_losses`; mass:
+      edges of bins, bin i being edges[i] .. edges[i + 1] - 1, each block's masses for x and z; share: of each block.
+    """
+    config = trained.run.config.model
+    if isinstance(stream, DocumentStream):
+        raise UserError(MASKED)
+    length = length or trained.run.config.data.sequence_length
+    check_measurable(config, length)
+    last = int(window_starts(config, num_windows(config, length))[-1])
+    distances = distances or (0, *(4**power for power in range(2, 16) if 4**power < last))
+    distances = tuple(distance for distance in distances if distance < last)
+    local = jax.tree.map(jnp.asarray, jax.device_get(trained.params))
+    params: Any = trained.run.model.apply({"params": local}, method=trained.run.model.parameters)
+    cuts = {"all": None} | {str(distance): distance for distance in distances}
+    measures = {name: jax.jit(functools.partial(_sums, config=config, cut=cut)) for name, cut in cuts.items()}
+    totals: dict[str, dict[str, Any]] = {name: collections.defaultdict(float) for name in cuts}
+    count = num_samples(stream, length)
+    wanted = min(count, samples)
+    indices = np.arange(wanted) * count // wanted
+    for start in range(0, wanted, batch_size):
+        batch = take_samples(stream, length, indices[start : start + batch_size])
+        for name, measure in measures.items():
+            for part, value in measure(params, batch).items():
+                totals[name][part] += np.asarray(value, np.float64)
+    return {"length": length, "samples": wanted} | _losses(config, distances, totals) | _masses(config, totals["all"])
+
+
+def check_measurable(config: ModelConfig, length: int) -> None:
+    """Checks that the model has windows, and samples a history; raises a UserError if not."""
+    if not config.windowed:
+        raise UserError(f"history: model.architecture = {config.architecture!r}: must have generation windows")
+    if num_windows(config, length) < 2:
+        allowed = f"must be longer than model.generation_window = {config.generation_window}"
+        raise UserError(f"history: samples of {length} tokens: {allowed}")
+
+
+def window_starts(config: ModelConfig, windows: int) -> np.ndarray:
+    """Returns n of each window, int [windows]."""
+    return np.maximum(np.arange(windows) * config.generation_window - config.window_overlap, 0)
+
+
+def _sums(params: ModelParams, batch: dict[str, Any], *, config: ModelConfig, cut: int | None) -> Sums:
+    """Returns losses and tokens of each window; without a cut, also the sums of `_probe`."""
+    dtype = config.compute_dtype
+    blocks = prepare_layers(params.blocks, dtype, head_multiple(dtype, config.attention))
+    size, length = config.generation_window, batch["inputs"].shape[1]
+    windows = num_windows(config, length)
+    embedded = embed(params, config, batch["inputs"])
+    width = max(config.observed_rows(int(start)) for start in window_starts(config, windows))
+    # Pad such that any slice stays inside.
+    missing = ((0, 0), (0, windows * size - length + width), (0, 0))
+    embedded = jax.tree.map(lambda rows: jnp.pad(rows, missing), embedded)
+    labels, weights = (jnp.pad(batch[name], ((0, 0), (0, windows * size - length))) for name in ("labels", "weights"))
+
+    def losses_of(window: jax.Array | int, states: jax.Array) -> Sums:
+        hidden = layer_norm(states, params.norm_scale, params.norm_bias)
+        own = [jax.lax.dynamic_slice_in_dim(rows, window * size, size, axis=1) for rows in (labels, weights)]
+        losses = token_losses_and_hits(hidden, params.embedding, own[0], LOSS_CHUNK)[0] * own[1]
+        return {"losses": jnp.sum(losses), "tokens": jnp.sum(own[1])}
+
+    def one(window: jax.Array) -> Sums:
+        states, probed = _window_states(blocks, config, embedded, window, cut, width, length)
+        return losses_of(window, states) | probed
+
+    first = losses_of(0, _first_states(blocks, config, rows_of(embedded, 0, size)))
+    later = jax.lax.map(one, jnp.arange(1, windows))
+    return later | {name: jnp.concatenate([value[None], later[name]]) for name, value in first.items()}
+
+
+def _first_states(blocks: tuple[BlockParams, ...], config: ModelConfig, x: Embedded) -> jax.Array:
+    """Computes a window without history."""
+    rope = rope_table(jnp.arange(x.rows.shape[1]), config.head_dim, config.longest_wavelength)
+    no_rows = History.whole(blocks[0].compress, x.rows[:, :0], rope)
+    window = Stream.of(blocks[0].compress, x.rows, rope, key_rows=x.key_rows)
+    return window_states(blocks, config, no_rows, window, WindowFrame(0, 0, 0, 0))
+
+
+def _window_states(
+    blocks: tuple[BlockParams, ...],
+    config: ModelConfig,
+    embedded: Embedded,
+    window: jax.Array,
+    cut: int | None,
+    width: int,
+    length: int,
+) -> tuple[jax.Array, Sums]:
+    """Computes a window with history, [batch, W_og, D]; without a cut, also returns the sums of `_probe`."""
+    overlap = config.window_overlap
+    begin, size = window * config.generation_window - overlap, overlap + config.generation_window
+    x = rows_of(embedded, begin, size)
+    if cut == 0:
+        return _first_states(blocks, config, x)[:, overlap:], {}
+    padded = embedded.rows.shape[1]
+    reach = padded if cut is None else cut
+    start, rows = jnp.maximum(begin - reach, 0), min(reach + width, padded)
+    # Rows and rotations are counted from the first row that is not cut, whose position is `start`.
+    history = rows_of(embedded, start, rows)
+    rope = rope_table(start + jnp.arange(max(rows, size) + size), config.head_dim, config.longest_wavelength)
+    observed = jnp.asarray([config.observed_rows(n) for n in range(reach + 1)], jnp.int32)[begin - start]
+    layer = blocks[0].compress
+    C = History.whole(layer, history.rows, rope, begin - start, history.key_rows)
+    own = Stream.of(layer, x.rows, rope.rows(begin - start, size), key_rows=x.key_rows)
+    frame = WindowFrame(begin - start, begin - start - observed, observed, width)
+    real = (jnp.arange(size) >= overlap) & (begin + jnp.arange(size) < length)
+    placed, probed = place_window(frame, rope, size), Sums()
+    for index, block in enumerate(blocks):
+        if cut is None:
+            probed |= _probe(config, block.compress, index, C, own, placed, real)
+        later = blocks[index + 1 :]
+        restored, states = dual_window_block(block, config, C, own, placed, later)
+        if restored is not None:
+            C, own = restored, Stream.of(later[0].compress, states, placed.x_rope)
+    return states[:, overlap:], probed
+
+
+def rows_of(embedded: Embedded, start: jax.Array | int, count: int) -> Embedded:
+    """Returns rows start .. start + count - 1."""
+    return jax.tree.map(lambda rows: jax.lax.dynamic_slice_in_dim(rows, start, count, axis=1), embedded)
+
+
+def _probe(
+    config: ModelConfig, layer: LayerParams, index: int, C: History, x: Stream, placed: PlacedWindow, real: jax.Array
+) -> Sums:
+    """Returns sums of block `index`: mass_x_B and mass_z_B [bins], queries_x_B, queries_z_B, share_B."""
+    probed: Sums = {}
+    together, key, n, scale = x.K.shape[0], C.K, placed.frame.history_length, config.attention_scale
+    edges = distance_edges(key.shape[1])
+    bins = jnp.searchsorted(edges, n - jnp.arange(key.shape[1]), side="right") - 1
+    z = observed_stream(layer, C, placed, together)
+    readers = {"z": (z.Q, jnp.arange(z.Q.shape[1]) < placed.frame.observed_length)}
+    if config.architecture != "tconstformer":
+        readers["x"] = (x.Q, real)
+    seen = jnp.arange(key.shape[1]) < n
+    for name, (query, counts) in readers.items():
+        scores = jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=jnp.float32)
+        weights = jax.nn.softmax(scores * scale, axis=-1, where=seen)
+        paid = jnp.sum(jnp.mean(weights, axis=1) * counts[None, :, None], axis=(0, 1))
+        binned = jnp.zeros(len(edges)).at[jnp.where(seen, bins, len(edges))].add(paid, mode="drop")
+        probed[f"mass_{name}_{index}"] = binned
+        probed[f"queries_{name}_{index}"] = together * jnp.sum(counts, dtype=jnp.float32)
+        if name == "x":
+            read = jnp.einsum("bhqk,bkhd->bqhd", weights, C.V.astype(jnp.float32))
+            own = attend(x.Q, x.K, x.V, causal=True, backend="xla", scale=scale)
+            parts = jnp.stack([read, own.astype(jnp.float32)])
+            norms = jnp.linalg.norm(jnp.einsum("nbqhd,hdo->nbqo", parts, layer.out_kernel), axis=-1)
+            probed[f"share_{index}"] = jnp.sum(norms[0] / (norms[0] + norms[1]) * counts)
+    return probed
+
+
+def distance_edges(rows: int) -> np.ndarray:
+    """Returns the lower edges of the bins of distances 1 .. rows: powers of two."""
+    return 2 ** np.arange(max(1, int(rows).bit_length()))
+
+
+def _losses(config: ModelConfig, distances: Sequence[int], totals: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Returns starts, tokens, losses, cuts and same_tokens of `measure_history`."""
+    tokens: np.ndarray = totals["all"]["tokens"]
+    starts = window_starts(config, len(tokens))
+    losses: dict[str, np.ndarray] = {name: sums["losses"] for name, sums in totals.items()}
+    names = [*map(str, distances), "all"]
+
+    def of_cut(distance: int) -> dict[str, Any]:
+        lost, affected = losses[str(distance)] - losses["all"], starts > distance
+        return {
+            "distance": distance,
+            "loss": _mean(losses[str(distance)], tokens),
+            "change": _mean(lost, tokens),
+            "affected_tokens": int(tokens[affected].sum()),
+            "affected_change": _mean(lost[affected], tokens[affected]),
+        }
+
+    same = starts >= max(distances, default=0)
+    return {
+        "starts": starts.tolist(),
+        "tokens": [int(count) for count in tokens],
+        "losses": {name: [_mean(*pair) for pair in zip(losses[name], tokens)] for name in names},
+        "cuts": [of_cut(distance) for distance in distances],
+        "same_tokens": {
+            "tokens": int(tokens[same].sum()),
+            "distances": [*distances, None],
+            "losses": [_mean(losses[name][same], tokens[same]) for name in names],
+        },
+    }
+
+
+def _masses(config: ModelConfig, sums: dict[str, Any]) -> dict[str, Any]:
+    """Returns mass and share of `measure_history`."""
+    totals = {name: value.sum(0) for name, value in sums.items()}
+    used = max(int(np.flatnonzero(value).max()) + 1 for name, value in totals.items() if "mass" in name)
+
+    def by_block(name: str, queries: str) -> list[Any]:
+        found = [block for block in range(config.num_blocks) if f"{name}_{block}" in totals]
+        return [totals[f"{name}_{block}"] / totals[f"{queries}_{block}"] for block in found]
+
+    x, z = ([part[:used].tolist() for part in by_block(f"mass_{name}", f"queries_{name}")] for name in ("x", "z"))
+    mass = {"edges": [2**power for power in range(used + 1)], "x": x, "z": z}
+    return {"mass": mass, "share": [float(share) for share in by_block("share", "queries_x")]}
+
+
+def _mean(losses: Any, tokens: Any) -> float | None:
+    count = float(np.sum(tokens))
+    return float(np.sum(losses)) / count if count else None

@@ -1,0 +1,93 @@
+"""Actions on a model directly after its training, while its parameters are in memory."""
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from tlinformer_jax.data.sources import load_split
+from tlinformer_jax.data.tasks import TaskSplit
+from tlinformer_jax.data.tokenizers import NUMBERS, build_tokenizer
+from tlinformer_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from tlinformer_jax.config.run import RunConfig
+    from tlinformer_jax.training.setup import TrainedRun
+
+# No prompt ends in a space: a word's first token includes the space before it.
+PROMPTS = ("The", "It was", '"I do not', "In the beginning")
+SAMPLE_TOKENS = 120
+SAMPLING = {"temperature": 0.8, "top_p": 0.95}
+
+
+def evaluate(trained: "TrainedRun", length: int | None = None) -> dict[str, Any]:
+    """Returns figures and losses by position in samples of `length` tokens (None: as trained); see `evaluate_run`.
+
+    A text is evaluated on all tokens of the validation split but the first, at every length. A task is evaluated on the
+    test split, because its validation accuracy may have stopped the run.
+    """
+    from tlinformer_jax.evaluation.report import EvaluationOptions, Source, evaluate_source
+
+    data = trained.run.config.data
+    split = "test" if data.is_task else "validation"
+    stream = trained.run.split(split, None if length is None else 1)
+    options = EvaluationOptions(length=length or data.sequence_length, by_position=True)
+    return {"split": split} | evaluate_source(trained, Source(f"the {split} split", stream, stream), options)
+
+
+def samples(trained: "TrainedRun") -> dict[str, Any]:
+    """Continues fixed prompts, drawing with seed 0; returns the options and the texts."""
+    from tlinformer_jax.decoding.generator import Generator
+
+    generator = Generator(trained.run.model, {"params": trained.params}, trained.run.tokenizer)
+    texts = generator.generate(PROMPTS, max_new_tokens=SAMPLE_TOKENS, seed=0, **SAMPLING)
+    drawn = [{"prompt": prompt, "text": text} for prompt, text in zip(PROMPTS, texts)]
+    return {"max_new_tokens": SAMPLE_TOKENS, "seed": 0, **SAMPLING, "samples": drawn}
+
+
+def history(trained: "TrainedRun", length: int | None = None) -> dict[str, Any]:
+    """Measures `evaluation.history` on the validation split, in samples of `length` tokens (None: as trained)."""
+    from tlinformer_jax.evaluation.history import measure_history
+
+    return measure_history(trained, trained.run.split("validation", length), length)
+
+
+ACTIONS: dict[str, Callable[..., dict[str, Any]]] = {"evaluate": evaluate, "samples": samples, "history": history}
+# Actions that take a number, as in evaluate@8192.
+NUMBERED = ("evaluate", "history")
+
+
+def run_action(name: str, trained: "TrainedRun") -> dict[str, Any]:
+    """Performs an action whose name `checked_actions` has accepted; returns its result as JSON."""
+    kind, *lengths = name.split("@")
+    return ACTIONS[kind](trained, *map(int, lengths))
+
+
+def checked_actions(names: Sequence[str], where: str = "--then") -> tuple[str, ...]:
+    """Returns the names without repetitions; raises a UserError for an unknown name or a wrong @LENGTH."""
+    for name in names:
+        kind, at, number = name.partition("@")
+        if kind not in ACTIONS or (at and (kind not in NUMBERED or not number.isdecimal() or int(number) < 1)):
+            allowed = ", ".join([*ACTIONS, *(f"{kind}@LENGTH" for kind in NUMBERED)])
+            raise UserError(f"{where}={','.join(names)}: {name!r} must be one of {allowed}")
+    return tuple(dict.fromkeys(names))
+
+
+def check_possible(names: Sequence[str], config: "RunConfig") -> None:
+    """Checks, before training, that model and data allow the actions; raises a UserError if not."""
+    data, tokenizer = config.data, config.data.tokenizer
+    for name in names:
+        kind, *lengths = name.split("@")
+        if kind == "evaluate" and data.is_task:
+            split = load_split(data, "test", build_tokenizer(tokenizer))
+            assert isinstance(split, TaskSplit)
+            try:
+                split.task.check(int(lengths[0]) if lengths else data.sequence_length)
+            except UserError as error:
+                raise UserError(f"{name}: {error}") from None
+        if kind == "history":
+            from tlinformer_jax.evaluation.history import MASKED, check_measurable
+
+            if data.document_masking:
+                raise UserError(MASKED)
+            check_measurable(config.model, int(lengths[0]) if lengths else data.sequence_length)
+        if kind == "samples" and tokenizer.startswith(NUMBERS):
+            raise UserError(f"samples: data.tokenizer = {tokenizer!r}: must be one of texts")

@@ -1,0 +1,256 @@
+"""The streams of a block (C, z and x) with their projections, and how z and x are concatenated side by side."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from tlinformer_jax.config.model import ModelConfig
+from tlinformer_jax.kernels.common import merge_softmaxes
+from tlinformer_jax.models.attention import Documents, attend
+from tlinformer_jax.models.feed_forward import split_router_losses
+from tlinformer_jax.models.layers import Dropout, LayerParams, part_of, project
+from tlinformer_jax.models.recompute import map_steps
+from tlinformer_jax.models.rope import Rope
+from tlinformer_jax.models.windows import PerWindow, WindowFrame, in_chunks, joined, repeat_for_windows, slice_rows
+from tlinformer_jax.parallel.sharding import SplitRows
+
+AnyStream = TypeVar("AnyStream", bound="Stream")
+
+
+@flax.struct.dataclass
+class Stream:
+    """Rows of the residual stream, with their queries, keys and values for the next layer.
+
+    Attributes:
+      rows: [batch, rows, D].
+      Q, K, V: [batch, rows, heads, d_h], Q and K rotated; None if not needed.
+      length: number of valid rows, which come first; None if all are valid.
+      never_empty: whether `length` is known to be positive; then attention saves a pass over its output.
+      documents: each row's document, int32 [batch, rows]; None if the sample is a single document.
+    """
+
+    rows: Any
+    Q: Any = None
+    K: Any = None
+    V: Any = None
+    length: PerWindow = None
+    never_empty: bool = flax.struct.field(pytree_node=False, default=False)
+    documents: Any = None
+
+    @classmethod
+    def of(
+        cls: type[AnyStream],
+        layer: LayerParams,
+        rows: Float[Array, "b n D"],
+        rope: Rope,
+        parts: str = "qkv",
+        length: PerWindow = None,
+        never_empty: bool = False,
+        key_rows: Float[Array, "b n D"] | None = None,
+    ) -> AnyStream:
+        """Projects the rows to `parts` by `layers.project`."""
+        projected: dict[str, Any] = dict(zip(parts.upper(), project(layer, rows, rope, parts, key_rows)))
+        return cls(rows=rows, length=length, never_empty=never_empty, **projected)
+
+
+def project_both(
+    layer: LayerParams,
+    z_rows: Float[Array, "b width D"],
+    x_rows: Float[Array, "b m D"],
+    rope: Rope,
+    length: PerWindow,
+    never_empty: bool = False,
+) -> tuple[Stream, Stream]:
+    """Projects z and x by one product; `rope` contains the rotations of both, side by side; `length` is z's."""
+    z_parts, x_parts = side_by_side(lambda rows: project(layer, rows, rope), (z_rows, x_rows))
+    return Stream(z_rows, *z_parts, length, never_empty), Stream(x_rows, *x_parts)  # type: ignore[call-arg]
+
+
+@flax.struct.dataclass
+class History(Stream):
+    """The history C at the entrance of a block, for training and evaluation without a cache.
+
+    Rows past `length` are the future; no query reads them. Windows that run together may share the history of their
+    sequence: its batch size is then the number of sequences, not of windows.
+
+    Attributes:
+      rope: rotations of positions 0, 1, ...
+      split: how the rows are split over devices; None if each device holds all rows.
+      chunk: rows restored at a time; 0 for all at once.
+    """
+
+    rope: Rope | None = None
+    split: SplitRows | None = flax.struct.field(pytree_node=False, default=None)
+    chunk: int = flax.struct.field(pytree_node=False, default=0)
+
+    @classmethod
+    def whole(
+        cls,
+        layer: LayerParams,
+        rows: Float[Array, "b n D"],
+        rope: Rope,
+        length: PerWindow = None,
+        key_rows: Float[Array, "b n D"] | None = None,
+    ) -> "History":
+        """Projects the rows to a history with `length` valid rows (None: all); `rope` begins at the first row."""
+        valid = rows.shape[1] if length is None else length
+        projected = cls.of(layer, rows, rope.rows(0, rows.shape[1]), key_rows=key_rows)
+        return dataclasses.replace(projected, length=valid, rope=rope)
+
+    def slice(self, array: Array, start: PerWindow, length: int, batch: int | None = None) -> Array:
+        """Returns rows start .. start + length - 1 of a field's `array` on every device; see `slice_rows`."""
+        if self.split is None:
+            return slice_rows(array, start, length, batch)
+        return self.split.gather(array, start, length)
+
+    def read(
+        self, query: Float[Array, "b m h k"], config: ModelConfig, dropout: Dropout | None, *readers: Stream
+    ) -> Float[Array, "b m h k"]:
+        """Returns attend(Q, Kc, Vc): every query reads all valid rows. The queries are those of the `readers`."""
+        repeated = (self.K, self.V, self.documents)
+        key, value, documents = jax.tree.map(lambda array: repeat_for_windows(array, query.shape[0]), repeated)
+        keys = dataclasses.replace(self, K=key, documents=documents)
+        if self.split is None:
+            return attend(query, key, value, **attention_options(config, dropout, keys, *readers))
+        # Each device attends to its own rows. Only XLA's attention has a differentiable log-sum-exp.
+        output, lse = attend(
+            query,
+            key,
+            value,
+            key_length=self.split.count(self.length),
+            dropout=part_of(dropout, self.split.index()),
+            backend="xla",
+            return_lse=True,
+            scale=config.attention_scale,
+            documents=documents_of(keys, readers),
+        )
+        return merge_softmaxes(output.astype(jnp.float32), lse, self.split.axis)[0].astype(query.dtype)
+
+    def restore(
+        self, restore_rows: Callable[..., Array], shared: Any, fixed: Any, next_layer: LayerParams, parts: str
+    ) -> "History":
+        """Returns C', projected by `next_layer`.
+
+        Args:
+          restore_rows: computes C' = restore_rows(C, Q, shared, fixed, documents of C) for any rows; must not close
+            over traced values.
+          shared: differentiable values that all rows read.
+          fixed: (number of valid rows of z, documents of z, dropout).
+          next_layer: the `compress` layer of the next block.
+          parts: 'qkv' if the next block restores C' again, else 'kv'.
+        """
+        batch = shared[-1].shape[0]
+        rows = repeat_for_windows(self.rows, batch), repeat_for_windows(self.Q, batch)
+        rope, length, (valid, read, dropout) = self.rope, self.length, fixed
+        assert rope is not None
+        documents = jax.tree.map(lambda array: repeat_for_windows(array, batch), self.documents)
+        if self.split is not None:
+            rope = Rope(self.split.take(rope.cos, axis=0), self.split.take(rope.sin, axis=0))
+            dropout = part_of(dropout, self.split.index())
+            length = self.split.count(length)
+        if not self.chunk:
+            restored = restore_rows(*rows, shared, (valid, read, dropout), documents)
+            projected = list(project(next_layer, restored, rope.rows(0, restored.shape[1]), parts))
+        else:
+            # A plain number must not become an array: kernels are faster if they know that nothing is masked.
+            known = None if isinstance(valid, jax.Array) else valid
+
+            def restore_chunk(shared: Any, fixed: Any, item: tuple[Any, Array]) -> tuple[Array, ...]:
+                (shared, next_layer), (valid, read, documents, rope, dropout), (part, number) = shared, fixed, item
+                if documents is not None:
+                    documents = slice_rows(documents, number * self.chunk, self.chunk)
+                here = valid if known is None else known, read, part_of(dropout, number)
+                restored = restore_rows(*part, shared, here, documents)
+                return restored, *project(next_layer, restored, rope.rows(number * self.chunk, self.chunk), parts)
+
+            fixed = (valid if known is None else None, read, documents, rope, dropout)
+            filled = -(-jnp.max(jnp.asarray(length, jnp.int32)) // self.chunk)
+            shared = split_router_losses(shared, filled)
+            chunks = jax.tree.map(lambda array: in_chunks(array, self.chunk), rows)
+            found = map_steps(restore_chunk, (shared, next_layer), chunks, fixed, filled)
+            restored, *projected = map(joined, found)
+        arrays: dict[str, Any] = {"rows": restored, "Q": None, **dict(zip(parts.upper(), projected))}
+        return dataclasses.replace(self, **arrays)
+
+
+@flax.struct.dataclass
+class PlacedWindow:
+    """Positions of generation windows, with the rotations of z, of x, and of both side by side."""
+
+    frame: WindowFrame
+    z_rope: Rope
+    x_rope: Rope
+    rope: Rope
+
+
+def place_window(frame: WindowFrame, rope: Rope, rows: int) -> PlacedWindow:
+    """Looks up the rotations of z and of `rows` rows of x in `rope`, the rotations of positions 0, 1, ..."""
+    z_rope, x_rope = rope.rows(frame.observed_start, frame.observed_width), rope.rows(frame.history_length, rows)
+    return PlacedWindow(
+        frame, z_rope, x_rope, jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=-2), z_rope, x_rope)
+    )
+
+
+def observed_stream(layer: LayerParams, C: History, window: PlacedWindow, batch: int) -> Stream:
+    """Returns z = C[h:] with its `compress` queries, `batch` windows of `observed_width` rows."""
+    start, width = window.frame.observed_start, window.frame.observed_width
+    z = C.slice(C.rows, start, width, batch)
+    return Stream.of(layer, z, window.z_rope, "q") if C.Q is None else Stream(z, C.slice(C.Q, start, width, batch))
+
+
+def with_documents(frame: WindowFrame, z: Stream, x: Stream) -> tuple[Stream, Stream]:
+    """Sets the documents of both streams' rows."""
+    if frame.x_documents is None:
+        return z, x
+    return dataclasses.replace(z, documents=frame.z_documents), dataclasses.replace(x, documents=frame.x_documents)
+
+
+def documents_of(keys: Stream, readers: Sequence[Stream]) -> Documents | None:
+    """Returns the documents of the readers' rows, side by side, and those of the keys, for `attend`."""
+    if keys.documents is None:
+        return None
+    return functools.reduce(beside, [reader.documents for reader in readers]), keys.documents
+
+
+def attention_options(config: ModelConfig, dropout: Dropout | None, keys: Stream, *readers: Stream) -> dict[str, Any]:
+    """Returns options for `attend`; `readers` are the streams whose queries read the keys of stream `keys`."""
+    options: dict[str, Any] = {"dropout": dropout, "backend": config.attention, "scale": config.attention_scale}
+    if keys.documents is not None:
+        options["documents"] = documents_of(keys, readers)
+    if keys.length is None:
+        return options
+    length, (batch, rows) = keys.length, keys.K.shape[:2]
+    if not isinstance(length, jax.Array) and np.all(np.asarray(length) == rows):
+        return options  # kernels are faster if nothing is masked
+    if np.ndim(length):
+        length = jnp.tile(jnp.asarray(length, jnp.int32), batch // len(length))
+    return {**options, "key_length": length, "never_empty": keys.never_empty}
+
+
+def beside(z: Array, x: Array) -> Array:
+    """Concatenates rows of z and x along axis 1; z has no rows if there is no history."""
+    return jnp.concatenate([z, x], axis=1) if z.shape[1] else x
+
+
+def apart(both: Array, width: int) -> tuple[Array, Array]:
+    """Splits the result of `beside` again; `width` is the number of rows of z."""
+    if not width:
+        return both[:, :0], both
+    z, x = jax.lax.split(both, (width, both.shape[1] - width), axis=1)
+    return z, x
+
+
+def side_by_side(function: Callable[..., Any], *pairs: tuple[Array, Array]) -> tuple[Any, Any]:
+    """Returns (function(z ...), function(x ...)) from one call of a function that works row by row."""
+    width = pairs[0][0].shape[1]
+    found = function(*(beside(*pair) for pair in pairs))
+    parts = [apart(array, width) for array in jax.tree.leaves(found)]
+    tree = jax.tree.structure(found)
+    return tuple(jax.tree.unflatten(tree, [part[side] for part in parts]) for side in (0, 1))
