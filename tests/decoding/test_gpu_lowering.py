@@ -65,7 +65,9 @@ def test_attention_to_history(kept):
     assert "triton" in text
 
 
-def test_attention_to_the_compressed_context():
+@pytest.mark.parametrize("programs", [1, 10**6], ids=["several tiles", "one tile"])
+def test_attention_to_the_compressed_context(monkeypatch, programs):
+    monkeypatch.setattr(history_kernel, "LEAST_PROGRAMS", programs)
     rows = half(HEADS, WIDTH, 256)
     text = lowered(
         lambda *arguments: history_kernel.attend_few(*arguments, 0.1), half(QUERIES, HEADS, 40), rows, rows, number()

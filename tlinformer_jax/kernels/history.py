@@ -41,6 +41,8 @@ STAGES = 3
 QUERY_TILES = 8
 MOST_ROWS_ONCE = 256
 MOST_WIDTH_ONCE = 48
+# Short texts get fewer tiles a program, so that there are at least this many programs; measured at a million tokens.
+LEAST_PROGRAMS = 768
 # Target number of programs: eight for each of the 132 multiprocessors of an H100.
 PROGRAMS = 1056
 # Rows that a program of `store` writes.
@@ -128,9 +130,10 @@ def attend_few(
     The number of rows is a multiple of ROW_TILE; the first `length` rows are valid, and the result is 0 if none is.
     Features past d_h are padding, and 0 in the result.
     """
-    queries, heads, _ = query.shape
-    tiles = min(QUERY_TILES, pl.cdiv(queries, QUERY_TILE))
-    sizes = {"queries": queries, "width": key.shape[1], "tiles": tiles}
+    (queries, heads, _), (_, width, rows) = query.shape, key.shape
+    once = rows <= MOST_ROWS_ONCE and width <= MOST_WIDTH_ONCE
+    tiles = min(QUERY_TILES, max(1, pl.cdiv(queries, QUERY_TILE) * heads // LEAST_PROGRAMS)) if once else 1
+    sizes = {"queries": queries, "width": width, "tiles": tiles, "once": once}
     return call_kernel(
         functools.partial(_attend_few_kernel, scale=scale * LOG2_E, interpret=interpret, **sizes),
         (pl.cdiv(queries, tiles * QUERY_TILE), heads),
@@ -143,14 +146,15 @@ def attend_few(
     )
 
 
-def _attend_few_kernel(query_ref, cache, length_ref, output_ref, *, scale, queries, width, tiles, interpret) -> None:
+def _attend_few_kernel(
+    query_ref, cache, length_ref, output_ref, *, scale, queries, width, tiles, once, interpret
+) -> None:
     """Computes all rows for several tiles of queries and one head; few narrow rows are loaded once for all tiles."""
     first, head, length = pl.program_id(0) * tiles, pl.program_id(1), length_ref[0]
     rows, pieces = cache.key.shape[3], feature_pieces(width, LEAST_PIECE)
-    once = rows <= MOST_ROWS_ONCE and width <= MOST_WIDTH_ONCE
     loaded = _load_rows(cache, head, width) if once else None
 
-    def tile(number: Array, done: Array, masked: bool) -> Array:
+    def tile(number: Array, _: None, masked: bool) -> None:
         numbers = (first + number) * QUERY_TILE + iota(QUERY_TILE)
         query = _load_queries(query_ref, numbers, head, queries, width)
         if loaded is None:
@@ -167,12 +171,14 @@ def _attend_few_kernel(query_ref, cache, length_ref, output_ref, *, scale, queri
                 values = jnp.where((features < width)[None, :], values, 0.0)
             target = output_ref.at[numbers[:, None], head, features[None, :]]
             masked_store(target, values.astype(output_ref.dtype), mask)
-        return done + 1
 
+    if not once:
+        tile(jnp.int32(0), None, masked=True)
+        return
     # Almost always all rows are valid, and none is masked.
-    full = jnp.minimum(length // pl.next_power_of_2(rows), 1) * tiles if once else 0
-    done = jax.lax.fori_loop(0, full, functools.partial(tile, masked=False), jnp.int32(0))
-    jax.lax.fori_loop(full, tiles, functools.partial(tile, masked=True), done)
+    full = jnp.minimum(length // pl.next_power_of_2(rows), 1) * tiles
+    jax.lax.fori_loop(0, full, functools.partial(tile, masked=False), None)
+    jax.lax.fori_loop(full, tiles, functools.partial(tile, masked=True), None)
 
 
 def _load_rows(cache: KeyValue, head: Array, width: int) -> tuple[list[Array], list[Array]]:
