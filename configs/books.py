@@ -14,7 +14,7 @@ Needs: `pip install "tlinformer-jax[data]"`; files of JSON lines, plain, .gz, .x
 --config.train.accumulation=4 computes them in four parts. 9,080 updates are 1.2 billion tokens; for a corpus much
 smaller than a tenth of that, lower --config.train.steps.
 
-Result: docs/quality.md, "Books, 41M parameters" and "Six models and experts"; 1.2 billion tokens were not tried.
+Result: docs/quality.md, "Books, 41M parameters" and "Five models and experts"; 1.2 billion tokens were not tried.
 """
 
 from ml_collections import ConfigDict

@@ -383,7 +383,8 @@ def test_eight_devices_train_as_one_does(name, monkeypatch, own_traces):
 
 
 def test_the_axis_is_refused_where_there_is_nothing_to_split():
-    for changes, allowed in (({}, "must be 1 for model.num_experts = 0"), ({"num_experts": 4}, "must divide 4")):
+    refused = "must divide model.num_experts = 4"
+    for changes, allowed in (({}, "must be 1 for model.num_experts = 0"), ({"num_experts": 4}, refused)):
         config = RunConfig(
             dataclasses.replace(SMALL, vocab_size=257, **changes),
             dataclasses.replace(TRAIN, mesh="expert=8"),
