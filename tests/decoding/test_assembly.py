@@ -13,7 +13,7 @@ from tlinformer_jax.kernels.common import powers
 ARITHMETIC = {
     "sub": lambda one, other: one - other,
     "fma.rn": lambda one, other, added: one * other + added,
-    "ex2.approx.ftz": lambda power: np.exp2(power) if power >= -126 else 0.0,  # not a number below the normal ones
+    "ex2.approx.ftz": lambda power: np.exp2(power) if power >= -126 else 0.0,  # without subnormal numbers
 }
 
 
