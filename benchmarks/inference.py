@@ -16,6 +16,7 @@ from benchmarks.flags import define_config_flag
 from tlinformer_jax.commands import cli
 from tlinformer_jax.config.model import ARCHITECTURES as ALL_ARCHITECTURES
 from tlinformer_jax.config.model import ModelConfig
+from tlinformer_jax.config.run import NUM_SEEDS
 from tlinformer_jax.errors import ConfigError, UserError
 from tlinformer_jax.files import local_path
 
@@ -48,7 +49,7 @@ MAX_QUADRATIC = flags.DEFINE_integer(
 )
 CONTEXT = flags.DEFINE_integer("context", 1, "Devices that the history is spread over.")
 CACHE_DTYPE = flags.DEFINE_string("cache_dtype", "auto", "Of keys and values that grow with a sequence: auto or int8.")
-SEED = flags.DEFINE_integer("seed", 0, "Of weights and prompts.", lower_bound=0, upper_bound=2**32 - 1)
+SEED = flags.DEFINE_integer("seed", 0, "Of weights and prompts.", lower_bound=0, upper_bound=NUM_SEEDS - 1)
 PROFILE = flags.DEFINE_string("profile", "", "Directory for traces of a hit loop and a slide at the largest length.")
 OUT = flags.DEFINE_string("out", "", "Directory for inference.json and plots; none: print only.")
 

@@ -161,7 +161,7 @@ def generation_panels(found: Sequence[Row]) -> list[tuple[str, str, list[Curve]]
     def milliseconds(row: Row) -> float | None:
         if "windows" in row:
             return row["windows"]["seconds"] / row["windows"]["tokens"] * 1e3
-        if "sustained" not in row:
+        if "sustained" not in row or (row["architecture"] in WINDOWED and "slide" not in row):
             return None
         slide = row["slide"]["seconds"] / row["generation_window"] if "slide" in row else 0.0
         return (row["sustained"]["seconds"] + slide) * 1e3

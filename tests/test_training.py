@@ -370,7 +370,7 @@ def run_config(**changes) -> RunConfig:
 
 def test_a_run_leaves_a_complete_workdir_and_continues_exactly(tmp_path, capsys):
     """Stopping after two steps and going on, with checkpoints by the clock, gives the same parameters."""
-    config = run_config(model={"num_blocks": 1})
+    config = run_config(model={"num_blocks": 1, "dropout": 0.1})
     whole = train_and_evaluate(config, tmp_path / "whole")
     assert 0 < whole["loss"] < 10
     assert math.isclose(whole["perplexity"], math.exp(whole["loss"]), rel_tol=1e-6)

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from absl import flags
 
 from tlinformer_jax.commands import cli
+from tlinformer_jax.config.run import NUM_SEEDS
 
 if TYPE_CHECKING:
     from tools.fault_runs import Outcome
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 TRIALS = flags.DEFINE_integer("trials", 30, "Runs that are killed and resumed.", lower_bound=1)
 SIGNAL = flags.DEFINE_enum("signal", "kill", ["kill", "term"], "kill: SIGKILL (kill -9); term: SIGTERM.")
-SEED = flags.DEFINE_integer("seed", 0, "Of the moments.", lower_bound=0, upper_bound=2**32 - 1)
+SEED = flags.DEFINE_integer("seed", 0, "Of the moments.", lower_bound=0, upper_bound=NUM_SEEDS - 1)
 OUT = flags.DEFINE_string("out", "", "Directory for faults_SIGNAL.json and what failed; none: print only.")
 
 

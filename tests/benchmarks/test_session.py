@@ -36,7 +36,10 @@ def test_a_token_without_a_cache_is_the_models(architecture, length):
 
 @pytest.mark.parametrize(
     ("architecture", "overlap"),
-    [("tlinformer", 3), ("transformer", 0), ("gated_deltanet_hybrid", 0)],
+    [
+        pytest.param("tlinformer", 0, marks=pytest.mark.slow),
+        *(("tlinformer", 3), ("transformer", 0), ("gated_deltanet_hybrid", 0)),
+    ],
 )
 def test_a_session_generates_what_the_model_would(architecture, overlap):
     """Prefill, dispatched steps, the device loop and slides, each token checked; then again after rewinding."""

@@ -109,6 +109,8 @@ def test_generation_stands_beside_training_under_the_same_names(tmp_path, drawn)
     parts = {"cache_bytes": 3e6, "sustained": {"seconds": 0.1}, "slide": {"seconds": 0.4}}  # a slide in 4 tokens
     rows = [row("gated_deltanet", 5, 0.8, 3e6), {"architecture": "transformer", "length": 5, "batch": 1, "error": "-"}]
     rows.append({"architecture": "tlinformer", "length": 12, "batch": 1} | parts)
+    del parts["slide"]  # a window without its slide is no cost of a token, but a baseline has no slides
+    rows += [{"architecture": name, "length": 20, "batch": 1} | parts for name in ("tlinformer", "gated_deltanet")]
     (tmp_path / "b").write_text(json.dumps({"config": {"generation_window": 4}, "rows": rows}))
     trained = [{"model": "TLinFormer, windows of 4", "length": 8, "flops": 1e6, "seconds": 1e-6}]
     found = training_cost.read_generation([f"{tmp_path}/a", f"{tmp_path}/b"])
@@ -116,10 +118,18 @@ def test_generation_stands_beside_training_under_the_same_names(tmp_path, drawn)
     training, tokens, caches = drawn["cost.png"]
     check_lines(training.lines, {"TLinFormer, windows of 4": [(8, 1.0)]})
     check_lines(
-        tokens.lines, {"Gated DeltaNet": [(5, 200.0)], "TLinFormer, windows of 4": [(5, 50.0), (9, 100.0), (12, 200.0)]}
+        tokens.lines,
+        {
+            "Gated DeltaNet": [(5, 200.0), (20, 100.0)],
+            "TLinFormer, windows of 4": [(5, 50.0), (9, 100.0), (12, 200.0)],
+        },
     )
     check_lines(
-        caches.lines, {"Gated DeltaNet": [(5, 3.0)], "TLinFormer, windows of 4": [(5, 1.0), (9, 2.0), (12, 3.0)]}
+        caches.lines,
+        {
+            "Gated DeltaNet": [(5, 3.0), (20, 3.0)],
+            "TLinFormer, windows of 4": [(5, 1.0), (9, 2.0), (12, 3.0), (20, 3.0)],
+        },
     )
     assert [panel.title.partition(" (")[0] for panel in (training, tokens, caches)] == [
         *("Cost of training", "Cost of generation", "Cache or state of one sequence"),

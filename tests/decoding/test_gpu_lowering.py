@@ -86,10 +86,10 @@ def test_storing(kept):
     text = lowered(store, cache, half(128, 2, HEADS, 40), half(2, HEADS, 40), positions, number(), number())
     assert "store_history" in text
 
-    def look_up(cache, words, bias, positions, row, start):
+    def look_up(cache, products, bias, positions, row, start):
         rope = rope_table(positions, WIDTH)
         tokens = jnp.arange(128, dtype=jnp.int32)
-        return history_kernel.store(cache, words, bias, (rope.cos, rope.sin), row, start, tokens)
+        return history_kernel.store(cache, products, bias, (rope.cos, rope.sin), row, start, tokens)
 
     text = lowered(look_up, cache, half(500, 2, HEADS, 40), half(2, HEADS, 40), positions, number(), number())
     assert "store_history" in text

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import re
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +24,6 @@ from tlinformer_jax.decoding.decoder import Decoder, step
 from tlinformer_jax.decoding.spread import on_devices
 from tlinformer_jax.errors import ConfigError
 from tlinformer_jax.interop import params_from_reference
-from tlinformer_jax.kernels import decode as decode_kernel
 from tlinformer_jax.kernels import key_value
 from tlinformer_jax.kernels.key_value import KeyValue, quantised
 from tlinformer_jax.models import cached_rows
@@ -328,39 +326,6 @@ def test_attend_history(queries, width, length):
     exact = query[..., :width], key[1, ..., :length]
     np.testing.assert_allclose(read, softmax_attention(*exact, value[1, ..., :length], 0.3), atol=2e-5)
     np.testing.assert_allclose(lse, log_sum_exp(*exact, 0.3), atol=2e-5)
-
-
-def run_ptx(assembly: str, word: int) -> list[float]:
-    """Runs the instructions xor, prmt and sub on a word $4; returns $0 .. $3."""
-    registers = {"$4": word}
-
-    def bits(name: str) -> int:
-        return registers[name] if name in registers else int(name.replace("0f", "0x"), 16)
-
-    def from_bytes(chosen) -> int:
-        return int.from_bytes(bytes(chosen), "little")
-
-    for operation, operands in re.findall(r"^ *(\w+)\.[bf]32 (.*);", assembly, re.MULTILINE):
-        target, *names = operands.split(", ")
-        values = [bits(name) for name in names]
-        if operation == "xor":
-            registers[target] = values[0] ^ values[1]
-        elif operation == "prmt":
-            both = b"".join(value.to_bytes(4, "little") for value in values[:2])
-            registers[target] = from_bytes(both[values[2] >> 4 * place & 7] for place in range(4))
-        else:
-            assert operation == "sub"
-            one, other = np.asarray(values, np.uint32).view(np.float32)
-            registers[target] = int((one - other).view(np.uint32))
-    return np.asarray([registers[f"${place}"] for place in range(4)], np.uint32).view(np.float32).tolist()
-
-
-def test_the_assembly_converts_every_integer():
-    """On GPUs; the interpreted kernels convert otherwise."""
-    integers = np.arange(-128, 128, dtype=np.int8).reshape(4, 64).T  # a word has four different ones
-    for four in integers:
-        word = int.from_bytes(four.tobytes(), "little")
-        assert run_ptx(decode_kernel.FOUR_FLOATS, word) == four.tolist()
 
 
 @pytest.mark.parametrize("chunk", [4096, 256])

@@ -107,7 +107,7 @@ def test_store_adds_the_bias_rotates_keys_and_touches_nothing_else(width):
 
 
 def test_store_looks_rows_up():
-    key, value, words, bias = (
+    key, value, products, bias = (
         normal(0, 2, 3, 12, 512),
         normal(1, 2, 3, 12, 512),
         normal(2, 9, 2, 3, 16),
@@ -116,8 +116,8 @@ def test_store_looks_rows_up():
     rope = rope_table(jnp.arange(128), 12)
     tables, tokens = (rope.cos, rope.sin), jnp.asarray(np.random.default_rng(4).integers(0, 9, 128), jnp.int32)
     place = jnp.int32(1), jnp.int32(64)
-    found = store(KeyValue(key, value), words, bias, tables, *place, tokens)
-    expected = store(KeyValue(key, value), words[tokens], bias, tables, *place)
+    found = store(KeyValue(key, value), products, bias, tables, *place, tokens)
+    expected = store(KeyValue(key, value), products[tokens], bias, tables, *place)
     for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_array_equal(one, other)
 

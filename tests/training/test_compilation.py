@@ -20,6 +20,7 @@ from tlinformer_jax.training.setup import build_run
 
 MODEL = {"vocab_size": 257, "d_model": 16, "num_heads": 2, "num_blocks": 1, "hidden_depth": 0, "d_ff": 24}
 MODEL |= {"architecture": "transformer", "dtype": "float32"}  # which compiles in half the time
+TLINFORMER = {"architecture": "tlinformer", "history_window": 4, "generation_window": 4}
 RECALL = {"dataset": "recall", "tokenizer": "numbers:64", "sequence_length": 16, "num_items": 2, "examples": 200}
 FILES = {f"{split}_files": str(TEXT_FILE) for split in ("train", "validation")}
 TEXT = {"dataset": "text", "tokenizer": "bytes", "sequence_length": 16} | FILES
@@ -33,22 +34,24 @@ def logged():
     jax.config.update("jax_log_compiles", False)
 
 
-def compilations(caplog: Any, workdir: pathlib.Path, data: dict[str, Any], **train: Any) -> list[str]:
+def compilations(
+    caplog: Any, workdir: pathlib.Path, data: dict[str, Any], model: dict[str, Any] = MODEL, **train: Any
+) -> list[str]:
     """Threads that compiled a training step in a run, one name for each program."""
     caplog.clear()
     train = {"batch_size": 8, "warmup_steps": 1, **train}
     with caplog.at_level(logging.WARNING, logger="jax"):
-        train_and_evaluate({"model": MODEL, "train": train, "data": data}, workdir)
+        train_and_evaluate({"model": model, "train": train, "data": data}, workdir)
     found = [record for record in caplog.records if "Finished XLA compilation of jit(train_step)" in record.message]
     caplog.clear()
     return [record.threadName or "" for record in found]
 
 
-@pytest.mark.parametrize("data", [TEXT, RECALL])
-def test_a_step_is_compiled_once_beside_what_else_a_run_needs(data, tmp_path, caplog):
-    (thread,) = compilations(caplog, tmp_path, data, steps=3)
+@pytest.mark.parametrize(("data", "model"), [(TEXT, MODEL | TLINFORMER), (RECALL, MODEL)])
+def test_a_step_is_compiled_once_beside_what_else_a_run_needs(data, model, tmp_path, caplog):
+    (thread,) = compilations(caplog, tmp_path, data, model, steps=3)
     assert thread.startswith("compilation")
-    assert compilations(caplog, tmp_path, data, steps=3) == [], "the run was finished"
+    assert compilations(caplog, tmp_path, data, model, steps=3) == [], "the run was finished"
 
 
 def test_the_short_update_of_a_paper_epoch_is_the_same_program(tmp_path, caplog):

@@ -38,8 +38,9 @@ AND_MORE = re.compile(r"(\d+)(?:\+(\d+))?")  # two counts
 COSINE_TO = re.compile(r"cosine:(\d+(?:\.\d+)?(?:e-?\d+)?)")
 WSD = re.compile(r"wsd:((?=.*[1-9])0?\.\d+|1(?:\.0*)?)")
 EPOCH = "epoch"
-# A JAX key has 32 bits; dropout uses seed + 1.
-LARGEST_SEED = 2**32 - 2
+# JAX keeps 32 bits of a seed; larger seeds would repeat others. In training, dropout uses seed + 1.
+NUM_SEEDS = 2**32
+LARGEST_SEED = NUM_SEEDS - 2
 DURATION = re.compile(r"((?=.*[1-9])\d+(?:\.\d+)?)(s|min|h)")
 UNITS = {"s": 1, "min": 60, "h": 3600}
 # Evaluation stores no activations for a gradient, so it computes several small micro-batches at a time.

@@ -19,7 +19,7 @@ from tlinformer_jax.decoding.params import DecoderParams, embed
 from tlinformer_jax.kernels.common import merge_softmaxes
 from tlinformer_jax.kernels.key_value import KeyValue
 from tlinformer_jax.models.attention import attend_parts, merge_parts, no_parts
-from tlinformer_jax.models.cached_attention import attend_context, attend_history, write_rows, write_words
+from tlinformer_jax.models.cached_attention import attend_context, attend_history, write_rows, write_tokens
 from tlinformer_jax.models.layers import Dropout, Embedded, LayerParams, project, projections, unbiased_projections
 from tlinformer_jax.models.rope import Rope, rope_table, rotate
 from tlinformer_jax.models.streams import Stream
@@ -183,7 +183,7 @@ def embedded_history(
         return rotate(jnp.take(table, at.ids(start), axis=0, mode="clip"), at.rope(start))
 
     def write(start: Array, keys: KeyValue) -> KeyValue:
-        return write_words(keys, at.row, start, products[0], bias, at.rope(start), at.ids(start)[0], backend)
+        return write_tokens(keys, at.row, start, products[0], bias, at.rope(start), at.ids(start)[0], backend)
 
     z = Stream.of(layer, z_rows, z_rope, "q")
     if params.shift is not None or at.cache.room < ROWS_PER_TOKEN * at.config.vocab_size:

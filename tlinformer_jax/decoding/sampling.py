@@ -23,12 +23,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from tlinformer_jax.config.run import NUM_SEEDS
 from tlinformer_jax.errors import TRUE_OR_FALSE, ConfigError, Rule, check_fields, integer, number, one_of
 
 # Bounds of factors: neither these numbers nor their reciprocals overflow or flush to zero.
 _LEAST, _MOST = 1e-30, 1e30
-# JAX keeps 32 bits of a seed; larger seeds would repeat others.
-_SEEDS = 2**32
 NO_TOKEN = -1
 # Most tokens that one call of the device returns for each sequence.
 MAX_STEPS = 256
@@ -88,11 +87,11 @@ RULES = {
         f"must be 1 (no penalty) or another number > 0, {_BOUNDS}", lambda value: _LEAST <= value <= _MOST
     ),
     "seed": Rule(
-        f"must be an integer from 0 to {_SEEDS - 1}, or one for each sequence",
-        lambda value: are_integers(value if np.iterable(value) else [value], _SEEDS),
+        f"must be an integer from 0 to {NUM_SEEDS - 1}, or one for each sequence",
+        lambda value: are_integers(value if np.iterable(value) else [value], NUM_SEEDS),
     ),
     "max_new_tokens": integer(0),
-    "stop_tokens": _or_none(Rule("must be a list of token ids", lambda value: are_integers(value, _SEEDS))),
+    "stop_tokens": _or_none(Rule("must be a list of token ids", lambda value: are_integers(value, NUM_SEEDS))),
     "stop_strings": Rule("must be a list of texts, none of them empty", _are_texts),
     "logprobs": TRUE_OR_FALSE,
     "chunk": _or_none(integer(1, MAX_STEPS, also=", or None")),
@@ -118,7 +117,8 @@ class GenerationConfig:
       chunk: most tokens per device call. A small value streams sooner and draws fewer tokens after a stop string. None:
         16 when streaming or with stop strings, else 256.
       cache_dtype: dtype of cached keys and values that grow with a sequence. 'auto' is the model's compute dtype;
-        'int8' needs little more than half of bfloat16's memory and more time, and changes logits a little.
+        'int8' needs little more than half of bfloat16's memory and changes logits a little. On an NVIDIA GPU a
+        token after a long text takes less time, a slide and a prompt more.
     """
 
     temperature: float = 0.0
@@ -257,7 +257,7 @@ def sequence_keys(seed: int | Sequence[int], batch: int) -> Key[Array, " B"]:
         raise ConfigError("generation.seed", seed, f"must be one integer or {batch} of them, one for each sequence")
     # With JAX's other generators, draws under `vmap` depend on the batch.
     make = functools.partial(jax.random.key, impl="threefry2x32")
-    seeds = seed if np.ndim(seed) else (np.asarray(seed) + np.arange(batch)) % _SEEDS
+    seeds = seed if np.ndim(seed) else (np.asarray(seed) + np.arange(batch)) % NUM_SEEDS
     return jax.vmap(make)(np.asarray(seeds, np.uint32))
 
 

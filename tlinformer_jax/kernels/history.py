@@ -2,9 +2,9 @@
 
 `store` writes many tokens, or int8 rows, into the cache, `attend` reads the whole cache for a few queries, and
 `attend_few` reads a compressed context for many queries. The plain versions are in `models.cached_attention`:
-`write_words` and `write_rows`, `attend_history` and `attend_context` without kernels. Gain: at a million tokens a slide
-took 6%, 32% and 3.3% longer without them, a prefill 35%, 31% and 5.4%. That was before both readers became faster, and
-before plain JAX wrote rows that are not int8.
+`write_tokens` and `write_rows`, `attend_history` and `attend_context` without kernels. Gain: at a million tokens a
+slide took 6%, 32% and 3.3% longer without them, a prefill 35%, 31% and 5.4%. That was before both readers became
+faster, and before plain JAX wrote rows that are not int8.
 
 Keys and values are [batch, heads, d_h, rows] (`models.cached_attention`); the matrix units need this order of the keys,
 too. With an int8 cache `attend` reads integers and `store` writes them.

@@ -225,7 +225,7 @@ def write_rows(
     return _write_products(cache, row, start, jnp.concatenate(each), bias, rope)
 
 
-def write_words(
+def write_tokens(
     cache: KeyValue,
     row: Array,
     start: Array,
