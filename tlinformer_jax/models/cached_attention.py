@@ -242,8 +242,10 @@ def write_tokens(
     if can_store(cache, products.dtype, tokens.size, backend):
         return history_kernel.store(cache, products, bias, (rope.cos, rope.sin), row, start, tokens)
     width = cache.key.shape[-2]
-    taken = jnp.take(products[..., :width], tokens, axis=0, mode="clip")
-    return _write_products(cache, row, start, jnp.moveaxis(taken, 0, -1), bias[..., :width], rope)
+    # Looked up as flat rows: a TPU would pad each head's few features to 128 lanes.
+    flat = products[..., :width].reshape(products.shape[0], -1)
+    taken = jnp.take(flat, tokens, axis=0, mode="clip").T
+    return _write_products(cache, row, start, taken.reshape(2, -1, width, tokens.size), bias[..., :width], rope)
 
 
 def can_store(cache: KeyValue, dtype: Any, rows: int, backend: str) -> bool:
