@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from tlinformer_jax.data import batches as module
 from tlinformer_jax.data.batches import (
     TrainingBatches,
     epoch_permutation,
@@ -71,6 +72,23 @@ def test_every_epoch_has_another_order_and_every_seed_too():
 def test_the_order_is_the_one_that_earlier_runs_used():
     """If this fails, runs that were begun before the change can no longer be resumed in their order."""
     assert epoch_permutation(12, seed=7, epoch=3).tolist() == [7, 1, 9, 6, 0, 11, 10, 4, 2, 8, 3, 5]
+
+
+def test_streams_read_in_turn_sort_their_epochs_once(monkeypatch):
+    """Runs of several seeds in one program take a batch of each stream for every update."""
+    sorted_epochs = []
+
+    def counted(*given):
+        sorted_epochs.append(given)
+        return epoch_permutation(*given)
+
+    monkeypatch.setattr(module, "epoch_permutation", counted)
+    streams = [TrainingBatches(stream_of(1 + 8 * 10), 8, 4, seed) for seed in range(5)]
+    found = [[stream.indices(step) for stream in streams] for step in range(5)]  # two epochs
+    assert sorted(sorted_epochs) == [(10, seed, epoch) for seed in range(5) for epoch in range(2)]
+    for seed in range(5):
+        expected = np.concatenate([epoch_permutation(10, seed, epoch) for epoch in range(2)])
+        np.testing.assert_array_equal(np.concatenate([row[seed] for row in found]), expected)
 
 
 def test_an_epoch_boundary_inside_an_update():

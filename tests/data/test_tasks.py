@@ -58,6 +58,19 @@ def test_distinct_numbers_in_every_order_equally_often():
     assert sorted(tasks.distinct(tasks.random_bits(1, np.arange(1), 20), 10)[0].tolist()) == list(range(10))
 
 
+@pytest.mark.parametrize(("count", "bound"), [(1, 1), (1, 5), (5, 5), (7, 8), (50, 60), (128, 130), (32, 4095)])
+def test_distinct_numbers_are_those_of_floyds_algorithm_one_by_one(count, bound):
+    """Fields close to full repeat replacements of replacements."""
+    bits = tasks.random_bits(2, np.arange(300), 2 * count)
+    for found, row in zip(tasks.distinct(bits, bound), bits):
+        chosen: list[int] = []
+        for number in range(count):
+            newest = bound - count + number
+            one = int(tasks.below(row[number : number + 1], newest + 1)[0])
+            chosen.append(newest if one in chosen else one)
+        assert found.tolist() == [chosen[place] for place in np.argsort(row[count:], kind="stable")]
+
+
 def test_recall_asks_for_every_pair_once():
     samples = split_of(RECALL).task.make(np.arange(300), 48)
     gaps = []

@@ -11,7 +11,7 @@ import collections
 import dataclasses
 import functools
 import itertools
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from typing import Any, Self
 
 import numpy as np
@@ -75,7 +75,6 @@ def take_samples(stream: Split, sequence_length: int, indices: np.ndarray) -> Ba
     return {"inputs": rows[:, :-1], "labels": rows[:, 1:], "weights": weights}
 
 
-@functools.lru_cache(maxsize=2)
 def epoch_permutation(count: int, seed: int, epoch: int) -> np.ndarray:
     """Returns the order in which epoch `epoch` visits `count` samples, int64 [count]; read-only.
 
@@ -83,7 +82,7 @@ def epoch_permutation(count: int, seed: int, epoch: int) -> np.ndarray:
     """
     raw = np.random.Philox(np.random.SeedSequence([seed, epoch])).random_raw(count)
     order = np.argsort(raw, kind="stable")
-    order.flags.writeable = False  # the cached array is shared
+    order.flags.writeable = False  # batches share it
     return order
 
 
@@ -146,8 +145,13 @@ class TrainingBatches:
         chosen = np.full_like(positions, -1)
         for epoch in np.unique(epochs):
             here = (epochs == epoch) & (offsets < count)
-            chosen[here] = epoch_permutation(count, self.seed, int(epoch))[offsets[here]]
+            chosen[here] = self._order(int(epoch))[offsets[here]]
         return chosen
+
+    @functools.cached_property
+    def _order(self) -> Callable[[int], np.ndarray]:
+        """Returns an epoch's order. Every stream of batches keeps its own last two: sorting an epoch takes long."""
+        return functools.lru_cache(maxsize=2)(functools.partial(epoch_permutation, self.samples_per_epoch, self.seed))
 
     def batch(self, step: int, rows: Rows = ALL) -> Batch:
         """Returns the given rows of update `step`, in their order, each with all its samples."""

@@ -301,11 +301,24 @@ def below(bits: np.ndarray, bound: int | np.ndarray) -> np.ndarray:
 
 def distinct(bits: np.ndarray, bound: int) -> np.ndarray:
     """Draws different integers below `bound` in random order, int64 [samples, count], of bits [samples, 2 * count]."""
+    # Floyd's algorithm draws number j from 0 .. newest[j], and replaces it by newest[j] if it has been chosen before.
+    # All are drawn at once: a loop over them would hold Python's lock longer than a small model's update takes.
     count = bits.shape[1] // 2
-    chosen = np.empty((len(bits), count), np.int64)
-    for number in range(count):  # Floyd's algorithm: a repeated number is replaced by the newest
-        newest = bound - count + number
-        one = below(bits[:, number], newest + 1)
-        taken = (chosen[:, :number] == one[:, None]).any(axis=1)
-        chosen[:, number] = np.where(taken, newest, one)
+    places, first = np.arange(count), bound - count
+    newest = first + places
+    drawn = below(bits[:, :count], newest + 1)
+    ordered = np.sort(drawn * count + places, axis=1)  # by number, then by place
+    again = np.pad(np.diff(ordered // count, axis=1) == 0, ((0, 0), (1, 0)))
+    repeated = np.empty(drawn.shape, bool)  # whether an earlier draw gave the same number
+    np.put_along_axis(repeated, ordered % count, again, axis=1)
+    # A number of at least `first` may also have been chosen as the replacement of an earlier one, its source.
+    sources = np.maximum(drawn - first, 0)
+    possible = (drawn >= first) & (sources < places)
+    taken = repeated
+    for _ in range(count):  # ends early, since replacements of replacements are rare
+        found = repeated | (possible & np.take_along_axis(taken, sources, axis=1))
+        if np.array_equal(found, taken):
+            break
+        taken = found
+    chosen = np.where(taken, newest, drawn)
     return np.take_along_axis(chosen, np.argsort(bits[:, count:], axis=1, kind="stable"), axis=1)

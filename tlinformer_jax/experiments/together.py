@@ -8,6 +8,7 @@ copies, and the program is compiled once. Copies share only the program. A copy 
 import contextlib
 import dataclasses
 import functools
+import itertools
 import math
 import statistics
 import time
@@ -22,7 +23,8 @@ import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from tlinformer_jax.config.run import RunConfig
-from tlinformer_jax.data.batches import num_samples
+from tlinformer_jax.data.batches import AHEAD, Batch, Reader, TrainingBatches, num_samples
+from tlinformer_jax.data.streams import in_threads
 from tlinformer_jax.data.tasks import Split, TaskSplit
 from tlinformer_jax.data.tokenizers import build_tokenizer
 from tlinformer_jax.experiments.actions import check_possible, checked_actions, run_action
@@ -161,13 +163,12 @@ def _trained(run: Run, splits: dict[str, Split], jobs: Sequence[Job]) -> tuple[C
     speeds, tokens = [], len(jobs) * train.batch_size * run.config.data.sequence_length
     every, last = int(train.eval_every or train.updates), run.horizon.steps
     with contextlib.ExitStack() as stack:
-        readers = [stack.enter_context(contextlib.closing(each.prefetched(0))) for each in batches]
+        reader = stack.enter_context(contextlib.closing(prefetched(batches)))
         for first in range(0, last, every):
             steps = range(first, min(first + every, last))
             started = time.perf_counter()
             for step in steps:
-                batch = jax.tree.map(lambda *rows: np.stack(rows), *(next(reader) for reader in readers))
-                copies, losses = update(copies, batch, jnp.int32(step))
+                copies, losses = update(copies, next(reader), np.int32(step))
             jax.block_until_ready(losses)
             speeds.append(len(steps) * tokens / (time.perf_counter() - started))
             figures = _evaluated(run, evaluate, copies.params, splits["validation"], len(jobs))
@@ -184,6 +185,15 @@ def _trained(run: Run, splits: dict[str, Split], jobs: Sequence[Job]) -> tuple[C
             if all(np.asarray(copies.ended_at)):
                 break
     return copies, evaluations, statistics.median(speeds)
+
+
+def prefetched(batches: Sequence[TrainingBatches]) -> Reader:
+    """Yields the stacked batches of all copies from the first update on; closing the generator ends its threads."""
+
+    def stacked(step: int) -> Batch:
+        return jax.tree.map(lambda *rows: np.stack(rows), *(each.batch(step) for each in batches))
+
+    return in_threads(stacked, itertools.count(), threads=2, ahead=AHEAD)
 
 
 def _evaluated(
