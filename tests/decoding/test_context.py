@@ -88,7 +88,7 @@ def test_tokens_and_probabilities_are_those_of_one_device(monkeypatch, own_trace
     for other in found[1:]:
         for one, expected in zip(other, found[0], strict=True):
             assert one.tokens == expected.tokens
-            assert one.misses == expected.misses
+            assert one.slides == expected.slides
             np.testing.assert_allclose(one.logprobs, expected.logprobs, atol=1e-5)
 
 

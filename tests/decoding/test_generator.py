@@ -86,7 +86,7 @@ def test_unequal_prompts_continue_as_the_reference_says(architecture):
     for prompt, generation in zip(prompts, generations):
         fed = len(prompt) + NEW - 1  # nobody needs what comes after the last token
         slides = (history_of(config, fed) - history_of(config, len(prompt))) // config.generation_window
-        assert (generation.hits, generation.misses) == (NEW - 1, 1 + slides * config.windowed)
+        assert (generation.hits, generation.slides) == (NEW - 1, slides * config.windowed)
 
 
 @pytest.mark.parametrize(("architecture", "lengths"), [("tlinformer", (6, 16)), ("transformer", (6, 14))])
@@ -340,7 +340,7 @@ def test_nothing_asked_for_nothing_done():
     assert model.generate_tokens([], max_new_tokens=3) == []
     stream = model.stream(prompts_of(SMALL), max_new_tokens=0)
     assert list(stream) == []
-    assert [(g.tokens, g.finish_reason, g.misses) for g in stream.generations] == [([], "length", 0)] * 3
+    assert [(g.tokens, g.finish_reason, g.slides) for g in stream.generations] == [([], "length", 0)] * 3
     assert stream.cache_bytes.allocated == 0
 
 
@@ -424,6 +424,6 @@ def test_few_compilations_for_thousands_of_tokens(count, monkeypatch):
     stream = model.stream([[1]], max_new_tokens=count, chunk=256)
     drawn = sum(len(piece.tokens) for piece in stream)
     assert drawn == count
-    assert stream.generations[0].misses == 1 + (count - 1) // 32
+    assert stream.generations[0].slides == (count - 1) // 32
     assert 2 <= traces["run_steps"] <= 2 * np.log2(count) + 4
     assert 2 <= traces["slide"] <= 2 * np.log2(count) + 4
