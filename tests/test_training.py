@@ -287,9 +287,17 @@ def test_what_cannot_be_sharded_is_named():
     mesh = build_mesh({"fsdp": 8})
     with pytest.raises(ValueError, match="no rule matches"):
         parameter_spec("a/unheard_of", (8, 8), mesh)
-    for sizes in ({"fsdp": 3}, {"fsdp": 16}, {"tensor": 4, "context": 4}):
-        with pytest.raises(ValueError, match="must have a product that divides 8, the number of devices"):
+    for sizes, mesh, product in (
+        ({"fsdp": 3}, "fsdp=3", 3),
+        ({"fsdp": 16}, "fsdp=16", 16),
+        ({"tensor": 4, "context": 4}, "tensor=4,context=4", 16),
+    ):
+        with pytest.raises(ValueError, match=r"^train\.mesh") as caught:
             build_mesh(sizes)
+        assert str(caught.value) == (
+            f"train.mesh = {mesh!r}: the product of its sizes must divide the number of devices; "
+            f"it is {product}, and there are 8 devices (cpu)"
+        )
 
 
 @pytest.mark.parametrize(

@@ -203,7 +203,7 @@ TRAINING += [
         "a mesh of more devices than the machine has",
         "train",
         ("--config.train.mesh=fsdp=3",),
-        "divides 1, the number of devices",
+        "it is 3, and there is 1 device",
     ),
     Case(
         "sampled windows for a model without windows",
@@ -211,9 +211,7 @@ TRAINING += [
         ("--config.train.sampled_windows=1", "--config.model.architecture=transformer"),
         "train.sampled_windows = 1",
     ),
-    Case(
-        "the same with --check", "train", ("--check", "--config.train.mesh=fsdp=3"), "divides 1, the number of devices"
-    ),
+    Case("the same with --check", "train", ("--check", "--config.train.mesh=fsdp=3"), "it is 3, and there is 1 device"),
 ]
 
 TRAIN, VALIDATION = "--config.data.train_files=", "--config.data.validation_files="
