@@ -61,7 +61,9 @@ THEN = flags.DEFINE_list(
     "then", None, "Actions after each training: evaluate, evaluate@LENGTH, samples, history, history@LENGTH."
 )
 RESULTS = flags.DEFINE_string("results", "", "Directory that also gets the record of each finished point, NAME.json.")
-CHECK = flags.DEFINE_bool("check", False, "Check all points and list them; train nothing.")
+CHECK = flags.DEFINE_bool(
+    "check", False, "Check all points and list them with updates, parameters and tokens; train nothing."
+)
 
 
 def main() -> None:
@@ -75,7 +77,11 @@ def main() -> None:
     chosen = chosen_points(groups, POINT.value, POINTS.value)
     _check(chosen)
     if CHECK.value:
-        print("\n".join(f"{number} {point.name} {point.overrides}" for number, point in enumerate(points)))
+        from tlinformer_jax.experiments.listing import (
+            list_points,
+        )  # needs JAX, which a sweep that trains must not import
+
+        print(list_points(points))
         return
     if importlib.util.find_spec("pandas") is None:  # checked before anything is trained
         raise UserError("the tables of a sweep need pandas: pip install 'tlinformer-jax[report]'")
