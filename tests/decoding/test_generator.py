@@ -381,6 +381,11 @@ MISTAKES = {
         {"stop_tokens": [37]},
         "generation.stop_tokens = [37]: must be ids of the vocabulary, 0 .. 36",
     ),
+    "no token of any model": (
+        [[1]],
+        {"stop_tokens": [2**31 - 1]},
+        "generation.stop_tokens = [2147483647]: must be a list of token ids",
+    ),
     "stop tokens": ([[1]], {"stop_tokens": "a"}, "generation.stop_tokens = 'a': must be a list of token ids"),
     "stop text": ([[1]], {"stop_strings": "a"}, "generation.stop_strings = 'a': must be a list of texts"),
     "empty stop": ([[1]], {"stop_strings": [""]}, "generation.stop_strings = ['']: must be a list of texts"),
