@@ -31,7 +31,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from tlinformer_jax.config.run import TrainConfig, default_config_dict
+from tlinformer_jax.config.run import default_config_dict
+from tlinformer_jax.config.train import TrainConfig
 from tlinformer_jax.errors import ConfigError
 from tlinformer_jax.experiments.plan import Sweep, overrides_between
 from tlinformer_jax.experiments.recipes import COMPARATORS, one_epoch_config, package_config, sweep_points

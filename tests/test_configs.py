@@ -15,15 +15,8 @@ from tests.support.commands import check_refusal, command
 from tlinformer_jax.commands import cli
 from tlinformer_jax.config import recipes
 from tlinformer_jax.config.data import DataConfig
-from tlinformer_jax.config.run import (
-    SECTIONS,
-    RunConfig,
-    TrainConfig,
-    default_config_dict,
-    run_config,
-    save_config,
-    seconds,
-)
+from tlinformer_jax.config.run import SECTIONS, RunConfig, default_config_dict, run_config, save_config
+from tlinformer_jax.config.train import TrainConfig, seconds
 from tlinformer_jax.errors import ConfigError
 from tlinformer_jax.experiments.recipes import MODELS
 from tlinformer_jax.models import ModelConfig, build_model

@@ -16,7 +16,8 @@ from tests.support import golden
 from tests.support.commands import TEXT_FILE
 from tlinformer_jax.config.data import DataConfig
 from tlinformer_jax.config.model import ARCHITECTURES, RECURRENT, ExecutionPlan
-from tlinformer_jax.config.run import RunConfig, TrainConfig
+from tlinformer_jax.config.run import RunConfig
+from tlinformer_jax.config.train import TrainConfig
 from tlinformer_jax.data.tokenizers import ByteTokenizer
 from tlinformer_jax.errors import ConfigError
 from tlinformer_jax.interop import params_from_reference

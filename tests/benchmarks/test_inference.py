@@ -365,7 +365,7 @@ def test_other_failures_are_raised(monkeypatch):
 
 
 def test_weights_of_a_working_directory(tmp_path):
-    from tlinformer_jax.config.run import TrainConfig
+    from tlinformer_jax.config.train import TrainConfig
     from tlinformer_jax.training.optimizer import Horizon
     from tlinformer_jax.training.saving import Checkpoints
     from tlinformer_jax.training.step import init_state

@@ -17,7 +17,8 @@ from tests.support.commands import ROOT, check_refusal, command, command_line
 from tlinformer_jax import ModelConfig
 from tlinformer_jax.commands import generate
 from tlinformer_jax.config.data import DataConfig
-from tlinformer_jax.config.run import RunConfig, TrainConfig, load_config, save_config
+from tlinformer_jax.config.run import RunConfig, load_config, save_config
+from tlinformer_jax.config.train import TrainConfig
 from tlinformer_jax.data.tokenizers import ByteTokenizer, save_tokenizer
 from tlinformer_jax.decoding import Generator, stream
 from tlinformer_jax.decoding.decoder import Decoder

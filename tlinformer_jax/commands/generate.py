@@ -17,7 +17,7 @@ from absl import flags
 
 from tlinformer_jax import environment
 from tlinformer_jax.commands import cli
-from tlinformer_jax.config.run import NUM_SEEDS
+from tlinformer_jax.config.train import NUM_SEEDS
 from tlinformer_jax.errors import UserError
 from tlinformer_jax.files import local_path, write_bytes
 

@@ -28,7 +28,7 @@ from ml_collections import ConfigDict, config_flags
 
 from tlinformer_jax.commands import cli
 from tlinformer_jax.config.named import add_defaults
-from tlinformer_jax.config.run import LARGEST_SEED
+from tlinformer_jax.config.train import LARGEST_SEED
 from tlinformer_jax.errors import UserError
 from tlinformer_jax.experiments.actions import checked_actions
 from tlinformer_jax.experiments.job import STOPPED, Job, Record, finished_result, run_jobs, write_result

@@ -24,7 +24,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from tlinformer_jax.config.model import LARGEST_VOCABULARY
-from tlinformer_jax.config.run import NUM_SEEDS
+from tlinformer_jax.config.train import NUM_SEEDS
 from tlinformer_jax.errors import TRUE_OR_FALSE, ConfigError, Rule, check_fields, integer, number, one_of
 
 # Bounds of factors: neither these numbers nor their reciprocals overflow or flush to zero.
