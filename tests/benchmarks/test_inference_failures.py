@@ -70,7 +70,7 @@ MISTAKES = {
     "an unknown architecture": (["--architectures=mamba"], "--architectures = 'mamba'"),
     "more devices than there are": (
         ["--context=2", "--architectures=tlinformer"],
-        "--context = 2: must be from 1 to 1",
+        "--context = 2: must be from 1 to the number of devices of this machine; there is 1 device (cpu)",
     ),
     "heads that do not divide the width": (["--d_model=30", "--num_heads=4"], "model.num_heads = 4"),
     "a config file, its override and a flag": (

@@ -297,4 +297,7 @@ def test_workdirs_that_do_not_hold_what_they_need(workdir, tmp_path, capsys):
 def test_a_mistake_is_one_line_and_status_2():
     line = ("generate", "--workdir=/none/there", "--prompt=a")
     check_refusal(command(*line), "workdir /none/there")
-    check_refusal(command(*line, "--context=2"), "--context=2: must be from 1 to 1")
+    check_refusal(
+        command(*line, "--context=2"),
+        "--context=2: must be from 1 to the number of devices of this machine; there is 1 device (cpu)",
+    )
