@@ -102,7 +102,8 @@ def test_epochs_of_an_iterable_are_not_known(tmp_path):
 # Trains on each kind of data: to a kill in a fork, on from there, and once without a kill.
 TRAINING = """
     import os, pathlib, signal, sys
-    from tests.data.test_given import FRESH, IDS, run_config
+    from tests.data.test_given import FRESH, IDS
+    from tests.training.test_given import run_config
     from tlinformer_jax import train_and_evaluate
 
     def trained(name, kind, killed_after=None):
