@@ -16,7 +16,7 @@ from benchmarks.flags import define_config_flag
 from tlinformer_jax.commands import cli
 from tlinformer_jax.config.model import ARCHITECTURES as ALL_ARCHITECTURES
 from tlinformer_jax.config.model import ModelConfig
-from tlinformer_jax.config.run import NUM_SEEDS
+from tlinformer_jax.config.train import NUM_SEEDS
 from tlinformer_jax.errors import ConfigError, UserError
 from tlinformer_jax.files import local_path
 

@@ -195,7 +195,9 @@ def main() -> None:
     generated = read_generation(GENERATION.value)
     record = _read(RECORD.value) if RECORD.value else _made(folder)
     print("\n".join(table(record["rows"])))
-    if folder is not None and importlib.util.find_spec("matplotlib") is not None:
+    if folder is not None and importlib.util.find_spec("matplotlib") is None:
+        print("no figure: pip install 'tlinformer-jax[bench]' has matplotlib", file=sys.stderr)
+    elif folder is not None:
         print(draw(record, folder / "training_cost.png", generated))
 
 

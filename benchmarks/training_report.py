@@ -83,7 +83,7 @@ def write_results(folder: pathlib.Path, report: Mapping[str, Any]) -> None:
 def plot_training(rows: Sequence[Mapping[str, Any]], device: str, folder: pathlib.Path) -> list[pathlib.Path]:
     """Draws one line per architecture; returns the files, or none, with a message, if matplotlib is missing."""
     if importlib.util.find_spec("matplotlib") is None:
-        print("no plots: the package matplotlib is not installed", file=sys.stderr)
+        print("no plots: pip install 'tlinformer-jax[bench]' has matplotlib", file=sys.stderr)
         return []
     files = []
     for name, (column, label, unit) in FIGURES.items():

@@ -19,7 +19,8 @@ shift.
 - experts (4 runs): Base and TLinFormer of books, but with 8 experts in each layer, half as wide as its feed-forward,
   two for each token (moe: as many active parameters as in books, 81M in all); and with a feed-forward four times as
   wide (wide: dense, as many parameters as moe in all).
-- tiny (4 runs): the embedded Python reference, minutes on a CPU.
+- tiny (6 runs): a Transformer, TLinFormer, Gated DeltaNet, the hybrid, and TLinFormer as moe and wide, on the Python
+  reference that comes with CPython. About a minute a run on a busy two-core CPU, most of it compilation.
 
 Needs: the same as configs/books.py. Result: docs/quality.md, "Five models and experts", for books and experts, one seed
 each, 3 to 11 minutes a run on an H200 that it shared with others. Not measured: recall and passkey. When six cells of
@@ -30,7 +31,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from tlinformer_jax.config.run import TrainConfig, default_config_dict
+from tlinformer_jax.config.run import default_config_dict
+from tlinformer_jax.config.train import TrainConfig
 from tlinformer_jax.errors import ConfigError
 from tlinformer_jax.experiments.plan import Sweep, overrides_between
 from tlinformer_jax.experiments.recipes import COMPARATORS, one_epoch_config, package_config, sweep_points
@@ -53,6 +55,7 @@ EXPERTS = {
     "moe": {"model.num_experts": 8, "model.experts_per_token": 2, "model.d_ff": 640},
     "wide": {"model.d_ff": 5120},
 }
+TINY = ("transformer", "tlinformer", "gated_deltanet", "gated_deltanet_hybrid")
 
 
 def get_sweep(variant: str = "books") -> Sweep:
@@ -68,8 +71,8 @@ def get_sweep(variant: str = "books") -> Sweep:
         then = tuple(f"evaluate@{length}" for length in FAR)
         return Sweep(base, points, seeds=(0, 1, 2), then=then, study="retrieval")
     if variant == "tiny":
-        delta = {name: {"model.architecture": name} for name in ("gated_deltanet", "gated_deltanet_hybrid")}
-        return Sweep(_tiny(), delta | {"moe": EXPERTS["moe"] | {"model.d_ff": 32}, "wide": {"model.d_ff": 256}})
+        dense = {name: {"model.architecture": name} for name in TINY}
+        return Sweep(_tiny(), dense | {"moe": EXPERTS["moe"] | {"model.d_ff": 32}, "wide": {"model.d_ff": 256}})
     rows = {
         "books": BOOKS,
         "experts": {

@@ -99,7 +99,7 @@ MISTAKES = {
     "tokenizer": ({"model": {"vocab_size": 256}}, "model.vocab_size = 256"),
     "no tokenizer": ({"data": {"tokenizer": "/none.json"}}, "data.tokenizer = '/none.json'"),
     "batch": ({"train": {"batch_size": 12}}, "train.batch_size = 12: must be divisible by 8"),
-    "mesh": ({"train": {"mesh": "fsdp=3"}}, "must have a product that divides 8, the number of devices"),
+    "mesh": ({"train": {"mesh": "fsdp=3"}}, "it is 3, and there are 8 devices"),
     "fsdp": ({"model": {"d_model": 12}, "train": {"mesh": "fsdp=8"}}, "train.mesh = 'fsdp=8': fsdp must divide"),
     "length": ({"data": {"dataset": "pydoc", "sequence_length": 10**7}}, "data.sequence_length = 10000000"),
 }
@@ -126,7 +126,7 @@ def test_the_command_needs_no_workdir_and_writes_nothing(tmp_path, monkeypatch):
         assert line.rpartition(", ")[0] in shown
     assert os.listdir(tmp_path) == []
     wrong = command("tlinformer_jax.main", "--check", "--config=configs/tiny.py", "--config.train.mesh=fsdp=3")
-    check_refusal(wrong, "must have a product that divides 1, the number of devices")
+    check_refusal(wrong, "it is 3, and there is 1 device")
 
 
 def test_a_split_that_is_too_short_is_found_before_training(tmp_path):

@@ -16,7 +16,8 @@ from tests.support.models import SMALL
 from tlinformer_jax import ModelConfig, build_model
 from tlinformer_jax.config.data import DataConfig
 from tlinformer_jax.config.model import ExecutionPlan
-from tlinformer_jax.config.run import RunConfig, TrainConfig, run_config
+from tlinformer_jax.config.run import RunConfig, run_config
+from tlinformer_jax.config.train import TrainConfig
 from tlinformer_jax.data.streams import Piece, TokenStream, encode_pieces
 from tlinformer_jax.data.tokenizers import ByteTokenizer
 from tlinformer_jax.errors import ConfigError, UserError

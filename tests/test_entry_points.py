@@ -57,7 +57,7 @@ MISTAKES = {
     "a flag": ([*TINY, "--wrokdir=/tmp/x"], "wrokdir"),
     "a field": ([*TINY, "--config.model.widnow=1"], "--config.model.widnow=1"),
     "the text": ([*TINY, "--config.data.sequence_length=9000000"], "data.sequence_length"),
-    "the devices": ([*TINY, "--config.train.mesh=fsdp=3"], "must have a product that divides 1, the number of devices"),
+    "the devices": ([*TINY, "--config.train.mesh=fsdp=3"], "it is 3, and there is 1 device"),
     "a file": ([*TINY, "--config.data.dataset=text", "--config.data.train_files=/none.txt"], "data.train_files"),
     "the quickstart's": ([*TINY, "--config.model.num_heads=7"], "model.num_heads = 7"),
 }

@@ -47,6 +47,16 @@ def test_optional_packages_are_imported_where_they_are_used():
     assert {name: extra for name, extra in found.items() if extra} == ALONE
 
 
+def test_requirements_are_those_of_pyproject():
+    declared = {
+        *PROJECT["dependencies"],
+        *(line for extra in PROJECT["optional-dependencies"].values() for line in extra),
+    }
+    lines = [line.partition("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines()]
+    required = set(filter(None, lines))
+    assert set(PROJECT["dependencies"]) <= required <= declared
+
+
 def test_the_search_sees_what_it_should():
     assert imported_at_once("try:\n    import torch.nn\nexcept ImportError:\n    pass") == {"torch"}
     assert imported_at_once("class A:\n    from pandas import x") == {"pandas"}

@@ -19,7 +19,8 @@ import pytest
 
 from tests.support import golden
 from tests.test_configs import get_config, load
-from tlinformer_jax.config.run import TrainConfig, run_config
+from tlinformer_jax.config.run import run_config
+from tlinformer_jax.config.train import TrainConfig
 from tlinformer_jax.data import wikitext103
 from tlinformer_jax.data.batches import TrainingBatches
 from tlinformer_jax.data.streams import TokenStream

@@ -14,7 +14,7 @@ from tests.support import golden, reference
 from tlinformer_jax import ModelConfig, build_model
 from tlinformer_jax.config import data as data_config
 from tlinformer_jax.config import model as model_config
-from tlinformer_jax.config import run as run_module
+from tlinformer_jax.config import train as train_module
 from tlinformer_jax.config.model import MEMORY, ExecutionPlan
 from tlinformer_jax.config.run import SECTIONS, RunConfig, run_config
 from tlinformer_jax.decoding.cache import history_of
@@ -103,8 +103,8 @@ def valid_configs(draw, architecture: str | None = None, blocks: int = 1, window
         "z_loss": draw(st.sampled_from([0.0, 1e-4])),
         "ema": draw(st.sampled_from([0.0, 0.9])),
         "steps": "1epoch",
-        "optimizer": draw(st.sampled_from(run_module.OPTIMIZERS)),
-        "schedule": draw(st.sampled_from([*run_module.SCHEDULES, "wsd:0.2"])),
+        "optimizer": draw(st.sampled_from(train_module.OPTIMIZERS)),
+        "schedule": draw(st.sampled_from([*train_module.SCHEDULES, "wsd:0.2"])),
     }
     return run_config({"model": model, "train": train, "data": {"sequence_length": length}})
 
@@ -216,8 +216,8 @@ CHOICES = {
         "history_window": ("auto",),
     },
     "train": {
-        "optimizer": run_module.OPTIMIZERS,
-        "schedule": (*run_module.SCHEDULES, "wsd:0.2"),
+        "optimizer": train_module.OPTIMIZERS,
+        "schedule": (*train_module.SCHEDULES, "wsd:0.2"),
         "eval_every": ("epoch",),
         "checkpoint_every": ("30s", "10min", "1.5h"),
     },

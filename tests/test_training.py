@@ -1,4 +1,4 @@
-"""Loss, optimiser, train step and the loop, on one and on eight simulated devices."""
+"""Optimiser, train step and the loop, on one and on eight simulated devices."""
 
 import dataclasses
 import functools
@@ -16,7 +16,8 @@ from tests.support import golden
 from tests.support.commands import TEXT_FILE
 from tlinformer_jax.config.data import DataConfig
 from tlinformer_jax.config.model import ARCHITECTURES, RECURRENT, ExecutionPlan
-from tlinformer_jax.config.run import RunConfig, TrainConfig
+from tlinformer_jax.config.run import RunConfig
+from tlinformer_jax.config.train import TrainConfig
 from tlinformer_jax.data.tokenizers import ByteTokenizer
 from tlinformer_jax.errors import ConfigError
 from tlinformer_jax.interop import params_from_reference
@@ -30,12 +31,10 @@ from tlinformer_jax.parallel.sharding import (
     put_batch,
     tree_shardings,
 )
-from tlinformer_jax.training import loss as loss_module
 from tlinformer_jax.training.callbacks import Trace
 from tlinformer_jax.training.check import check_run
 from tlinformer_jax.training.checkpoint import restore_params
 from tlinformer_jax.training.loop import train_and_evaluate
-from tlinformer_jax.training.loss import summed_losses_and_hits, token_losses_and_hits
 from tlinformer_jax.training.metrics import Throughput
 from tlinformer_jax.training.optimizer import Horizon, decay_mask, learning_rate_schedule
 from tlinformer_jax.training.setup import build_run
@@ -72,49 +71,6 @@ def random_batch(length: int = 14, rows: int = 8) -> dict[str, np.ndarray]:
     return {"inputs": tokens[:, :-1], "labels": tokens[:, 1:], "weights": weights}
 
 
-def loss_inputs(length: int, vocab: int = 11, dtype=jnp.float32):
-    """hidden, embedding, labels, weights of three sequences."""
-    rng = np.random.default_rng(0)
-    hidden = jnp.asarray(rng.standard_normal((3, length, 8)), dtype)
-    table = jnp.asarray(rng.standard_normal((vocab, 8)), jnp.float32)
-    labels = jnp.asarray(rng.integers(0, vocab, (3, length)))
-    return hidden, table, labels, jnp.asarray(rng.random((3, length)), jnp.float32)
-
-
-def plain_losses(hidden, table, labels):
-    logits = hidden.astype(jnp.float32) @ table.T
-    return -jnp.take_along_axis(jax.nn.log_softmax(logits), labels[..., None], -1)[..., 0]
-
-
-LOSS_SHAPES = pytest.mark.parametrize(("chunk", "length"), [(1, 7), (8, 7), (12, 9), (10_000, 5)])
-
-
-@LOSS_SHAPES
-def test_chunked_loss_equals_plain_cross_entropy(chunk, length):
-    hidden, table, labels, _ = loss_inputs(length)
-    truth = plain_losses(hidden, table, labels)
-    np.testing.assert_allclose(token_losses_and_hits(hidden, table, labels, chunk)[0], truth, atol=1e-5)
-
-
-@LOSS_SHAPES
-@pytest.mark.parametrize("multiple", [1, 128])
-def test_z_loss_changes_the_gradient_alone(chunk, length, multiple, monkeypatch):
-    monkeypatch.setattr(loss_module, "padded_vocabulary", lambda size, dtype: size + -size % multiple)
-    hidden, table, labels, weights = loss_inputs(length)
-
-    def ours(hidden, table):
-        return 3 * summed_losses_and_hits(hidden, table, labels, weights, chunk, 0.1)[0]
-
-    def plain(hidden, table):
-        norm = jax.nn.logsumexp(hidden @ table.T, axis=-1)
-        return 3 * ((plain_losses(hidden, table, labels) + 0.1 * norm**2) * weights).sum()
-
-    loss, gradients = jax.jit(jax.value_and_grad(ours, argnums=(0, 1)))(hidden, table)
-    np.testing.assert_allclose(loss, 3 * (plain_losses(hidden, table, labels) * weights).sum(), rtol=1e-6)
-    for value, expectation in zip(gradients, jax.jit(jax.grad(plain, argnums=(0, 1)))(hidden, table), strict=True):
-        np.testing.assert_allclose(value, expectation, rtol=1e-5, atol=1e-5)
-
-
 @pytest.mark.parametrize(
     ("architecture", "checkpointing"),
     [
@@ -143,69 +99,6 @@ def test_a_step_with_z_loss_has_the_gradient_of_the_models_logits(architecture, 
     true_grads = jax.jit(jax.grad(plain))(params, 0.1)
     for value, truth in zip(jax.tree.leaves(grads), jax.tree.leaves(true_grads), strict=True):
         np.testing.assert_allclose(value, truth, atol=1e-5 * max(1.0, float(jnp.abs(truth).max())), rtol=1e-4)
-
-
-@LOSS_SHAPES
-@pytest.mark.parametrize("multiple", [1, 128])
-def test_training_loss_and_its_gradients_equal_plain_cross_entropy(chunk, length, multiple, monkeypatch):
-    """Of hidden states, embedding and weights; with the vocabulary padded and without."""
-    monkeypatch.setattr(loss_module, "padded_vocabulary", lambda size, dtype: size + -size % multiple)
-    hidden, table, labels, weights = loss_inputs(length)
-
-    def ours(hidden, table, weights):
-        return 3 * summed_losses_and_hits(hidden, table, labels, weights, chunk)[0]
-
-    def plain(hidden, table, weights):
-        return 3 * (plain_losses(hidden, table, labels) * weights).sum()
-
-    inputs = (hidden, table, weights)
-    np.testing.assert_allclose(ours(*inputs), plain(*inputs), rtol=1e-6)
-    loss, gradients = jax.jit(jax.value_and_grad(ours, argnums=(0, 1, 2)))(*inputs)
-    truth, expected = jax.jit(jax.value_and_grad(plain, argnums=(0, 1, 2)))(*inputs)
-    np.testing.assert_allclose(loss, truth, rtol=1e-6)
-    for value, expectation in zip(gradients, expected, strict=True):
-        np.testing.assert_allclose(value, expectation, rtol=1e-5, atol=1e-5)
-
-
-def dot_products(jaxpr):
-    """All products of a jaxpr and of the jaxprs inside it."""
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "dot_general":
-            yield equation
-        for value in equation.params.values():
-            inner = getattr(value, "jaxpr", value)
-            if hasattr(inner, "eqns"):
-                yield from dot_products(inner)
-
-
-def test_training_loss_multiplies_in_half_precision_and_computes_logits_once():
-    hidden, table, labels, weights = loss_inputs(16, vocab=131, dtype=jnp.bfloat16)
-
-    def loss(hidden, table):
-        return summed_losses_and_hits(hidden, table, labels, weights, 8)[0]
-
-    products = list(dot_products(jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))(hidden, table).jaxpr))
-    assert len(products) == 3
-    for product in products:
-        assert {operand.aval.dtype.name for operand in product.invars} == {"bfloat16"}
-        assert any(256 in operand.aval.shape for operand in (*product.invars, *product.outvars))
-    gradient = jax.grad(loss, argnums=1)(hidden, table)
-    truth = jax.grad(lambda table: (plain_losses(hidden, table, labels) * weights).sum())(table)
-    assert gradient.dtype == jnp.float32
-    assert jnp.linalg.norm(gradient - truth) < 0.01 * jnp.linalg.norm(truth)
-
-
-def test_chunked_loss_never_holds_all_logits():
-    tokens, vocab = 64, 5000
-    hidden, table = jnp.zeros((1, tokens, 8)), jnp.zeros((vocab, 8))
-    labels = jnp.zeros((1, tokens), jnp.int32)
-    weights = jnp.ones(labels.shape)
-
-    def memory(chunk):
-        loss = jax.grad(lambda h, t: summed_losses_and_hits(h, t, labels, weights, chunk)[0], argnums=(0, 1))
-        return jax.jit(loss).lower(hidden, table).compile().memory_analysis().temp_size_in_bytes
-
-    assert memory(8) < 0.5 * memory(tokens)
 
 
 @pytest.mark.slow
@@ -287,9 +180,17 @@ def test_what_cannot_be_sharded_is_named():
     mesh = build_mesh({"fsdp": 8})
     with pytest.raises(ValueError, match="no rule matches"):
         parameter_spec("a/unheard_of", (8, 8), mesh)
-    for sizes in ({"fsdp": 3}, {"fsdp": 16}, {"tensor": 4, "context": 4}):
-        with pytest.raises(ValueError, match="must have a product that divides 8, the number of devices"):
+    for sizes, mesh, product in (
+        ({"fsdp": 3}, "fsdp=3", 3),
+        ({"fsdp": 16}, "fsdp=16", 16),
+        ({"tensor": 4, "context": 4}, "tensor=4,context=4", 16),
+    ):
+        with pytest.raises(ValueError, match=r"^train\.mesh") as caught:
             build_mesh(sizes)
+        assert str(caught.value) == (
+            f"train.mesh = {mesh!r}: the product of its sizes must divide the number of devices; "
+            f"it is {product}, and there are 8 devices (cpu)"
+        )
 
 
 @pytest.mark.parametrize(

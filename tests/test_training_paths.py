@@ -13,7 +13,7 @@ import pytest
 
 from tests.test_model import SMALL, golden_scale
 from tlinformer_jax.config.model import ExecutionPlan
-from tlinformer_jax.config.run import TrainConfig
+from tlinformer_jax.config.train import TrainConfig
 from tlinformer_jax.models import DualWindowBlock, attention, block, build_model, streams, windows
 from tlinformer_jax.models import model as model_module
 from tlinformer_jax.models.layers import layer_norm

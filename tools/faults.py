@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from absl import flags
 
 from tlinformer_jax.commands import cli
-from tlinformer_jax.config.run import NUM_SEEDS
+from tlinformer_jax.config.train import NUM_SEEDS
 
 if TYPE_CHECKING:
     from tools.fault_runs import Outcome

@@ -1,4 +1,4 @@
-"""The inference benchmark as a whole: its report, plots, what a killed or starved run leaves, its flags."""
+"""The inference benchmark as a whole: its report and plots."""
 
 import dataclasses
 import functools
@@ -15,26 +15,16 @@ from benchmarks import limits, parts, profiling, report, rows, runner
 from benchmarks.plots import write_plots
 from benchmarks.rows import Plan
 from benchmarks.session import Session
-from tests.support import commands
+from tests.support import commands, models
 from tests.support.figures import check_lines
-from tlinformer_jax import ModelConfig, build_model
+from tlinformer_jax import build_model
 from tlinformer_jax.config.run import run_config, save_config
 from tlinformer_jax.decoding.cache import init_cache
 from tlinformer_jax.decoding.memory import tree_bytes
 
+pytestmark = pytest.mark.usefixtures("one_measurement_of_the_device")
 command = functools.partial(commands.command, "benchmarks.inference")
-SMALL = ModelConfig(
-    vocab_size=37,
-    d_model=16,
-    num_heads=2,
-    num_blocks=1,
-    hidden_depth=0,
-    d_ff=24,
-    history_window=6,
-    generation_window=8,
-    dtype="float32",
-    attention="xla",
-)
+SMALL = dataclasses.replace(models.SMALL, num_blocks=1, hidden_depth=0, generation_window=8)
 CONFIGS = [dataclasses.replace(SMALL, architecture=name) for name in ("tlinformer", "transformer")]
 PLAN = Plan(
     lengths=((10, 1), (16, 1)),
@@ -48,17 +38,8 @@ PLAN = Plan(
 )
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_measurement_of_the_device():
-    """Its speed is measured once for all tests; how: tests/benchmarks/test_limits.py."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(limits, "REPEATED", 1)
-        patch.setattr(runner, "measure_ceilings", functools.cache(runner.measure_ceilings))
-        yield
-
-
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory) -> tuple[pathlib.Path, dict[str, Any]]:
+def finished(tmp_path_factory, one_measurement_of_the_device) -> tuple[pathlib.Path, dict[str, Any]]:
     """A whole run at toy lengths: its folder, and inference.json."""
     folder = tmp_path_factory.mktemp("inference")
     runner.run_benchmark(PLAN, CONFIGS, out=folder, profile=folder / "traces")
@@ -314,58 +295,8 @@ def test_kernels_are_added_up_by_name():
     assert text[1].split() == ["6.000", "66.7%", "2", "3000.00", "attend"]
 
 
-def test_a_killed_run_keeps_what_it_measured(tmp_path, monkeypatch):
-    calls = []
-
-    def slide(*arguments: Any) -> dict[str, Any]:
-        calls.append(arguments)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(parts, "slide", slide)
-    plan = dataclasses.replace(PLAN, parts=("sustained", "slide"), lengths=((10, 1),))
-    with pytest.raises(KeyboardInterrupt):
-        runner.run_benchmark(plan, CONFIGS[:1], out=tmp_path)
-    assert len(calls) == 1
-    values = read(tmp_path)
-    assert values["complete"] is False
-    assert values["rows"][0]["sustained"]["seconds"] > 0
-    assert "slide" not in values["rows"][0]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["inference.json"]
-
-
-def test_too_little_memory_is_reported_and_the_run_goes_on(tmp_path, monkeypatch):
-    decode, made = Session.__init__, []
-
-    def starved(session: Session, decoder: Any, batch: int, length: int, *rest: Any) -> None:
-        made.append(length)
-        if length in (12, 30):
-            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate")
-        decode(session, decoder, batch, length, *rest)
-
-    monkeypatch.setattr(Session, "__init__", starved)
-    plan = dataclasses.replace(PLAN, parts=("sustained", "longest"), lengths=((12, 1), (10, 1)), longest=(20, 30, 40))
-    values = runner.run_benchmark(plan, CONFIGS[:1], out=tmp_path)
-    assert values == read(tmp_path) | {"plan": values["plan"]}
-    assert values["complete"] is True
-    assert values["rows"][0]["error"].startswith("out of memory in part 'cache': RESOURCE_EXHAUSTED")
-    assert values["rows"][1]["sustained"]["seconds"] > 0
-    assert [(row["length"], row["fits"]) for row in values["longest"]] == [(20, True), (30, False)]
-    assert made == [12, 10, 20, 30]
-    assert "out of memory" in report.table(values)
-
-
-def test_other_failures_are_raised(monkeypatch):
-    def broken(*_: Any) -> None:
-        raise jax.errors.JaxRuntimeError("INTERNAL: the kernel is wrong")
-
-    monkeypatch.setattr(Session, "__init__", broken)
-    decoder, _ = runner._decoder(SMALL, 0, None)
-    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
-        rows.measure_row(PLAN, decoder, 10, 1, limits.Ceilings(1.0, 1.0, 1.0, 1), lambda row: None)
-
-
 def test_weights_of_a_working_directory(tmp_path):
-    from tlinformer_jax.config.run import TrainConfig
+    from tlinformer_jax.config.train import TrainConfig
     from tlinformer_jax.training.optimizer import Horizon
     from tlinformer_jax.training.saving import Checkpoints
     from tlinformer_jax.training.step import init_state
@@ -381,50 +312,3 @@ def test_weights_of_a_working_directory(tmp_path):
     assert (decoder.params.embedding == state.params["embedding"]).all()
     _, origin = runner._decoder(CONFIGS[1], 0, tmp_path)
     assert origin == "random, seed 0"
-
-
-MISTAKES = {
-    "a length that is none": (["--lengths=10,1e6"], "--lengths = '1e6'"),
-    "an unknown part": (["--parts=sustained,speed"], "--parts = 'speed'"),
-    "an unknown architecture": (["--architectures=mamba"], "--architectures = 'mamba'"),
-    "more devices than there are": (
-        ["--context=2", "--architectures=tlinformer"],
-        "--context = 2: must be from 1 to 1",
-    ),
-    "heads that do not divide the width": (["--d_model=30", "--num_heads=4"], "model.num_heads = 4"),
-    "a config file, its override and a flag": (
-        ["--config=configs/tiny.py", "--config.model.d_model=18", "--num_heads=5"],
-        "model.num_heads = 5: must divide model.d_model = 18",
-    ),
-    "an int8 cache of what does not grow": (
-        ["--cache_dtype=int8", "--architectures=transformer,tconstformer"],
-        "--cache_dtype = 'int8': needs a cache that grows; model.architecture = 'tconstformer' has none",
-    ),
-    "a missing config file": (["--config=configs/none.py"], "configs/none.py"),
-    "a directory that cannot be written": (["--out=/proc/none"], "--out=/proc/none"),
-    "two configurations": (["--config=configs/tiny.py", "--workdir=runs"], "--config: not together with --workdir"),
-}
-
-
-def test_mistakes_get_one_line_and_status_2():
-    results = commands.in_forks([("benchmarks.inference", arguments) for arguments, _ in MISTAKES.values()])
-    for result, (_, message) in zip(results, MISTAKES.values(), strict=True):
-        commands.check_refusal(result, message)
-
-
-def test_the_command_needs_neither_ml_collections_nor_matplotlib(tmp_path):
-    """And a config file without ml_collections is a mistake like any other."""
-    small = ["--d_model=16", "--num_heads=2", "--num_blocks=1", "--vocab_size=37", "--window=8"]
-    small += ["--lengths=9x2", "--parts=sustained", "--seconds=0.01", "--architectures=tlinformer", f"--out={tmp_path}"]
-    blocked = ("ml_collections", "matplotlib", "tensorflow", "clu", "grain", "orbax", "tensorboardX")
-    result = command(*small, blocked=blocked)
-    assert result.returncode == 0, result.stderr
-    assert result.stderr.strip().startswith("no plots: ")
-    assert "sustained took" in result.stdout
-    values = read(tmp_path)
-    assert values["config"]["generation_window"] == values["config"]["history_window"] == 8
-    assert (values["rows"][0]["length"], values["rows"][0]["batch"]) == (9, 2)
-    assert "--lengths=9x2" in values["command"]
-    refused = command("--config=configs/tiny.py", blocked=("ml_collections",))
-    assert (refused.returncode, len(refused.stderr.strip().splitlines())) == (2, 1)
-    assert "ml_collections" in refused.stderr

@@ -35,6 +35,15 @@ def test_counted(tmp_path):
     assert (tmp_path / "training_cost.png").exists()
 
 
+def test_without_matplotlib_the_table_is_printed_and_one_line_says_so(tmp_path):
+    arguments = ["--record=docs/measurements/training_cost.json", f"--out={tmp_path}/figure"]
+    done = command("benchmarks.training_cost", *arguments, blocked=("matplotlib",))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("| training, for each token | 1,024 |")
+    assert done.stderr == "no figure: pip install 'tlinformer-jax[bench]' has matplotlib\n"
+    assert list((tmp_path / "figure").iterdir()) == []
+
+
 def test_other_architectures_are_counted_too(tmp_path):
     shape = TINY.replace("d_ff=16", "d_ff=64")
     arguments = ["--lengths=8,16", "--windows=", "--architectures=gated_deltanet,sliding_window", shape]

@@ -71,23 +71,30 @@ def test_distinct_numbers_are_those_of_floyds_algorithm_one_by_one(count, bound)
         assert found.tolist() == [chosen[place] for place in np.argsort(row[count:], kind="stable")]
 
 
-def test_recall_asks_for_every_pair_once():
-    samples = split_of(RECALL).task.make(np.arange(300), 48)
-    gaps = []
+def check_questions(samples, pairs: int, apart: int) -> list[list[int]]:
+    """Checks that every key is asked for once, with its value, `apart` tokens behind it. Returns the places of the
+    questions in each sample, counted from where they begin."""
+    begin = pairs * (apart + 1)
+    places = []
     for tokens, answers, starts, sources in zip(samples.tokens, samples.answers, samples.starts, samples.sources):
-        pairs = dict(zip(tokens[0:12:2].tolist(), tokens[1:12:2].tolist()))
-        assert len(pairs) == 6
-        assert all(1 <= key < 32 <= value < 64 for key, value in pairs.items())
-        asked = np.flatnonzero(tokens[12:] < 32) + 12
-        assert sorted(tokens[asked].tolist()) == sorted(pairs)
+        known = dict(zip(tokens[0 : begin : apart + 1].tolist(), tokens[apart : begin : apart + 1].tolist()))
+        assert len(known) == pairs
+        assert all(1 <= key < 32 <= value < 64 for key, value in known.items())
+        asked = np.flatnonzero(tokens[begin:] < 32) + begin
+        assert sorted(tokens[asked].tolist()) == sorted(known)
         np.testing.assert_array_equal(np.flatnonzero(answers), asked)
         for at in asked:
-            assert tokens[at + 1] == pairs[tokens[at]]
-            assert (starts[at], tokens[sources[at]], tokens[sources[at] - 1]) == (at, tokens[at + 1], tokens[at])
-            gaps.append((at - 12) // 2)
+            assert tokens[at + 1] == known[tokens[at]]
+            assert (starts[at], tokens[sources[at]], tokens[sources[at] - apart]) == (at, tokens[at + 1], tokens[at])
         assert (starts[~answers] == -1).all()
+        places.append((asked - begin).tolist())
+    return places
+
+
+def test_recall_asks_for_every_pair_once():
+    places = check_questions(split_of(RECALL).task.make(np.arange(300), 48), pairs=6, apart=1)
     # The power law: small gaps are the likely ones, and all occur.
-    counts = np.bincount(gaps, minlength=18)
+    counts = np.bincount([place // 2 for place in itertools.chain(*places)], minlength=18)
     assert counts[0] > 1.5 * counts[8] > 0
     assert counts.min() > 0
 
@@ -95,17 +102,9 @@ def test_recall_asks_for_every_pair_once():
 def test_a_recall_with_a_gap_has_a_filler_between_key_and_value():
     """The questions are those of recall; the filler says nothing of the value."""
     task = split_of(GAP).task
-    samples, same = task.make(np.arange(300), 48), 0
-    for tokens, answers, starts, sources in zip(samples.tokens, samples.answers, samples.starts, samples.sources):
-        pairs = dict(zip(tokens[0:18:3].tolist(), tokens[2:18:3].tolist()))
-        assert all(1 <= key < 32 <= value < 64 for key, value in pairs.items())
-        asked = np.flatnonzero(tokens[18:] < 32) + 18
-        assert sorted(tokens[asked].tolist()) == sorted(pairs)
-        np.testing.assert_array_equal(np.flatnonzero(answers), asked)
-        for at in asked:
-            assert tokens[at + 1] == pairs[tokens[at]]
-            assert (starts[at], tokens[sources[at]], tokens[sources[at] - 2]) == (at, tokens[at + 1], tokens[at])
-            same += tokens[sources[at] - 1] == tokens[sources[at]]
+    samples = task.make(np.arange(300), 48)
+    check_questions(samples, pairs=6, apart=2)
+    same = (samples.tokens[:, 1:18:3] == samples.tokens[:, 2:18:3]).sum()
     assert 20 < same < 100  # of 1,800 fillers one in 32
     assert task.chance(48) == pytest.approx((1 + 1 / 2 + 1 / 3 + 1 / 4 + 1 / 5 + 1 / 6) / 6)
 

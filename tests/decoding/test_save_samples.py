@@ -11,7 +11,8 @@ from tests.data.test_domains import pixels_of
 from tests.decoding.test_generate_command import MODEL, run
 from tests.support import golden
 from tlinformer_jax.config.data import DataConfig
-from tlinformer_jax.config.run import RunConfig, TrainConfig, save_config
+from tlinformer_jax.config.run import RunConfig, save_config
+from tlinformer_jax.config.train import TrainConfig
 from tlinformer_jax.data.domains import mu_law
 from tlinformer_jax.data.tokenizers import build_tokenizer, save_tokenizer
 from tlinformer_jax.errors import UserError

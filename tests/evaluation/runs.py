@@ -7,7 +7,8 @@ import numpy as np
 
 from tests.support import golden, reference
 from tlinformer_jax.config.data import DataConfig
-from tlinformer_jax.config.run import RunConfig, TrainConfig
+from tlinformer_jax.config.run import RunConfig
+from tlinformer_jax.config.train import TrainConfig
 from tlinformer_jax.data.tokenizers import ByteTokenizer
 from tlinformer_jax.interop import params_from_reference
 from tlinformer_jax.models import ModelConfig

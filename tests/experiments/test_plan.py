@@ -287,7 +287,7 @@ def test_the_process_of_a_sweep_needs_no_jax():
         ("sweep_copy.py", 72, 4),
         ("sweep_comparators.py:recall", 18, 2),
         ("sweep_comparators.py:passkey", 12, 4),
-        ("sweep_comparators.py:tiny", 4, 3),
+        ("sweep_comparators.py:tiny", 6, 4),
         ("sweep_capacity.py", 175, 3),
         ("sweep_capacity.py:pairs", 105, 3),
         ("sweep_capacity.py:rows", 80, 2),

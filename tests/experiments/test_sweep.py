@@ -87,7 +87,7 @@ def test_a_sweep_that_is_killed_goes_on_where_it_was(sweep, tmp_path):
     assert done.returncode == 1, done.stderr
     error = done.stderr.strip().splitlines()[-1]
     assert error.startswith("error: 1 of 4 points failed: wrong-seed0 (status 2: ")
-    assert "must have a product that divides 1, the number of devices" in error
+    assert "it is 3, and there is 1 device" in error
     assert "Traceback" not in done.stderr
     assert "point 1 of 4, first-seed0: already finished" in done.stderr
     assert times(out / "first-seed0") == finished

@@ -12,7 +12,7 @@ import pytest
 from benchmarks.flops import attention_by_device
 from tests.test_model import SMALL, golden_scale
 from tlinformer_jax.config.model import ExecutionPlan
-from tlinformer_jax.config.run import TrainConfig
+from tlinformer_jax.config.train import TrainConfig
 from tlinformer_jax.data.tasks import AnswerPlaces
 from tlinformer_jax.errors import ConfigError
 from tlinformer_jax.models import ModelConfig, build_model, streams

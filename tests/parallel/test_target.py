@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from tlinformer_jax.config.model import ModelConfig
-from tlinformer_jax.config.run import TrainConfig
+from tlinformer_jax.config.train import TrainConfig
 from tlinformer_jax.decoding import layered
 from tlinformer_jax.decoding.cache import init_cache
 from tlinformer_jax.decoding.params import decoder_params

@@ -9,7 +9,7 @@ import pytest
 
 from tests.support.models import SMALL
 from tlinformer_jax.config.model import ExecutionPlan
-from tlinformer_jax.config.run import TrainConfig
+from tlinformer_jax.config.train import TrainConfig
 from tlinformer_jax.models.model import build_model
 from tlinformer_jax.parallel.sharding import BatchSplit, batch_sharding, build_mesh, tree_shardings
 from tlinformer_jax.training.step import batch_gradient

@@ -9,7 +9,7 @@ import pytest
 
 from tests.training.test_resume import events, run_config
 from tests.training.test_skips import MODEL
-from tlinformer_jax.config.run import TrainConfig
+from tlinformer_jax.config.train import TrainConfig
 from tlinformer_jax.data.tokenizers import ByteTokenizer
 from tlinformer_jax.models import build_model
 from tlinformer_jax.training import loop, setup

@@ -11,7 +11,7 @@ from clu.parameter_overview import count_parameters
 from tests.support.commands import ROOT, command_line, run_line
 from tests.training.test_resume import run_config
 from tlinformer_jax.config.model import ARCHITECTURES, ModelConfig
-from tlinformer_jax.config.run import TrainConfig
+from tlinformer_jax.config.train import TrainConfig
 from tlinformer_jax.models.model import build_model
 from tlinformer_jax.training.checkpoint import load_params
 from tlinformer_jax.training.console import goal_line, parameter_table

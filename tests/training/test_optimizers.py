@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.support import golden
-from tlinformer_jax.config.run import OPTIMIZERS, TrainConfig
+from tlinformer_jax.config.train import OPTIMIZERS, TrainConfig
 from tlinformer_jax.interop import params_from_reference
 from tlinformer_jax.models import ModelConfig
 from tlinformer_jax.training import optimizer

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from tlinformer_jax.config.data import DataConfig
-from tlinformer_jax.config.run import RunConfig, TrainConfig
+from tlinformer_jax.config.run import RunConfig
+from tlinformer_jax.config.train import TrainConfig
 from tlinformer_jax.data.tokenizers import ByteTokenizer
 from tlinformer_jax.models import ModelConfig
 from tlinformer_jax.training import callbacks, loop, setup
@@ -83,7 +84,7 @@ def terminate() -> None:
 
 @pytest.mark.slow
 def test_interrupted_and_uninterrupted_runs_are_bit_identical(tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr("tlinformer_jax.config.run.EVALUATION_TOKENS", 1)  # an evaluation has several batches
+    monkeypatch.setattr("tlinformer_jax.config.train.EVALUATION_TOKENS", 1)  # an evaluation has several batches
     config = run_config(tmp_path, dropout=0.1)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     figures = train_and_evaluate(config, whole)

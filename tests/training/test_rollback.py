@@ -13,7 +13,7 @@ import pytest
 
 from tests.training.test_checkpoint import abstract, state_of
 from tests.training.test_resume import events, run_config
-from tlinformer_jax.config.run import TrainConfig
+from tlinformer_jax.config.train import TrainConfig
 from tlinformer_jax.data.batches import TrainingBatches
 from tlinformer_jax.data.sources import load_split
 from tlinformer_jax.data.tokenizers import ByteTokenizer

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.training.test_resume import run_config
-from tlinformer_jax.config.run import OPTIMIZERS, TrainConfig
+from tlinformer_jax.config.train import OPTIMIZERS, TrainConfig
 from tlinformer_jax.models import ModelConfig, build_model
 from tlinformer_jax.training import setup
 from tlinformer_jax.training.callbacks import DivergedError

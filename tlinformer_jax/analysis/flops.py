@@ -162,13 +162,22 @@ def _feed_forward(config: ModelConfig, width: int) -> int:
     return 3 * width * config.active_experts + (config.num_experts if config.mixture else 0)
 
 
+def num_parameters(config: ModelConfig) -> int:
+    """Counts all parameters of a model."""
+    return sum(size for _, size in _parameter_sizes(config))
+
+
 def active_parameters(config: ModelConfig) -> int:
     """Counts the parameters without the experts that a row does not use."""
+    experts = sum(size for name, size in _parameter_sizes(config) if name.startswith(EXPERTS))
+    unused = experts - experts * config.active_experts // max(config.num_experts, 1)
+    return num_parameters(config) - unused
+
+
+def _parameter_sizes(config: ModelConfig) -> list[tuple[str, int]]:
+    """Returns the name and the size of each parameter."""
     shapes = jax.eval_shape(build_model(config).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
-    leaves = jax.tree_util.tree_leaves_with_path(shapes)
-    experts = sum(leaf.size for path, leaf in leaves if path[-1].key.startswith(EXPERTS))
-    total = sum(leaf.size for _, leaf in leaves)
-    return total - experts + experts * config.active_experts // max(config.num_experts, 1)
+    return [(path[-1].key, leaf.size) for path, leaf in jax.tree_util.tree_leaves_with_path(shapes)]
 
 
 def _attend(pairs: float, inner: int) -> Forward:

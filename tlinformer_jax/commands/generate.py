@@ -17,7 +17,7 @@ from absl import flags
 
 from tlinformer_jax import environment
 from tlinformer_jax.commands import cli
-from tlinformer_jax.config.run import NUM_SEEDS
+from tlinformer_jax.config.train import NUM_SEEDS
 from tlinformer_jax.errors import UserError
 from tlinformer_jax.files import local_path, write_bytes
 
@@ -57,7 +57,7 @@ SAVE = flags.DEFINE_string(
 )
 JSON = flags.DEFINE_bool("json", False, "Print one JSON object per sample, with tokens and log-probabilities.")
 
-JSON_FIELDS = ("text", "finish_reason", "tokens", "logprobs", "hits", "misses")  # of each sample
+JSON_FIELDS = ("text", "finish_reason", "tokens", "logprobs", "hits", "slides")  # of each sample
 # Flags that are options of the generator with the same name.
 OPTIONS = (MAX_NEW_TOKENS, TEMPERATURE, TOP_K, TOP_P, MIN_P, REPETITION_PENALTY, SEED, CACHE_DTYPE)
 
@@ -168,7 +168,7 @@ def _print_samples(stream: "Stream") -> bool:
 
 
 def _print_figures(stream: "Stream", config: "ModelConfig") -> None:
-    """Prints speed, cache hits and memory on stderr."""
+    """Prints speed, hits and slides, and memory on stderr."""
     from tlinformer_jax.models.cached_attention import int8_readers
 
     calls = stream.calls
@@ -182,8 +182,8 @@ def _print_figures(stream: "Stream", config: "ModelConfig") -> None:
     if len(speeds) > 2:  # so that a compilation does not decide the median
         lines.append(f"{statistics.median(speeds):,.1f} tokens/s in the median call after the first")
     samples = stream.generations
-    hits, misses = sum(sample.hits for sample in samples), sum(sample.misses for sample in samples)
-    lines.append(f"{hits:,} cache hits, {misses:,} misses")
+    hits, slides = sum(sample.hits for sample in samples), sum(sample.slides for sample in samples)
+    lines.append(f"{hits:,} hits, {slides:,} slides")
     lines.append(f"cache: {stream.cache_bytes}")
     if CACHE_DTYPE.value == "int8":
         lines.append(int8_readers(config))

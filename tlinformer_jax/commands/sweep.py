@@ -28,7 +28,7 @@ from ml_collections import ConfigDict, config_flags
 
 from tlinformer_jax.commands import cli
 from tlinformer_jax.config.named import add_defaults
-from tlinformer_jax.config.run import LARGEST_SEED
+from tlinformer_jax.config.train import LARGEST_SEED
 from tlinformer_jax.errors import UserError
 from tlinformer_jax.experiments.actions import checked_actions
 from tlinformer_jax.experiments.job import STOPPED, Job, Record, finished_result, run_jobs, write_result
@@ -61,7 +61,9 @@ THEN = flags.DEFINE_list(
     "then", None, "Actions after each training: evaluate, evaluate@LENGTH, samples, history, history@LENGTH."
 )
 RESULTS = flags.DEFINE_string("results", "", "Directory that also gets the record of each finished point, NAME.json.")
-CHECK = flags.DEFINE_bool("check", False, "Check all points and list them; train nothing.")
+CHECK = flags.DEFINE_bool(
+    "check", False, "Check all points and list them with updates, parameters and tokens; train nothing."
+)
 
 
 def main() -> None:
@@ -75,7 +77,11 @@ def main() -> None:
     chosen = chosen_points(groups, POINT.value, POINTS.value)
     _check(chosen)
     if CHECK.value:
-        print("\n".join(f"{number} {point.name} {point.overrides}" for number, point in enumerate(points)))
+        from tlinformer_jax.experiments.listing import (
+            list_points,
+        )  # needs JAX, which a sweep that trains must not import
+
+        print(list_points(points))
         return
     if importlib.util.find_spec("pandas") is None:  # checked before anything is trained
         raise UserError("the tables of a sweep need pandas: pip install 'tlinformer-jax[report]'")

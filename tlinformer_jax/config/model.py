@@ -21,6 +21,7 @@ RECURRENT = ("gated_deltanet", "gated_deltanet_hybrid")
 COMPUTE_DTYPES = ("auto", "bfloat16", "float16", "float32")
 ATTENTION_BACKENDS = ("auto", "xla", "cudnn", "splash")
 MEMORY = ("auto", "low")
+LARGEST_VOCABULARY = 2**31 - 1  # token ids are int32
 SHORTEST_WAVELENGTH = 7  # RoPE's shortest wavelength, 2 pi, rounded up
 # Evaluation and caches allocate a whole window, so a window needs a bound.
 LONGEST_WINDOW = 1 << 20
@@ -78,7 +79,7 @@ RULES = {
     "dtype": one_of(*COMPUTE_DTYPES),
     "attention": one_of(*ATTENTION_BACKENDS),
     "memory": Rule(one_of(*MEMORY).allowed, lambda memory: memory in MEMORY or isinstance(memory, ExecutionPlan)),
-    "vocab_size": integer(1, 2**31 - 1),  # tokens are int32
+    "vocab_size": integer(1, LARGEST_VOCABULARY),
     **dict.fromkeys(("d_model", "num_heads", "num_blocks", "experts_per_token"), integer(1)),
     **dict.fromkeys(("hidden_depth", "num_experts", "window_overlap"), integer(0)),
     "d_ff": Rule(integer(1).allowed, lambda size: size is None or integer(1).holds(size)),

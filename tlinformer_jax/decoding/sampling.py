@@ -23,7 +23,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from tlinformer_jax.config.run import NUM_SEEDS
+from tlinformer_jax.config.model import LARGEST_VOCABULARY
+from tlinformer_jax.config.train import NUM_SEEDS
 from tlinformer_jax.errors import TRUE_OR_FALSE, ConfigError, Rule, check_fields, integer, number, one_of
 
 # Bounds of factors: neither these numbers nor their reciprocals overflow or flush to zero.
@@ -91,7 +92,7 @@ RULES = {
         lambda value: are_integers(value if np.iterable(value) else [value], NUM_SEEDS),
     ),
     "max_new_tokens": integer(0),
-    "stop_tokens": _or_none(Rule("must be a list of token ids", lambda value: are_integers(value, NUM_SEEDS))),
+    "stop_tokens": _or_none(Rule("must be a list of token ids", lambda value: are_integers(value, LARGEST_VOCABULARY))),
     "stop_strings": Rule("must be a list of texts, none of them empty", _are_texts),
     "logprobs": TRUE_OR_FALSE,
     "chunk": _or_none(integer(1, MAX_STEPS, also=", or None")),

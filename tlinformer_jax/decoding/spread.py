@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.decoding.cache import Cache, WindowedCache, init_cache
 from tlinformer_jax.errors import ConfigError
-from tlinformer_jax.parallel.sharding import SplitRows, build_mesh
+from tlinformer_jax.parallel.sharding import SplitRows, build_mesh, number_of
 
 AXIS = "context"
 WHOLE = PartitionSpec()
@@ -31,7 +31,7 @@ def context_mesh(context: int) -> Mesh | None:
     """
     devices = jax.local_devices()
     if not 1 <= context <= len(devices):
-        allowed = f"must be from 1 to {len(devices)}, the number of devices of this machine"
+        allowed = f"must be from 1 to the number of devices of this machine; {number_of(devices)}"
         raise ConfigError("generation.context", context, allowed)
     return None if context == 1 else build_mesh({AXIS: context}, devices[:context])
 

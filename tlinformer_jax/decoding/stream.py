@@ -54,14 +54,14 @@ class Generation:
       logprobs: log-probabilities of the tokens; None if not requested; see `GenerationConfig`.
       finish_reason: 'length', 'stop_token', 'stop_string' or 'interrupted'; None while the sequence continues.
       hits: number of tokens fed to the cache; after a stop string the device may have fed a few too many.
-      misses: how often the whole history was processed: once in the prefill, and in each slide of the window.
+      slides: how often the window slid; each slide processes the whole history, as the prefill does.
     """
 
     tokens: list[int]
     logprobs: list[float] | None
     finish_reason: str | None
     hits: int = 0
-    misses: int = 0
+    slides: int = 0
     _texts: list[str] = dataclasses.field(default_factory=list, repr=False)
 
     @property
@@ -172,7 +172,6 @@ class Stream(Iterator[Piece]):
         for row, prompt in enumerate(prompts):
             cache, of_row = decoder.prefill(cache, row, prompt)
             logits.append(of_row)
-            self.generations[row].misses += 1
         seen = None
         if self._sampler.repetition_penalty is not None:
             seen = jnp.asarray(seen_tokens(prompts, decoder.config.vocab_size))
@@ -216,7 +215,7 @@ class Stream(Iterator[Piece]):
         for row, length in lengths.items():
             if length % size == 0:
                 cache = self._decoder.slide(cache, row, length)
-                self.generations[row].misses += 1
+                self.generations[row].slides += 1
         return cache, min(size - length % size for length in lengths.values())
 
     def _check_finite(self, row: int, tokens: list[int], steps: int) -> None:

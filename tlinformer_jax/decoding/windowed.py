@@ -1,4 +1,4 @@
-"""TLinFormer and TConstFormer with a cache: `prefill` and `slide` (cache misses); a cache hit is `decoder.step`.
+"""TLinFormer and TConstFormer with a cache: `prefill` and `slide`; a hit is `decoder.step`.
 
 Until the generation window slides, C and z are constant: a token reads the cached keys of each block's history, of the
 compressed context, and of its own window. A slide turns the window into history: its rows are appended to block 0's

@@ -9,7 +9,8 @@ from typing import Any, TypeVar
 from ml_collections import ConfigDict
 
 from tlinformer_jax.config.named import load_python
-from tlinformer_jax.config.run import SECTIONS, RunConfig, TrainConfig, run_config, unknown_field
+from tlinformer_jax.config.run import SECTIONS, RunConfig, run_config, unknown_field
+from tlinformer_jax.config.train import TrainConfig
 from tlinformer_jax.data.sources import find_split
 from tlinformer_jax.data.tokenizers import build_tokenizer, check_vocab
 from tlinformer_jax.errors import ConfigError, UserError

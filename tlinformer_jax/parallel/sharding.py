@@ -61,12 +61,19 @@ NO_WINDOW = -1
 def build_mesh(axes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
     """Returns the mesh over `devices` (default: all), with every axis of type Auto; `axes` are sizes other than 1."""
     devices = jax.devices() if devices is None else devices
-    data, left = divmod(len(devices), math.prod(axes.values()))
+    product = math.prod(axes.values())
+    data, left = divmod(len(devices), product)
     if left or not data:
-        allowed = f"must have a product that divides {len(devices)}, the number of devices"
-        raise ConfigError("train.mesh", mesh_text(axes), allowed)
+        allowed = f"the product of its sizes must divide the number of devices; it is {product}"
+        raise ConfigError("train.mesh", mesh_text(axes), f"{allowed}, and {number_of(devices)}")
     sizes = {"data": data, **dict.fromkeys(AXES, 1), **axes}
     return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes), devices=devices)
+
+
+def number_of(devices: Sequence[Any]) -> str:
+    """Says how many devices there are, and of which platform, for an error message."""
+    count = len(devices)
+    return f"there {'is 1 device' if count == 1 else f'are {count} devices'} ({devices[0].platform})"
 
 
 def connect(mesh: Mesh) -> None:

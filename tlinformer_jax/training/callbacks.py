@@ -22,7 +22,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from tlinformer_jax.config.run import EPOCH, RunConfig, seconds
+from tlinformer_jax.config.run import RunConfig
+from tlinformer_jax.config.train import EPOCH, seconds
 from tlinformer_jax.data.batches import StagedReader
 from tlinformer_jax.data.tasks import Split
 from tlinformer_jax.errors import UserError

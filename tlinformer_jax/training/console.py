@@ -19,7 +19,7 @@ from tlinformer_jax.analysis.flops import active_parameters
 from tlinformer_jax.analysis.ngram import BYTE_VOCABULARY, byte_floor
 from tlinformer_jax.config.data import TOKENS, DataConfig, Stage
 from tlinformer_jax.config.model import ModelConfig
-from tlinformer_jax.config.run import EPOCH, TrainConfig
+from tlinformer_jax.config.train import EPOCH, TrainConfig
 from tlinformer_jax.data.batches import LAG, TrainingBatches, num_samples
 from tlinformer_jax.data.documents import DocumentStream
 from tlinformer_jax.data.ordered import OrderedStream

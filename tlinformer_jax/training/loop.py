@@ -11,7 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from tlinformer_jax.config.run import RunConfig, fingerprint, run_config, seconds
+from tlinformer_jax.config.run import RunConfig, fingerprint, run_config
+from tlinformer_jax.config.train import seconds
 from tlinformer_jax.data.batches import StagedReader, TrainingBatches
 from tlinformer_jax.data.given import TokenData
 from tlinformer_jax.data.sources import load_split

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from optax.contrib import MuonDimensionNumbers
 
-from tlinformer_jax.config.run import TrainConfig
+from tlinformer_jax.config.train import TrainConfig
 from tlinformer_jax.data.batches import TrainingBatches
 
 BETA1, BETA2, EPSILON = 0.9, 0.95, 1e-8
@@ -69,7 +69,7 @@ def muon(config: TrainConfig, schedule: optax.Schedule) -> optax.GradientTransfo
     )
 
 
-# Name -> optimiser; `train.optimizer` takes the names in `config.run.OPTIMIZERS`.
+# Name -> optimiser; `train.optimizer` takes the names in `config.train.OPTIMIZERS`.
 OPTIMIZERS = {"adamw": adamw, "muon": muon}
 
 

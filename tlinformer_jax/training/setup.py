@@ -15,7 +15,8 @@ from jax.sharding import Mesh
 from tlinformer_jax.analysis.flops import training_flops
 from tlinformer_jax.config.data import DataConfig
 from tlinformer_jax.config.model import ModelConfig
-from tlinformer_jax.config.run import EPOCH, RunConfig
+from tlinformer_jax.config.run import RunConfig
+from tlinformer_jax.config.train import EPOCH
 from tlinformer_jax.data.batches import (
     Batch,
     Rows,

@@ -11,7 +11,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from tlinformer_jax.config.data import Stage
-from tlinformer_jax.config.run import TrainConfig
+from tlinformer_jax.config.train import TrainConfig
 from tlinformer_jax.data.batches import LAG
 from tlinformer_jax.models.model import LanguageModel
 from tlinformer_jax.parallel.mesh import is_nvidia_gpu, platform

@@ -1,0 +1,52 @@
+"""Lists the points of a sweep and what each would train: `python -m tlinformer_jax sweep --check`."""
+
+import functools
+from collections.abc import Sequence
+
+from tlinformer_jax.analysis.flops import num_parameters
+from tlinformer_jax.config.run import RunConfig
+from tlinformer_jax.data.sources import find_split
+from tlinformer_jax.data.tokenizers import build_tokenizer
+from tlinformer_jax.experiments.job import Job
+from tlinformer_jax.models.windows import trained_tokens
+from tlinformer_jax.training.optimizer import run_horizon
+from tlinformer_jax.training.setup import training_batches
+
+HEADS = ("", "point", "updates", "parameters", "tokens", "fields that it sets")
+
+
+def list_points(points: Sequence[Job]) -> str:
+    """Returns a table of the points: updates, at most, parameters, and tokens trained on."""
+    rows = [HEADS, *(_row(number, point) for number, point in enumerate(points))]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return "\n".join(
+        f"{number:>{widths[0]}}  {name:{widths[1]}}  "
+        + "".join(f"{figure:>{width}}  " for figure, width in zip(figures, widths[2:]))
+        + fields
+        for number, name, *figures, fields in rows
+    )
+
+
+def _row(number: int, point: Job) -> tuple[str, ...]:
+    config, updates = point.config, _updates(point.config)
+    train = config.train
+    each = train.batch_size * trained_tokens(config.model, config.data.sequence_length, train.sampled_windows)
+    return (
+        str(number),
+        point.name,
+        str(train.steps) if updates is None else f"{updates:,}",
+        f"{_num_parameters(config.model):,}",
+        "unknown" if updates is None else f"{updates * each:,.0f}",
+        " ".join(f"{field}={value}" for field, value in point.overrides.items()),
+    )
+
+
+def _updates(config: RunConfig) -> int | None:
+    """Returns the number of updates, at most; None for epochs of a text that is not tokenised yet."""
+    if config.train.updates:
+        return config.train.updates
+    train = find_split(config.data, "train", build_tokenizer(config.data.tokenizer))
+    return None if train is None else run_horizon(config.train, training_batches(config, train)).steps
+
+
+_num_parameters = functools.cache(num_parameters)  # many points have the same model
