@@ -9,4 +9,5 @@ nvidia-smi -L
 cd /tmp/src
 export PYTHONPATH=/tmp/src:/tmp/site TLINFORMER_CACHE=/tmp/cache NGPU=$(nvidia-smi -L | wc -l)
 setsid python3 /tmp/carry/gpuqueue.py > /tmp/q/queue.log 2>&1 < /dev/null &
+true
 sleep 1

@@ -1,8 +1,0 @@
-"""The configuration of a run: one frozen, validated dataclass for each section.
-
-run          the section `train`; reading, checking, storing and comparing whole configurations
-model, data  the sections of these names
-delta        the shape of Gated DeltaNet layers
-recipes      functions for config files: the rows of Table 1, this project's recipe
-named        finding and running config files, also those of the package by name
-"""

@@ -1,1 +1,0 @@
-"""The commands: each defines its flags and makes one call."""

@@ -1,1 +1,0 @@
-"""Many runs and their results: sweeps, the record of a finished run, tables, figures and the report."""
