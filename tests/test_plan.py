@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 
 from tlinformer_jax.config.model import ExecutionPlan, ModelConfig
+from tlinformer_jax.models.windows import PairedSegment, plan_segments
 from tlinformer_jax.parallel.mesh import target
 
 GPU, CPU = ("gpu", "NVIDIA H100 80GB HBM3"), ("cpu", "cpu")
@@ -63,6 +64,19 @@ def test_few_windows_run_in_groups(width, group):
         assert model.plan(8) == grouped
     with target(*CPU):
         assert model.plan(8) == ExecutionPlan(2)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"window_overlap": 1}, {"history_window": 257}, {"history_window": "auto"}, {"num_blocks": 3}]
+)
+def test_what_does_not_run_in_pairs(changes):
+    config, pairs = ModelConfig(generation_window=256, **changes), ExecutionPlan(paired=True)
+    segments = plan_segments(config, 9, pairs)
+    assert isinstance(segments[0], PairedSegment) == (changes == {"num_blocks": 3})
+    for other in (plan_segments(config, 9, pairs, first=2), plan_segments(config, 9, pairs.one_at_a_time)):
+        assert not any(isinstance(segment, PairedSegment) for segment in other)
+    with target(*GPU):
+        assert not config.plan(9).paired, "not measured"
 
 
 def test_a_plan_that_is_given_is_taken_as_it_is():
