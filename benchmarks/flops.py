@@ -132,11 +132,14 @@ def segment_shapes(config: ModelConfig, segment: Segment, causal: float, fused: 
     rows, together = segment.history_rows, segment.together
     for number, observed in enumerate(segment.observed):
         history = int(segment.starts(config, segment.first + number))
-        keys = (history, observed) if fused else (rows, segment.observed_width)
+        paired, half = isinstance(segment, PairedSegment), rows // config.generation_window // 2
+        # The short history of a pair is read from an array of half of the rows.
+        read = half * config.generation_window if paired and 2 * history < rows else rows
+        keys = (history, observed) if fused else (read, segment.observed_width)
         # Windows that run together all restore as many chunks as the last of them needs.
         longest = int(segment.starts(config, segment.first + number + together - 1 - number % together))
         restored = longest + -longest % segment.history_chunk if segment.history_chunk else rows
-        restored = history if isinstance(segment, PairedSegment) else restored
+        restored = history if paired else restored
         yield WindowShape(
             config.window_overlap + config.generation_window, restored, segment.observed_width, *keys, causal
         )
