@@ -11,7 +11,6 @@ counted. With the mesh axes `window` and `context`, what each device computes fo
 projections and the windows' own rows.
 """
 
-import dataclasses
 from collections.abc import Iterator
 
 import numpy as np
@@ -35,6 +34,7 @@ from tlinformer_jax.models.delta import CHUNK, SMALL
 from tlinformer_jax.models.model import attention_window, padded_vocabulary
 from tlinformer_jax.models.windows import (
     FIRST_WINDOW,
+    PairedSegment,
     Segment,
     num_windows,
     padded_length,
@@ -61,7 +61,7 @@ def hardware_flops(
     width = config.head_dim + -config.head_dim % head_multiple(dtype, config.attention)
     share, skipped = trained_windows(config, length, sampled_windows, first)
     plan = config.plan(num_windows(config, length) - skipped)
-    plan = dataclasses.replace(plan, together=1) if share < 1 else plan
+    plan = plan.one_at_a_time if share < 1 else plan
     outside, inside, again = _hardware_forward(config, length, width * config.num_heads, fused, plan, skipped)
     head = (
         2.0 * (length if read is None else read) * share * padded_vocabulary(config.vocab_size, dtype) * config.d_model
@@ -118,7 +118,7 @@ def _hardware_forward(
     segments = plan_segments(config, windows, plan, first=skipped)
     causal, longer = (causal_pairs(rows) if fused else rows**2 for rows in (size, config.window_overlap + size))
     total, again = Forward(), Forward()
-    if not skipped:
+    if not skipped and not (segments and segments[0].first == 0):
         total = causal_layers(config, size, inner, causal) + project(config, -size, 3, inner)
     for segment in segments:
         for shape in segment_shapes(config, segment, longer, fused):
@@ -132,10 +132,14 @@ def segment_shapes(config: ModelConfig, segment: Segment, causal: float, fused: 
     rows, together = segment.history_rows, segment.together
     for number, observed in enumerate(segment.observed):
         history = int(segment.starts(config, segment.first + number))
-        keys = (history, observed) if fused else (rows, segment.observed_width)
+        paired, half = isinstance(segment, PairedSegment), rows // config.generation_window // 2
+        # The short history of a pair is read from an array of half of the rows.
+        read = half * config.generation_window if paired and 2 * history < rows else rows
+        keys = (history, observed) if fused else (read, segment.observed_width)
         # Windows that run together all restore as many chunks as the last of them needs.
         longest = int(segment.starts(config, segment.first + number + together - 1 - number % together))
         restored = longest + -longest % segment.history_chunk if segment.history_chunk else rows
+        restored = history if paired else restored
         yield WindowShape(
             config.window_overlap + config.generation_window, restored, segment.observed_width, *keys, causal
         )
@@ -148,7 +152,7 @@ def attention_by_device(config: ModelConfig, length: int, parts: int) -> np.ndar
     execute the same, because their windows have the same static shapes.
     """
     split, windows = SequenceSplit(parts), num_windows(config, length)
-    plan = dataclasses.replace(config.plan(windows), together=1)
+    plan = config.plan(windows).one_at_a_time
     segments = (FIRST_WINDOW, *plan_segments(config, windows, plan, split))
     size, overlap = config.generation_window, config.window_overlap
     loads, rounds = np.zeros(parts), 0

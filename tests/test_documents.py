@@ -54,6 +54,7 @@ PLANS = {
     "together": ExecutionPlan(segments=2, together=3, scan_layers=False),
     "checkpointing": ExecutionPlan(segments=2, together=2, checkpointing=True),
     "chunks": ExecutionPlan(chunk=2, checkpointing=True),
+    "pairs": ExecutionPlan(checkpointing=True, paired=True),
 }
 
 
@@ -115,7 +116,8 @@ def test_logits_are_the_references_and_at_a_windows_edge_as_if_alone(shape, plan
 
 @slow
 @pytest.mark.parametrize(
-    ("shape", "plan"), [("options", "checkpointing"), ("paper's block", "chunks"), ("shift", "together")]
+    ("shape", "plan"),
+    [("options", "checkpointing"), ("paper's block", "chunks"), ("shift", "together"), ("shift", "pairs")],
 )
 def test_loss_and_gradient_are_the_references(shape, plan):
     """The gradient along the weights themselves."""
@@ -167,6 +169,7 @@ def leak(config: ModelConfig, windows=None) -> float:
     + [
         pytest.param("options", "together", "xla", marks=slow),
         pytest.param("paper's block", "chunks", "xla", marks=slow),
+        pytest.param("paper's block", "pairs", "xla", marks=slow),
     ]
     + [
         pytest.param(shape, "checkpointing", "xla", marks=slow)

@@ -21,6 +21,7 @@ ATTENTION |= {"attend_few", "attend_splash", "attend_with_dropout", "dot_product
 CALLERS = {
     "models/block.py": "the equations",
     "models/streams.py": "attend(Q, Kc, Vc), as `compress` reads a history that is kept whole",
+    "models/paired.py": "the same of two windows whose histories share an array, and `restore` of their rows",
     "decoding/history.py": "the same of one that is kept as a cache",
     "models/cached_attention.py": "the same, and the token step",
     "models/model.py": "the baselines' layers",
@@ -54,6 +55,7 @@ def test_attention_is_called_by_the_equations_alone():
     assert set(places) == set(CALLERS)
     assert places["models/block.py"] == {"compress", "hidden", "restore", "restore_rows"}
     assert places["models/streams.py"] == {"History.read"}
+    assert places["models/paired.py"] == {"PairedHistory.read", "PairedHistory.restore"}
     assert places["decoding/history.py"] == {"CachedHistory.read"}
     assert places["models/model.py"] == {"forward_layers"}
 
@@ -65,7 +67,8 @@ def test_the_equations_are_called_by_the_block_and_by_the_decoder_alone():
     assert files["models/block.py"] == {"dual_window_block"}
     assert len(files["decoding/windowed.py"]) == 1
     assert found({"read"})["models/block.py"] == {"compress"}
-    assert not found({"restore_rows"}).keys() - {"models/streams.py", "decoding/history.py"}  # how `restore` maps it
+    # How `restore` maps it.
+    assert not found({"restore_rows"}).keys() - {"models/streams.py", "models/paired.py", "decoding/history.py"}
 
 
 def products(config: ModelConfig, length: int) -> tuple[int, int]:

@@ -130,6 +130,12 @@ def test_segments_cover_every_window_once():
                 later = plan_segments(SMALL, windows, ExecutionPlan(segments), first=first)
                 covered = [segment.first + i for segment in later for i in range(segment.count)]
                 assert covered == list(range(max(first, 1), windows))
+    paired = dataclasses.replace(SMALL, history_window=3)
+    for windows in (3, 4, 7, 8, 32):
+        (pairs,) = plan_segments(paired, windows, ExecutionPlan(paired=True))
+        assert sorted(pairs.windows.flat) == list(range(windows % 2, windows))
+        assert {int(sum(pair)) * 4 for pair in pairs.windows} == {pairs.history_rows}, "no row is masked"
+        assert all(first > second for first, second in pairs.windows)
     assert num_windows(SMALL, 1) == 1
     assert num_windows(SMALL, 9) == 3
 

@@ -5,9 +5,10 @@ import dataclasses
 import pytest
 
 from tlinformer_jax.config.model import ExecutionPlan, ModelConfig
+from tlinformer_jax.models.windows import PairedSegment, plan_segments
 from tlinformer_jax.parallel.mesh import target
 
-GPU, CPU = ("gpu", "NVIDIA H100 80GB HBM3"), ("cpu", "cpu")
+GPU, TPU, CPU = ("gpu", "NVIDIA H100 80GB HBM3"), ("tpu", "TPU v5 lite"), ("cpu", "cpu")
 LONG = ModelConfig(history_window=1024, generation_window=1024, memory="low")
 
 
@@ -17,13 +18,14 @@ LONG = ModelConfig(history_window=1024, generation_window=1024, memory="low")
         (GPU, 512, ExecutionPlan(1, together=2, scan_layers=False)),
         (GPU, 1024, ExecutionPlan(1, together=4, scan_layers=False)),
         (GPU, 2048, ExecutionPlan(2, together=3, scan_layers=False, checkpointing=True)),
-        (GPU, 8192, ExecutionPlan(2, scan_layers=False, checkpointing=True)),
+        (GPU, 8192, ExecutionPlan(2, scan_layers=False, checkpointing=True, paired=True)),
+        (TPU, 8192, ExecutionPlan(2, scan_layers=False, checkpointing=True)),
         (CPU, 2048, ExecutionPlan(2)),
         (CPU, 8192, ExecutionPlan(2, checkpointing=True)),
     ],
 )
 def test_the_41m_shape_runs_as_it_was_measured(machine, length, plan):
-    """By docs/performance.md: short sequences at once, up to 8 windows in threes, of more one after the other."""
+    """By docs/performance.md: short sequences at once, up to 8 windows in threes, more of them in pairs."""
     with target(*machine):
         assert ModelConfig().plan(length // 256) == plan
 
@@ -39,7 +41,7 @@ def test_low_memory_is_what_a_million_tokens_were_measured_with():
 
 
 def test_deep_models_compile_one_layer():
-    with target("tpu", "TPU v5 lite"):
+    with target(*TPU):
         deep = ModelConfig(num_blocks=6)
         assert deep.plan(16) == ExecutionPlan(1, scan_layers=True, checkpointing=True)
 
@@ -57,12 +59,29 @@ def test_few_windows_run_in_groups(width, group):
         assert model.plan(4) == ExecutionPlan(1, together=4, scan_layers=False), "1,024 tokens are short"
         assert dataclasses.replace(model, generation_window=1024).plan(2).together == 1, "the first has no history"
         assert dataclasses.replace(model, generation_window=2048).plan(1) == ExecutionPlan(2, scan_layers=False)
-        assert model.plan(16) == ExecutionPlan(2, scan_layers=False, checkpointing=True)
+        assert model.plan(16) == ExecutionPlan(2, scan_layers=False, checkpointing=True, paired=True)
         assert not dataclasses.replace(model, architecture="transformer").plan(8).checkpointing
-    with target("tpu", "TPU v5 lite"):
+    with target(*TPU):
         assert model.plan(8) == grouped
     with target(*CPU):
         assert model.plan(8) == ExecutionPlan(2)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"window_overlap": 1}, {"history_window": 257}, {"history_window": "auto"}, {"num_blocks": 3}]
+)
+def test_what_does_not_run_in_pairs(changes):
+    config, pairs = ModelConfig(generation_window=256, **changes), ExecutionPlan(2, paired=True)
+    segments = plan_segments(config, 9, pairs)
+    assert isinstance(segments[0], PairedSegment) == (changes == {"num_blocks": 3})
+    for other in (plan_segments(config, 9, pairs, first=2), plan_segments(config, 9, pairs.one_at_a_time)):
+        assert not any(isinstance(segment, PairedSegment) for segment in other)
+    alone = ExecutionPlan(2, scan_layers=False, checkpointing=True)
+    with target(*GPU):
+        assert config.plan(9) == dataclasses.replace(alone, paired=changes == {"num_blocks": 3})
+        assert config.plan(9).one_at_a_time == alone, "sampled windows, and those of several devices"
+        assert not dataclasses.replace(config, memory="low").plan(9).paired
+        assert not dataclasses.replace(config, num_blocks=6).plan(9).paired, "not measured with scanned layers"
 
 
 def test_a_plan_that_is_given_is_taken_as_it_is():

@@ -14,9 +14,10 @@ import pytest
 from tests.test_model import SMALL, golden_scale
 from tlinformer_jax.config.model import ExecutionPlan
 from tlinformer_jax.config.train import TrainConfig
-from tlinformer_jax.models import DualWindowBlock, attention, block, build_model, streams, windows
+from tlinformer_jax.models import DualWindowBlock, attention, block, build_model, paired, streams, windows
 from tlinformer_jax.models import model as model_module
 from tlinformer_jax.models.layers import layer_norm
+from tlinformer_jax.models.paired import PairedHistory
 from tlinformer_jax.training import step, window_loss
 from tlinformer_jax.training.loss import summed_loss
 from tlinformer_jax.training.optimizer import Horizon
@@ -32,6 +33,13 @@ WAYS = {
     "eight windows in threes": {
         "memory": ExecutionPlan(2, together=3, scan_layers=False, checkpointing=True),
         "generation_window": 2,
+    },
+    "in pairs": {"memory": ExecutionPlan(checkpointing=True, paired=True), "history_window": 4},
+    "three blocks in pairs": {
+        "memory": ExecutionPlan(checkpointing=True, paired=True),
+        "history_window": 2,
+        "generation_window": 3,
+        "num_blocks": 3,
     },
     "all together": {"memory": ExecutionPlan(together=5), "history_window": 9},
     "all kept": {"memory": ExecutionPlan(2)},
@@ -108,6 +116,28 @@ def test_every_way_gives_what_the_plain_loop_gives(way):
     assert gradient < 1e-4
 
 
+@pytest.mark.slow
+def test_pairs_tell_the_kernel_that_the_first_window_reads_nothing(monkeypatch, request):
+    """cuDNN sees at least one key unless it is told that there may be none."""
+    real = attention._attend_xla
+
+    def one_key_at_least(*inputs):
+        *arrays, key_length = inputs[:5]
+        return real(*arrays, None if key_length is None else jnp.maximum(key_length, 1), *inputs[5:])
+
+    def attend(query, key, value, **options):
+        with monkeypatch.context() as patch:
+            if options.get("never_empty") or query.shape[1] == 0:
+                patch.setattr(attention, "_attend_xla", one_key_at_least)
+            return attention.attend(query, key, value, **options)
+
+    for module in (block, paired):
+        monkeypatch.setattr(module, "attend", attend)
+    request.addfinalizer(jax.clear_caches)
+    jax.clear_caches()
+    assert errors("in pairs")[1] < 1e-4
+
+
 def too_few_chunks(monkeypatch):
     """The last chunk of a history is left out."""
     real = streams.map_steps
@@ -125,13 +155,28 @@ def first_windows_rows(monkeypatch):
     monkeypatch.setattr(windows, "window_rows", lambda c, a, first, *rest: real(c, a, max(first - 1, 0), *rest))
 
 
+def long_histories_rows(monkeypatch):
+    """The short history of a pair has rows of the long one."""
+    monkeypatch.setattr(PairedHistory, "second", lambda self, array: array[:, : self.longest_second])
+
+
+def one_observation_window(monkeypatch):
+    """All rows of a pair's histories are restored from the window of the long one."""
+    real = paired.choose
+    monkeypatch.setattr(paired, "choose", lambda array, long: real(array, jnp.ones_like(long)))
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("mutate", [too_few_chunks, forgotten_windows, first_windows_rows])
-def test_mutations_are_caught(mutate, monkeypatch, request):
+@pytest.mark.parametrize(
+    ("mutate", "way"),
+    [(mutate, "one after the other") for mutate in (too_few_chunks, forgotten_windows, first_windows_rows)]
+    + [(mutate, "in pairs") for mutate in (long_histories_rows, one_observation_window, forgotten_windows)],
+)
+def test_mutations_are_caught(mutate, way, monkeypatch, request):
     mutate(monkeypatch)
     request.addfinalizer(jax.clear_caches)
     jax.clear_caches()
-    assert errors("one after the other")[1] > 0.01, "a hundred times what is allowed"
+    assert errors(way)[1] > 0.01, "a hundred times what is allowed"
 
 
 PACKAGE = str(pathlib.Path(step.__file__).parents[1])

@@ -80,6 +80,8 @@ def test_masked_history_padding_and_checkpointing_are_hardware_flops_only():
         dataclasses.replace(WIDE, memory=dataclasses.replace(PLAN, segments=1, together=7, chunk=64)), 512
     )
     assert grouped > 1.1 * chunked, "a group restores its longest history"
+    paired = hardware_flops(dataclasses.replace(WIDE, memory=dataclasses.replace(AGAIN, paired=True)), 512)
+    assert whole < paired < hardware_flops(dataclasses.replace(WIDE, memory=dataclasses.replace(PLAN, segments=2)), 512)
     baseline = dataclasses.replace(WIDE, architecture="transformer")
     again = hardware_flops(dataclasses.replace(baseline, memory=AGAIN), 512)
     assert 1.2 < again / hardware_flops(baseline, 512) < 1.34

@@ -207,7 +207,7 @@ def dual_window_block(
     """
     z = observed_stream(params.compress, C, window, x.rows.shape[0])
     z, x = with_documents(window.frame, z, x)
-    valid, never_empty = window.frame.observed_length, config.always_observes
+    valid, never_empty = window.frame.observed_length, config.always_observes and window.frame.never_empty
     rows = compress(params.compress, config, C, z, x, part_of(dropout, 0))
 
     def hidden_layer(rows: tuple[ZRows, XRows], item: tuple[LayerParams, Dropout | None]) -> tuple[Any, None]:

@@ -18,11 +18,13 @@ from tlinformer_jax.config.model import ExecutionPlan, ModelConfig
 from tlinformer_jax.models.block import BlockParams, dual_window_block
 from tlinformer_jax.models.feed_forward import split_router_losses
 from tlinformer_jax.models.layers import Dropout, Embedded, part_of
+from tlinformer_jax.models.paired import PairedHistory
 from tlinformer_jax.models.recompute import map_steps
 from tlinformer_jax.models.rope import Rope, rope_table
 from tlinformer_jax.models.streams import History, Stream, place_window
 from tlinformer_jax.models.windows import (
     FIRST_WINDOW,
+    PairedSegment,
     PerWindow,
     Segment,
     WindowFrame,
@@ -128,7 +130,8 @@ def prepare_sequence(
     rows_rope = jax.tree.map(lambda table: rows.take(table, axis=0), rope) if rows else rope
     history = History.of(blocks[0].compress, embeddings.rows, rows_rope, key_rows=embeddings.key_rows)
     history = dataclasses.replace(history, split=rows)
-    segments = segments if first else (FIRST_WINDOW, *segments)
+    if not first and not (segments and segments[0].first == 0):
+        segments = (FIRST_WINDOW, *segments)
     return PreparedSequence(history, (rope, dropout, documents), count, segments)
 
 
@@ -146,9 +149,13 @@ def place_in_segment(
         frame = dataclasses.replace(frame, z_documents=z_documents, x_documents=x_documents)
         own = (history.split.take(documents) if history.split else documents)[:, :rows]
     C = jax.tree.map(lambda array: array[:, :rows], history)
-    C = dataclasses.replace(
-        C, length=frame.history_length, never_empty=True, documents=own, rope=rope, chunk=segment.history_chunk
-    )
+    fields: dict[str, Any] = {"length": frame.history_length, "never_empty": True, "documents": own, "rope": rope}
+    if isinstance(segment, PairedSegment):
+        size = config.generation_window
+        fields |= {"never_empty": segment.first > 0, "size": size, "longest_second": rows // size // 2 * size}
+        C = PairedHistory(C.rows, C.Q, C.K, C.V, **fields)
+    else:
+        C = dataclasses.replace(C, chunk=segment.history_chunk, **fields)
     return C, frame, part_of(dropout, windows if segment.together == 1 else windows[0])
 
 
@@ -162,7 +169,7 @@ def forward_windows(
     """Returns hidden states from window `first` on, computed window by window, before the final LayerNorm."""
     batch, length, width = embeddings.rows.shape
     size = config.generation_window
-    plan = config.plan(num_windows(config, length) - first)
+    plan = dataclasses.replace(config.plan(num_windows(config, length) - first), paired=False)
     sequence = prepare_sequence(blocks, config, embeddings, length, plan, dropout, first=first)
     outputs = []
     for segment in sequence.segments:

@@ -25,6 +25,7 @@ class WindowFrame:
       observed_length: number of valid rows of the observation window, n - h.
       observed_width: number of computed rows of the observation window. Rows past the valid ones are the future; no
         query reads them.
+      never_empty: whether every window observes a row, provided that `ModelConfig.always_observes`.
       z_documents, x_documents: documents of the rows of the observation and the generation window, int32 [batch, rows];
         None if the sample is a single document.
     """
@@ -33,6 +34,7 @@ class WindowFrame:
     observed_start: PerWindow
     observed_length: PerWindow
     observed_width: int = flax.struct.field(pytree_node=False)
+    never_empty: bool = flax.struct.field(pytree_node=False, default=True)
     z_documents: jax.Array | None = None
     x_documents: jax.Array | None = None
 
@@ -97,7 +99,38 @@ class Segment:
             observed = jnp.asarray(self.observed, jnp.int32)[windows - self.first]
         else:
             observed = np.asarray(self.observed, np.int32)[windows - self.first]
-        return WindowFrame(length, length - observed, observed, self.observed_width)
+        never_empty = self.count == 1 or min(self.observed) > 0
+        return WindowFrame(length, length - observed, observed, self.observed_width, never_empty)
+
+
+@dataclasses.dataclass(frozen=True)
+class PairedSegment(Segment):
+    """Consecutive windows in pairs, the longest history with the shortest; see `models.paired`.
+
+    Each pair's histories together have `history_rows` rows. The first of a pair is the longer one.
+    """
+
+    @property
+    def windows(self) -> np.ndarray:
+        """Indices of the windows, int32 [count / 2, 2]."""
+        windows = np.arange(self.first, self.first + self.count, dtype=np.int32).reshape(2, -1)
+        return np.stack([windows[1, ::-1], windows[0]], axis=1)
+
+    def overlap(self, config: ModelConfig) -> int:
+        """Returns 0: windows with an overlap do not run in pairs."""
+        return 0
+
+    def rows(self, config: ModelConfig, arrays: Any, overlap: int = 0) -> Any:
+        """Returns the windows' rows of a pytree of arrays, [count / 2, batch * 2, W_og, ...]."""
+        size, half = config.generation_window, self.count // 2
+
+        def paired(array: jax.Array) -> jax.Array:
+            rows = array[:, self.first * size : (self.first + self.count) * size]
+            rows = rows.reshape(len(rows), 2, half, size, *array.shape[2:])
+            pairs = jnp.stack([jnp.flip(rows[:, 1], 1), rows[:, 0]], axis=2)
+            return jnp.moveaxis(pairs, 1, 0).reshape(half, -1, size, *array.shape[2:])
+
+        return jax.tree.map(paired, arrays)
 
 
 # The first window has no history.
@@ -116,13 +149,15 @@ def trained_tokens(config: ModelConfig, length: int, sampled_windows: int) -> fl
 
 
 def plan_segments(
-    config: ModelConfig, windows: int, plan: ExecutionPlan, split: SequenceSplit = WHOLE, first: int = 1
+    config: ModelConfig, windows: int, plan: ExecutionPlan, split: SequenceSplit = WHOLE, first: int = 0
 ) -> tuple[Segment, ...]:
-    """Groups windows first .. windows - 1 into segments; window 0, which has no history, belongs to none of them.
+    """Groups windows first .. windows - 1 into segments; window 0, which has no history, belongs to none but pairs.
 
     There are at most `plan.segments` segments, and one more for windows that fill no group of `plan.together`. If
     windows are split over devices, each segment except the first contains whole rounds of one window per device.
     """
+    if plan.paired and config.pairable and split == WHOLE and first == 0 and windows > 2:
+        return _paired_segments(config, windows)
     first = max(first, 1)
     count = windows - first
     if count < 1:
@@ -138,6 +173,13 @@ def plan_segments(
     if alone:
         segments = [(np.arange(first, first + alone), alone), *segments]
     return tuple(_segment(config, part, size, plan.chunk, split.row_parts) for part, size in segments)
+
+
+def _paired_segments(config: ModelConfig, windows: int) -> tuple[Segment, ...]:
+    """Returns one segment of all windows, in pairs; without window 0 if their number is odd."""
+    first, size = windows % 2, config.generation_window
+    observed = tuple(config.observed_rows(window * size) for window in range(first, windows))
+    return (PairedSegment(first, observed, max(observed), (first + windows - 1) * size, together=2),)
 
 
 def padded_length(config: ModelConfig, windows: int, segments: tuple[Segment, ...], row_parts: int = 1) -> int:

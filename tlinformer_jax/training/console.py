@@ -98,7 +98,9 @@ def describe(run: Run, splits: Mapping[str, Split]) -> str | None:
     config, model, length = run.config, run.config.model, run.config.data.sequence_length
     train, validation = splits["train"], splits["validation"]
     say(model_line(run))
-    say(f"model.memory = {model.memory!r}: {model.plan(num_windows(model, length))}")
+    plan = model.plan(num_windows(model, length))
+    alone = config.train.sampled_windows or run.mesh.shape["window"] * run.mesh.shape["context"] > 1
+    say(f"model.memory = {model.memory!r}: {plan.one_at_a_time if alone else plan}")
     say(kernels.serving())
     if config.data.document_masking:
         say(f"data.document_masking: no token sees another document; attention by {masking_backend(model)!r}")

@@ -3,7 +3,6 @@
 A short sequence is computed whole, a long one window by window, see `training.window_loss`.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -84,7 +83,7 @@ def summed_loss(
         total, right = rows_loss(hidden, typed.embedding, rows)
         return total / divisor, right
     if windows is not None or sequences != WHOLE:
-        plan = dataclasses.replace(plan, together=1)
+        plan = plan.one_at_a_time
     embeddings = embed_rows(typed, shape, inputs, documents, sequences)
     sequence = prepare_sequence(typed.blocks, shape, embeddings, length, plan, dropout, sequences, first)
     total, right = jnp.float32(0), jnp.float32(0)
