@@ -18,8 +18,9 @@ Variants: 8k (the default); 8k-plus, with the token shift, without slow rotation
 samples grow as soon as 90% of the answer tokens in training are right; tiny, which hides one key in the embedded Python
 reference and takes minutes on a CPU.
 
-Needs: the same as configs/books.py. Result: configs/sweep_passkey.py; 8k-plus (one seed) has 0.955 right at 8,192
-tokens, 0.925 at 65,536, 0.880 at 262,144 and 0.805 at 1,048,576 (docs/measurements/passkey_wavelengths_h200.json).
+Needs: the same as configs/books.py. Result: configs/sweep_passkey.py; a run of 8k-plus has 0.955 right at 8,192 tokens,
+0.925 at 65,536, 0.880 at 262,144 and 0.805 at 1,048,576 (docs/measurements/passkey_wavelengths_h200.json). Another run
+with the same seed did not learn to read before W_oh: 0.055 at 8,192 tokens (docs/results.md).
 """
 
 from ml_collections import ConfigDict

@@ -23,8 +23,9 @@ shift.
   reference that comes with CPython. About a minute a run on a busy two-core CPU, most of it compilation.
 
 Needs: the same as configs/books.py. Result: docs/quality.md, "Five models and experts", for books and experts, one seed
-each, 3 to 11 minutes a run on an H200 that it shared with others. Not measured: recall and passkey. When six cells of
-recall, five seeds in one program each, shared an H200, a cell trained on some 0.8 M tokens/s.
+each, 3 to 11 minutes a run on an H200 that it shared with others; "Recall" for 64-4-plus and 256-16-plus, three seeds
+each; "Passkeys" for the first seed of all but attention. Not measured: the other cells of recall (of 256-32-tight-plus
+Gated DeltaNet's first 2,032 updates), the other seeds of passkey, attention in passkey.
 """
 
 from typing import Any
