@@ -248,7 +248,7 @@ RECALL = {
         "vocab_size": 32,
         "d_model": 32,
         "num_heads": 2,
-        "num_blocks": 2,
+        "num_blocks": 1,
         "hidden_depth": 0,
         "d_ff": 64,
         "history_window": 4,

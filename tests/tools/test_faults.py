@@ -176,7 +176,8 @@ SIGNALS = [[PlannedSignal("step", 18, 0), PlannedSignal("saving", 1, 0)], *[[Pla
 
 def short(root):
     made = config(root)
-    return dataclasses.replace(made, train=dataclasses.replace(made.train, steps="2epochs"))
+    model = dataclasses.replace(made.model, architecture="transformer", hidden_depth=0)  # is soon traced
+    return dataclasses.replace(made, model=model, train=dataclasses.replace(made.train, steps="2epochs"))
 
 def chosen(root, trial, durations, seed, number):
     with BREAKS.get(trial, contextlib.nullcontext()):

@@ -80,6 +80,7 @@ def test_a_run_on_a_full_disk_goes_on_where_it_was_once_there_is_room(tmp_path, 
     bad_files.write_files(tmp_path)
     train = ["tlinformer_jax.main", f"--config={tmp_path}/small.py", "--config.train.steps=8"]
     train += ["--config.train.log_every=1", "--config.train.keep_checkpoints=1"]
+    train += ["--config.model.architecture=transformer"]  # is soon traced
     whole, run = tmp_path / "whole", small_disk / "run"
     done = command(*train, f"--workdir={whole}")
     assert done.returncode == 0, done.stderr

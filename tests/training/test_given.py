@@ -108,7 +108,7 @@ TRAINING = """
 
     def trained(name, kind, killed_after=None):
         config = run_config()
-        config["model"]["dropout"] = 0.1
+        config["model"] |= {"architecture": "transformer", "dropout": 0.1}  # is soon traced
         config["train"] |= {"steps": 110, "log_every": 20, "checkpoint_every": 20}
         data = IDS if kind == "array" else FRESH[kind]()
         kill = lambda view: view.step == killed_after and os.kill(os.getpid(), signal.SIGKILL)
