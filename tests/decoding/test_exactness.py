@@ -160,7 +160,7 @@ def test_the_gpu_kernels_in_the_decoder(
     assert largest_error(make_decoder(config), [127, 64], 131) < 0.05
     expected = {"attend_cached", "dense"}
     if architecture == "tlinformer":
-        expected |= {"attend_history", "attend_context"} | ({"store_history"} if rows_per_token else set())
+        expected |= {"attend_history", "attend_context", "project_history"}
     assert interpreted_kernels == expected
 
 

@@ -15,13 +15,14 @@ from tlinformer_jax.kernels import dropout as dropout_kernel
 from tlinformer_jax.kernels import history as history_kernel
 from tlinformer_jax.kernels import loss as loss_kernel
 from tlinformer_jax.kernels import norm as norm_kernel
+from tlinformer_jax.kernels import projection as projection_kernel
 from tlinformer_jax.kernels.common import Scores, addressable
 from tlinformer_jax.kernels.key_value import KeyValue
 from tlinformer_jax.models import cached_attention
 from tlinformer_jax.models.cached_attention import TokenLayerParams, token_layer
 from tlinformer_jax.models.cached_rows import CachedRows
 from tlinformer_jax.models.layers import Layer, prepare_layers
-from tlinformer_jax.models.rope import rope_table
+from tlinformer_jax.models.rope import rope_columns, rope_table
 
 pytest.importorskip("jax.experimental.pallas.triton")
 
@@ -93,6 +94,24 @@ def test_storing(kept):
 
     text = lowered(look_up, cache, half(500, 2, HEADS, 40), half(2, HEADS, 40), positions, number(), number())
     assert "store_history" in text
+
+
+@pytest.mark.parametrize("looked_up", [False, True])
+def test_projecting(looked_up):
+    cache, count = cache_of("bfloat16"), 256
+    sources = 500 if looked_up else count
+
+    def project(cache, source, kernel, bias, positions, tokens, row, start):
+        weights = projection_kernel.PairWeights.of(kernel, bias, WIDTH)
+        tables = rope_columns(positions, WIDTH)
+        return projection_kernel.project(cache, source, weights, tables, row, start, tokens if looked_up else None)
+
+    positions = jax.ShapeDtypeStruct((count,), jnp.int32)
+    kernel, bias = half(CONFIG.d_model, 2, HEADS, 40), half(2, HEADS, 40)
+    text = lowered(
+        project, cache, half(sources, CONFIG.d_model), kernel, bias, positions, positions, number(), number()
+    )
+    assert "project_history" in text
 
 
 def test_loss_and_slope():

@@ -10,18 +10,21 @@ import pytest
 from tlinformer_jax import ModelConfig
 from tlinformer_jax.kernels import decode as decode_kernel
 from tlinformer_jax.kernels import history as history_kernel
+from tlinformer_jax.kernels import projection as projection_kernel
 from tlinformer_jax.kernels.common import feature_pieces
 from tlinformer_jax.kernels.key_value import KeyValue, quantised
+from tlinformer_jax.kernels.projection import PairWeights
 from tlinformer_jax.models import cached_attention
 from tlinformer_jax.models.cached_attention import TokenLayerParams, token_layer
 from tlinformer_jax.models.cached_rows import CachedRows
 from tlinformer_jax.models.layers import LayerParams, prepare_layers
-from tlinformer_jax.models.rope import rope_table, rotate
+from tlinformer_jax.models.rope import rope_columns, rope_table, rotate
 
 # Whole programs: one by one, operations around a kernel take longer to compile.
 attend_history = jax.jit(functools.partial(history_kernel.attend, interpret=True), static_argnums=4)
 attend_few = jax.jit(functools.partial(history_kernel.attend_few, interpret=True), static_argnums=4)
 store = jax.jit(functools.partial(history_kernel.store, interpret=True))
+project = jax.jit(functools.partial(projection_kernel.project, interpret=True))
 
 
 def normal(seed: int, *shape: int) -> jax.Array:
@@ -120,6 +123,30 @@ def test_store_looks_rows_up():
     expected = store(KeyValue(key, value), products[tokens], bias, tables, *place)
     for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize(("heads", "width", "inner"), [(3, 6, 24), (2, 12, 64), (12, 36, 70)])
+@pytest.mark.parametrize("looked_up", [False, True])
+def test_a_chunk_is_projected_rotated_and_written_by_a_kernel(heads, width, inner, looked_up):
+    """Against products in float64: keys and values in one tile or in several; nothing else of the cache changes."""
+    count, sources = 256, 9 if looked_up else 256
+    cache = KeyValue(normal(0, 2, heads, width, 768), normal(1, 2, heads, width, 768))
+    source, kernel, bias = (
+        normal(2, sources, inner),
+        normal(3, inner, 2, heads, width + 2),
+        normal(4, 2, heads, width + 2),
+    )
+    tokens = jnp.asarray(np.random.default_rng(5).integers(-2, 12, count), jnp.int32) if looked_up else None
+    positions = 1_000_000 + jnp.arange(count)
+    weights, columns = PairWeights.of(kernel, bias, width), rope_columns(positions, width)
+    new = project(cache, source, weights, columns, jnp.int32(1), jnp.int32(256), tokens)
+    rows = np.asarray(source, np.float64)[slice(None) if tokens is None else np.clip(tokens, 0, sources - 1)]
+    products = np.einsum("nd,dphk->nphk", rows, np.asarray(kernel)[..., :width]) + np.asarray(bias)[..., :width]
+    keys = rotate(jnp.asarray(products[None, :, 0], jnp.float32), rope_table(positions, width))[0]
+    for found, old, true in ((new.key, cache.key, keys), (new.value, cache.value, products[:, 1])):
+        expected = np.array(old)
+        expected[1, :, :, 256:512] = np.moveaxis(np.asarray(true), 0, -1)
+        np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("shifted", [False, True])

@@ -17,8 +17,10 @@ from jaxtyping import Array, Float, Int
 from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.kernels import decode as decode_kernel
 from tlinformer_jax.kernels import history as history_kernel
+from tlinformer_jax.kernels import projection as projection_kernel
 from tlinformer_jax.kernels.common import addressable, available, is_half
 from tlinformer_jax.kernels.key_value import KeyValue
+from tlinformer_jax.kernels.projection import PairWeights
 from tlinformer_jax.models.attention import OutputAndLse, attend, attend_parts, merge_parts, no_parts
 from tlinformer_jax.models.cached_rows import CachedRows, attend_cached
 from tlinformer_jax.models.layers import (
@@ -248,8 +250,23 @@ def write_tokens(
     return _write_products(cache, row, start, taken.reshape(2, -1, width, tokens.size), bias[..., :width], rope)
 
 
+def pair_weights(cache: KeyValue, layer: LayerParams, rows: int, backend: str) -> PairWeights | None:
+    """Returns a layer's weights for `kernels.projection`, sorted once before a loop over chunks of `rows` rows.
+
+    None if that kernel cannot run here for such chunks; `write_rows` and `write_tokens` do the same.
+    """
+    if cache.key_scale is not None or rows % projection_kernel.ROW_TILE:
+        return None
+    if not can_store(cache, layer.qkv_kernel.dtype, rows, backend):
+        return None
+    return PairWeights.of(layer.qkv_kernel[:, 1:], layer.qkv_bias[1:], cache.key.shape[-2])
+
+
 def can_store(cache: KeyValue, dtype: Any, rows: int, backend: str) -> bool:
-    """Returns whether `kernels.history.store` can write so many rows of this dtype into the cache."""
+    """Returns whether `kernels.history.store` can write so many rows of this dtype into the cache.
+
+    `kernels.projection` writes multiples of its tile under the same conditions, except into int8.
+    """
     usable = use_kernels(dtype, cache.key.shape[-2], backend) and addressable(cache)
     return usable and rows % history_kernel.STORE_TILE == 0
 
@@ -329,20 +346,35 @@ def _natural_rows(rows: Array, width: int) -> Array:
     return jnp.pad(moved, [(0, 0)] * (moved.ndim - 1) + [(0, width - moved.shape[-1])])
 
 
+def context_lanes(
+    key: Float[Array, "1 rows heads width"], value: Float[Array, "1 rows heads width"], head_dim: int, backend: str
+) -> tuple[Array, Array] | None:
+    """Returns keys and values of a compressed context in the order of `attend_context`'s kernel; None without it.
+
+    They are computed once before a loop over the queries' chunks: XLA would compute them again for every chunk.
+    """
+    if not use_kernels(key.dtype, head_dim, backend):
+        return None
+    padding = ((0, 0), (0, -key.shape[1] % history_kernel.ROW_TILE), (0, 0), (0, 0))
+    key, value = (lane_rows(jnp.pad(array, padding), head_dim)[0] for array in (key, value))
+    return key, value
+
+
 def attend_context(
     query: Float[Array, "1 queries heads width"],
     key: Float[Array, "1 rows heads width"],
     value: Float[Array, "1 rows heads width"],
     *,
-    head_dim: int,
+    lanes: tuple[Array, Array] | None,
     key_length: Array,
     **options: Any,
 ) -> Float[Array, "1 queries heads width"]:
-    """Computes `attend` from many queries to the few rows of a compressed context; not differentiable."""
-    if use_kernels(query.dtype, head_dim, options["backend"]):
-        padding = ((0, 0), (0, -key.shape[1] % history_kernel.ROW_TILE), (0, 0), (0, 0))
-        key, value = (lane_rows(jnp.pad(array, padding), head_dim)[0] for array in (key, value))
-        return history_kernel.attend_few(query[0], key, value, key_length, options["scale"])[None]
+    """Computes `attend` from many queries to the few rows of a compressed context; not differentiable.
+
+    `lanes` is `context_lanes` of the same keys and values.
+    """
+    if lanes is not None:
+        return history_kernel.attend_few(query[0], *lanes, key_length, options["scale"])[None]
     return attend(query, key, value, key_length=key_length, **options)
 
 

@@ -51,8 +51,12 @@ def frequency_words(head_dim: int, longest_wavelength: int = 0) -> tuple[np.ndar
 
 def rotary_angles(positions: jax.Array, head_dim: int, longest_wavelength: int = 0) -> jax.Array:
     """Returns the angles of `positions` (int32, any shape), in [-pi, pi): float32 [..., head_dim / 2]."""
-    high, low = frequency_words(head_dim, longest_wavelength)
-    position = positions.astype(jnp.uint32)[..., None]
+    return _angles(positions[..., None], *frequency_words(head_dim, longest_wavelength))
+
+
+def _angles(positions: jax.Array, high: np.ndarray, low: np.ndarray) -> jax.Array:
+    """Returns the angles of positions at frequencies, broadcast against each other."""
+    position = positions.astype(jnp.uint32)
     turn = position * high + _high_word(position, low)  # modulo 2^32, which is one turn
     return jax.lax.bitcast_convert_type(turn, jnp.int32).astype(jnp.float32) * np.float32(2 * math.pi / 2**32)
 
@@ -62,6 +66,13 @@ def rope_table(positions: jax.Array, head_dim: int, longest_wavelength: int = 0)
     angles = rotary_angles(positions, head_dim, longest_wavelength)
     # The barrier makes XLA compute the table once instead of in every layer.
     return Rope(*jax.lax.optimization_barrier((jnp.cos(angles), jnp.sin(angles))))
+
+
+def rope_columns(positions: jax.Array, head_dim: int, longest_wavelength: int = 0) -> tuple[jax.Array, jax.Array]:
+    """Returns the cosines and sines of `rope_table` for positions [length], rows last: float32 [d_h / 2, length]."""
+    # Not the transposed angles: XLA would compute one of the two tables and transpose it.
+    angles = _angles(positions, *(words[:, None] for words in frequency_words(head_dim, longest_wavelength)))
+    return jax.lax.optimization_barrier((jnp.cos(angles), jnp.sin(angles)))
 
 
 def rotate(x: jax.Array, rope: Rope) -> jax.Array:
