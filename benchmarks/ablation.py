@@ -25,7 +25,7 @@ GATES: dict[str, tuple[str, str, Any]] = {
     "dense": ("models.cached_attention", "MAX_FUSED_ROWS", 0),
 }
 # Functions of `models.cached_attention` whose kernels share the gate `use_kernels`.
-SHARED = {"store": "can_store", "compress": "attend_history", "restore": "context_lanes"}
+SHARED = {"store": "can_store", "compress": "attend_history", "restore": "attend_context"}
 
 
 @contextlib.contextmanager

@@ -16,28 +16,12 @@ from jaxtyping import Array, Float, Int
 from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.decoding.cache import WindowedCache, chunk_rows, for_chunks
 from tlinformer_jax.decoding.params import DecoderParams, embed
-from tlinformer_jax.kernels import projection
 from tlinformer_jax.kernels.common import merge_softmaxes
 from tlinformer_jax.kernels.key_value import KeyValue
 from tlinformer_jax.models.attention import attend_parts, merge_parts, no_parts
-from tlinformer_jax.models.cached_attention import (
-    attend_context,
-    attend_history,
-    context_lanes,
-    pair_weights,
-    write_rows,
-    write_tokens,
-)
-from tlinformer_jax.models.layers import (
-    Dropout,
-    Embedded,
-    LayerParams,
-    first_norm,
-    project,
-    projections,
-    unbiased_projections,
-)
-from tlinformer_jax.models.rope import Rope, rope_columns, rope_table, rotate
+from tlinformer_jax.models.cached_attention import Words, attend_context, attend_history, write_rows, write_tokens
+from tlinformer_jax.models.layers import Dropout, Embedded, LayerParams, project, projections
+from tlinformer_jax.models.rope import Rope, Rotations, rope_table, rotate
 from tlinformer_jax.models.streams import Stream
 
 # Block 0's projections, before rotation, depend only on the token. If the history has room for at least this many rows
@@ -76,9 +60,9 @@ class SequenceRows:
         """Returns the rotations of these rows."""
         return rope_table(self.positions(start, count), self.config.head_dim, self.config.longest_wavelength)
 
-    def columns(self, start: Int[Array, ""]) -> tuple[Float[Array, "half chunk"], Float[Array, "half chunk"]]:
-        """Returns the rotations of a chunk's rows, rows last."""
-        return rope_columns(self.positions(start), self.config.head_dim, self.config.longest_wavelength)
+    def rotations(self, start: Int[Array, ""], count: int | None = None) -> Rotations:
+        """Returns the rotations of these rows, for `cached_attention`'s functions that write them."""
+        return Rotations(self.positions(start, count), self.config.head_dim, self.config.longest_wavelength)
 
     def ids(self, start: Int[Array, ""], count: int | None = None) -> Int[Array, "1 count"]:
         """Returns the tokens of these rows."""
@@ -143,9 +127,7 @@ class CachedHistory:
         self, restore_rows: Callable[..., Array], shared: Any, fixed: Any, next_layer: LayerParams, parts: str
     ) -> "CachedHistory":
         """Returns C' for the next block, with its keys cached; rows are stored if that block restores C' again."""
-        _, key, value = shared
-        lanes = context_lanes(key, value, self.at.config.head_dim, self.at.config.attention)
-        attend = functools.partial(attend_context, lanes=lanes)
+        attend = functools.partial(attend_context, head_dim=self.at.config.head_dim)
         restore_rows = functools.partial(restore_rows, shared=shared, fixed=fixed, attend=attend)
 
         def rows(start: Array) -> Array:
@@ -165,21 +147,16 @@ class CachedHistory:
             return self
         at, (keys, *rest), backend = self.at, self.keys or (None,), self.at.config.attention
         kept = jnp.zeros((1, at.cache.room, self.z.rows.shape[-1]), self.z.rows.dtype) if keep_rows else None
-        weights = None
-        if keys is not None and self.key_rows is None:
-            weights = pair_weights(keys, self.layer, at.chunk, backend)
 
         def body(start: Array, carry: tuple[Any, Any]) -> tuple[Any, Any]:
             keys, kept = carry
             rows = self.rows(start)
             if kept is not None:
                 kept = jax.lax.dynamic_update_slice(kept, rows, (0, start, 0))
-            if weights is not None:
-                normed = first_norm(self.layer, rows)[0]
-                keys = projection.project(keys, normed, weights, at.columns(start), at.row, start)
-            elif keys is not None:
+            if keys is not None:
                 keyed = self.key_rows and self.key_rows(start)
-                keys = write_rows(keys, at.row, start, self.layer, rows, at.rope(start), backend, keyed)
+                rotations = at.rotations(start)
+                keys = write_rows(keys, at.row, start, self.layer, rows, rotations, backend, keyed, is_chunk=True)
             return keys, kept
 
         keys, kept = for_chunks(at.held, at.cache.room, body, (keys, kept))
@@ -195,7 +172,7 @@ def embedded_history(
 ) -> CachedHistory:
     """Returns block 0's C, the embeddings; `fill` computes its keys, which the cache otherwise contains already."""
     layer, vocabulary = params.blocks[0].compress, params.embedding[None]
-    caches = at.cache.history
+    backend, caches = at.config.attention, at.cache.history
     first, later = caches[:1], caches[1:]
 
     def rows(start: Array) -> Array:
@@ -210,6 +187,9 @@ def embedded_history(
     def looked_up(start: Array, rows: Array) -> Array:
         return rotate(jnp.take(table, at.ids(start), axis=0, mode="clip"), at.rope(start))
 
+    def write(start: Array, keys: KeyValue) -> KeyValue:
+        return write_tokens(keys, at.row, start, words, at.rotations(start), at.ids(start)[0], backend)
+
     z = Stream.of(layer, z_rows, z_rope, "q")
     if params.shift is not None or at.cache.room < ROWS_PER_TOKEN * at.config.vocab_size:
         keyed = None if params.shift is None else key_rows
@@ -217,24 +197,7 @@ def embedded_history(
             return CachedHistory(at, layer, z, z_rope, rows, projected, later, first, keyed)
         return CachedHistory(at, layer, z, z_rope, rows, projected, caches, (), keyed)._made(keep_rows=False)
     table = projections(layer, vocabulary, "q")[0, :, 0]  # [V, heads, d_h (padded)]
-    if fill:
-        first = tuple(_with_tokens(keys, at, layer, vocabulary) for keys in first)
+    if fill and first:
+        words = Words.of(layer, vocabulary, first[0], at.chunk, backend)
+        first = tuple(for_chunks(at.held, at.cache.room, write, keys) for keys in first)
     return CachedHistory(at, layer, z, z_rope, rows, looked_up, later, first)
-
-
-def _with_tokens(cache: KeyValue, at: SequenceRows, layer: LayerParams, vocabulary: Float[Array, "1 V D"]) -> KeyValue:
-    """Fills block 0's cache with keys and values of the history's tokens."""
-    backend = at.config.attention
-    weights = pair_weights(cache, layer, at.chunk, backend)
-    if weights is not None:
-        normed = first_norm(layer, vocabulary)[0]
-
-        def write(start: Array, cache: KeyValue) -> KeyValue:
-            return projection.project(cache, normed, weights, at.columns(start), at.row, start, at.ids(start)[0])
-    else:
-        products, bias = unbiased_projections(layer, vocabulary, "kv")
-
-        def write(start: Array, cache: KeyValue) -> KeyValue:
-            return write_tokens(cache, at.row, start, products[0], bias, at.rope(start), at.ids(start)[0], backend)
-
-    return for_chunks(at.held, at.cache.room, write, cache)

@@ -8,6 +8,7 @@ With `longest_wavelength` (p-RoPE, arXiv 2410.06205), pairs that need more posit
 rotate. Training then sees all angles of the other pairs, so longer distances bring no new angles.
 """
 
+import dataclasses
 import math
 from fractions import Fraction
 from typing import Any
@@ -68,11 +69,24 @@ def rope_table(positions: jax.Array, head_dim: int, longest_wavelength: int = 0)
     return Rope(*jax.lax.optimization_barrier((jnp.cos(angles), jnp.sin(angles))))
 
 
-def rope_columns(positions: jax.Array, head_dim: int, longest_wavelength: int = 0) -> tuple[jax.Array, jax.Array]:
-    """Returns the cosines and sines of `rope_table` for positions [length], rows last: float32 [d_h / 2, length]."""
-    # Not the transposed angles: XLA would compute one of the two tables and transpose it.
-    angles = _angles(positions, *(words[:, None] for words in frequency_words(head_dim, longest_wavelength)))
-    return jax.lax.optimization_barrier((jnp.cos(angles), jnp.sin(angles)))
+@dataclasses.dataclass(frozen=True)
+class Rotations:
+    """Rotations of positions [length], computed in the order of axes that is asked for."""
+
+    positions: jax.Array
+    head_dim: int
+    longest_wavelength: int = 0
+
+    def rows(self) -> Rope:
+        """Returns them by rows."""
+        return rope_table(self.positions, self.head_dim, self.longest_wavelength)
+
+    def columns(self) -> tuple[jax.Array, jax.Array]:
+        """Returns cosines and sines with rows last, float32 [d_h / 2, length], the order of a cache."""
+        # Not the transposed angles: XLA would compute only one of both tables, and transpose it.
+        words = frequency_words(self.head_dim, self.longest_wavelength)
+        angles = _angles(self.positions, *(word[:, None] for word in words))
+        return jax.lax.optimization_barrier((jnp.cos(angles), jnp.sin(angles)))
 
 
 def rotate(x: jax.Array, rope: Rope) -> jax.Array:
