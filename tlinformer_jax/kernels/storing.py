@@ -82,20 +82,22 @@ def _store_products_kernel(_, products_ref, bias_ref, column_refs, place_ref, ca
     numbers, features = tile * PRODUCT_TILE + iota(PRODUCT_TILE), (pair, half + pair)
     to = _aligned(place_ref, tile, PRODUCT_TILE)
 
-    def load(part: int) -> list[Array]:
-        rows = [masked_load(products_ref.at[part, head, feature, numbers]) for feature in features]
+    # All loads start before the first value is used.
+    loaded = [[masked_load(products_ref.at[part, head, feature, numbers]) for feature in features] for part in (0, 1)]
+    cos, sin = (masked_load(ref.at[pair, numbers]) for ref in column_refs)
+
+    def biased(part: int) -> list[Array]:
         bias = [bias_ref[part, head, feature].astype(jnp.float32) for feature in features]
         # Round here like the plain version, so that both cache the same keys.
-        return [(row.astype(jnp.float32) + number).astype(row.dtype) for row, number in zip(rows, bias)]
+        return [(rows.astype(jnp.float32) + one).astype(rows.dtype) for rows, one in zip(loaded[part], bias)]
 
     def write(ref, rows: list[Array]) -> None:
         for feature, values in zip(features, rows):
             masked_store(ref.at[place_ref[0], head, feature, to], values.astype(ref.dtype))
 
-    cos, sin = (masked_load(ref.at[pair, numbers]) for ref in column_refs)
-    one, other = (values.astype(jnp.float32) for values in load(0))
+    one, other = (values.astype(jnp.float32) for values in biased(0))
     write(cache.key, [one * cos - other * sin, one * sin + other * cos])
-    write(cache.value, load(1))
+    write(cache.value, biased(1))
 
 
 def _aligned(place_ref, tile: Array, size: int) -> Array:
@@ -149,19 +151,22 @@ def _store_words_kernel(_, table_ref, column_refs, tokens_ref, place_ref, cache,
     # Ids past the history are arbitrary, so clip them.
     tokens = jnp.clip(masked_load(tokens_ref.at[numbers]), 0, vocab_size - 1)
 
-    def load(part: int) -> list[Array]:
-        halves = (table_ref.at[tokens[:, None], part, side, pairs[None, :]] for side in (0, 1))
-        return [jnp.transpose(masked_load(rows, there[None, :])) for rows in halves]
+    # All loads start before the first value is used.
+    loaded = [
+        [masked_load(table_ref.at[tokens[:, None], part, side, pairs[None, :]], there[None, :]) for side in (0, 1)]
+        for part in (0, 1)
+    ]
 
-    def write(ref, rows: list[Array]) -> None:
-        for first, values in zip((0, half), rows):
-            target = ref.at[place_ref[0], head[:, None], (first + pair)[:, None], to[None, :]]
-            masked_store(target, values.astype(ref.dtype), jnp.broadcast_to(there[:, None], values.shape))
+    def write(ref, side: int, values: Array) -> None:
+        target = ref.at[place_ref[0], head[:, None], (side * half + pair)[:, None], to[None, :]]
+        masked_store(target, values.astype(ref.dtype), jnp.broadcast_to(there[:, None], values.shape))
 
+    one, other = (jnp.transpose(rows).astype(jnp.float32) for rows in loaded[0])
     cos, sin = (masked_load(ref.at[pair[:, None], numbers[None, :]], there[:, None]) for ref in column_refs)
-    one, other = (values.astype(jnp.float32) for values in load(0))
-    write(cache.key, [one * cos - other * sin, one * sin + other * cos])
-    write(cache.value, load(1))
+    write(cache.key, 0, one * cos - other * sin)
+    write(cache.key, 1, one * sin + other * cos)
+    for side in (0, 1):
+        write(cache.value, side, jnp.transpose(loaded[1][side]))
 
 
 def store(
