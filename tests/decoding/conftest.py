@@ -6,6 +6,7 @@ from tlinformer_jax.decoding import cache as cache_module
 from tlinformer_jax.decoding import params as params_module
 from tlinformer_jax.kernels import decode as decode_kernel
 from tlinformer_jax.kernels import history as history_kernel
+from tlinformer_jax.kernels import storing as storing_kernel
 from tlinformer_jax.models import cached_attention
 
 
@@ -18,7 +19,7 @@ def interpreted_kernels(monkeypatch, own_traces):
         used.add(name)
         return real(kernel, grid, outputs, operands, name, True, **options)
 
-    for module in (decode_kernel, history_kernel):
+    for module in (decode_kernel, history_kernel, storing_kernel):
         monkeypatch.setattr(module, "call_kernel", interpreted)
     # An interpreted kernel converts int8 without assembly.
     monkeypatch.setattr(decode_kernel, "attend", lambda *arguments: attend(*arguments[:-1], True))

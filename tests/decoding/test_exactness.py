@@ -150,7 +150,7 @@ def test_chunks_and_growing_caches_change_nothing(architecture, rows_per_token, 
 def test_the_gpu_kernels_in_the_decoder(
     architecture, rows_per_token, wavelength, overlap, monkeypatch, interpreted_kernels
 ):
-    """Tokens stored and rows read by the kernels, in half precision."""
+    """Tokens and rows stored and read by the kernels, in half precision."""
     monkeypatch.setattr(history, "ROWS_PER_TOKEN", rows_per_token)
     windows = {"history_window": 40, "generation_window": 64, "window_overlap": overlap}
     half = {"dtype": "float16", "attention": "auto", "d_model": 24, "hidden_depth": 0}
@@ -160,7 +160,9 @@ def test_the_gpu_kernels_in_the_decoder(
     assert largest_error(make_decoder(config), [127, 64], 131) < 0.05
     expected = {"attend_cached", "dense"}
     if architecture == "tlinformer":
-        expected |= {"attend_history", "attend_context"} | ({"store_history"} if rows_per_token else set())
+        expected |= {"attend_history", "attend_context", "store_products"} | (
+            {"store_words"} if rows_per_token else set()
+        )
     assert interpreted_kernels == expected
 
 

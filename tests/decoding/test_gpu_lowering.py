@@ -15,13 +15,14 @@ from tlinformer_jax.kernels import dropout as dropout_kernel
 from tlinformer_jax.kernels import history as history_kernel
 from tlinformer_jax.kernels import loss as loss_kernel
 from tlinformer_jax.kernels import norm as norm_kernel
+from tlinformer_jax.kernels import storing as storing_kernel
 from tlinformer_jax.kernels.common import Scores, addressable
 from tlinformer_jax.kernels.key_value import KeyValue
 from tlinformer_jax.models import cached_attention
 from tlinformer_jax.models.cached_attention import TokenLayerParams, token_layer
 from tlinformer_jax.models.cached_rows import CachedRows
 from tlinformer_jax.models.layers import Layer, prepare_layers
-from tlinformer_jax.models.rope import rope_table
+from tlinformer_jax.models.rope import Rotations, rope_table
 
 pytest.importorskip("jax.experimental.pallas.triton")
 
@@ -76,23 +77,35 @@ def test_attention_to_the_compressed_context(monkeypatch, programs):
 
 
 @pytest.mark.parametrize("kept", ["bfloat16", "int8"])
-def test_storing(kept):
-    cache, positions = cache_of(kept), jax.ShapeDtypeStruct((128,), jnp.int32)
-
-    def store(cache, projected, bias, positions, row, start):
+@pytest.mark.parametrize("looked_up", [False, True])
+def test_storing(kept, looked_up):
+    def store(cache, projected, bias, positions, tokens, row, start):
         rope = rope_table(positions, WIDTH)
-        return history_kernel.store(cache, projected, bias, (rope.cos, rope.sin), row, start)
+        tables = rope.cos, rope.sin
+        return storing_kernel.store(cache, projected, bias, tables, row, start, tokens if looked_up else None)
 
-    text = lowered(store, cache, half(128, 2, HEADS, 40), half(2, HEADS, 40), positions, number(), number())
+    rows = jax.ShapeDtypeStruct((128,), jnp.int32)
+    projected, bias = half(500 if looked_up else 128, 2, HEADS, 40), half(2, HEADS, 40)
+    text = lowered(store, cache_of(kept), projected, bias, rows, rows, number(), number())
     assert "store_history" in text
 
-    def look_up(cache, products, bias, positions, row, start):
-        rope = rope_table(positions, WIDTH)
-        tokens = jnp.arange(128, dtype=jnp.int32)
-        return history_kernel.store(cache, products, bias, (rope.cos, rope.sin), row, start, tokens)
 
-    text = lowered(look_up, cache, half(500, 2, HEADS, 40), half(2, HEADS, 40), positions, number(), number())
-    assert "store_history" in text
+def test_storing_products_and_words():
+    def store(cache, products, bias, positions, row, start):
+        return storing_kernel.store_products(cache, products, bias, Rotations(positions, WIDTH).columns(), row, start)
+
+    rows = jax.ShapeDtypeStruct((1024,), jnp.int32)
+    products, bias = half(2, HEADS, WIDTH, 1024), half(2, HEADS, WIDTH)
+    text = lowered(store, cache_of("bfloat16"), products, bias, rows, number(), number())
+    assert "store_products" in text
+
+    def look_up(cache, projected, bias, positions, tokens, row, start):
+        table = storing_kernel.pair_table(projected, bias, WIDTH)
+        return storing_kernel.store_words(cache, table, Rotations(positions, WIDTH).columns(), row, start, tokens)
+
+    projected = half(500, 2, HEADS, 40)
+    text = lowered(look_up, cache_of("bfloat16"), projected, half(2, HEADS, 40), rows, rows, number(), number())
+    assert "store_words" in text
 
 
 def test_loss_and_slope():
@@ -211,8 +224,8 @@ def test_long_int8_caches_are_written_and_read_by_what_reaches_them(rows, monkey
     params = jax.eval_shape(lambda: Layer(CONFIG).init_with_output(jax.random.key(0))[0])
 
     def write(cache, params, rows, positions, row, start):
-        layer, rope = prepare_layers(params, jnp.bfloat16, 8), rope_table(positions, WIDTH)
-        return cached_attention.write_rows(cache, row, start, layer, rows, rope, "auto")
+        layer, rotations = prepare_layers(params, jnp.bfloat16, 8), Rotations(positions, WIDTH)
+        return cached_attention.write_rows(cache, row, start, layer, rows, rotations, "auto")
 
     positions = jax.ShapeDtypeStruct((128,), jnp.int32)
     text = lowered(write, cache, params, half(1, 128, CONFIG.d_model), positions, number(), number())

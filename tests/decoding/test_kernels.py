@@ -10,18 +10,21 @@ import pytest
 from tlinformer_jax import ModelConfig
 from tlinformer_jax.kernels import decode as decode_kernel
 from tlinformer_jax.kernels import history as history_kernel
+from tlinformer_jax.kernels import storing as storing_kernel
 from tlinformer_jax.kernels.common import feature_pieces
 from tlinformer_jax.kernels.key_value import KeyValue, quantised
 from tlinformer_jax.models import cached_attention
 from tlinformer_jax.models.cached_attention import TokenLayerParams, token_layer
 from tlinformer_jax.models.cached_rows import CachedRows
 from tlinformer_jax.models.layers import LayerParams, prepare_layers
-from tlinformer_jax.models.rope import rope_table, rotate
+from tlinformer_jax.models.rope import Rotations, rope_table, rotate
 
 # Whole programs: one by one, operations around a kernel take longer to compile.
 attend_history = jax.jit(functools.partial(history_kernel.attend, interpret=True), static_argnums=4)
 attend_few = jax.jit(functools.partial(history_kernel.attend_few, interpret=True), static_argnums=4)
-store = jax.jit(functools.partial(history_kernel.store, interpret=True))
+store = jax.jit(functools.partial(storing_kernel.store, interpret=True))
+store_products = jax.jit(functools.partial(storing_kernel.store_products, interpret=True))
+store_words = jax.jit(functools.partial(storing_kernel.store_words, interpret=True))
 
 
 def normal(seed: int, *shape: int) -> jax.Array:
@@ -90,55 +93,86 @@ def test_attend_few_takes_any_number_of_rows_and_queries(rows, width, monkeypatc
         assert (np.asarray(read[..., width:]) == 0).all()
 
 
-@pytest.mark.parametrize("width", [12, 36])
-def test_store_adds_the_bias_rotates_keys_and_touches_nothing_else(width):
-    key, value = normal(0, 2, 3, width, 512), normal(1, 2, 3, width, 512)
-    projected = normal(2, 128, 2, 3, width + 4)
-    rope = rope_table(1_000_000 + jnp.arange(128), width)
-    bias = normal(3, 2, 3, width + 4)
-    place = jnp.int32(1), jnp.int32(200)
-    new = store(KeyValue(key, value), projected, bias, (rope.cos, rope.sin), *place)
-    biased = projected[..., :width] + bias[..., :width]
-    true_key = rotate(biased[None, :, 0], rope)[0]
-    for found, old, rows in ((new.key, key, true_key), (new.value, value, biased[:, 1])):
-        expected = np.array(old)
-        expected[1, :, :, 200:328] = np.moveaxis(np.asarray(rows), 0, -1)
-        np.testing.assert_allclose(found, expected, atol=1e-6)
-
-
-def test_store_looks_rows_up():
-    key, value, products, bias = (
-        normal(0, 2, 3, 12, 512),
-        normal(1, 2, 3, 12, 512),
-        normal(2, 9, 2, 3, 16),
-        normal(3, 2, 3, 16),
+def after_writing(cache: KeyValue, start: int, biased: jax.Array, positions: jax.Array) -> KeyValue:
+    """The cache with rotated keys, and values, of [rows, 2, heads, d_h], in sequence 1 from row `start` on."""
+    keys = rotate(biased[None, :, 0], rope_table(positions, biased.shape[-1]))[0]
+    place = np.s_[1, :, :, start : start + len(biased)]
+    return KeyValue(
+        *(
+            old.at[place].set(jnp.moveaxis(rows, 0, -1))
+            for old, rows in zip((cache.key, cache.value), (keys, biased[:, 1]))
+        )
     )
-    rope = rope_table(jnp.arange(128), 12)
-    tables, tokens = (rope.cos, rope.sin), jnp.asarray(np.random.default_rng(4).integers(0, 9, 128), jnp.int32)
-    place = jnp.int32(1), jnp.int32(64)
-    found = store(KeyValue(key, value), products, bias, tables, *place, tokens)
-    expected = store(KeyValue(key, value), products[tokens], bias, tables, *place)
+
+
+def check_equal(found: KeyValue, expected: KeyValue) -> None:
     for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_array_equal(one, other)
+        np.testing.assert_allclose(one, other, atol=1e-6)
+
+
+# The pairs of all heads fill a part of one tile of `store_words`, or two.
+@pytest.mark.parametrize(("heads", "width"), [(3, 12), (9, 36)])
+def test_stores_add_the_bias_rotate_keys_and_touch_nothing_else(heads, width):
+    """Products with rows first, products with rows last, and words; only the first may begin at any row."""
+    rows, positions = 1024, 1_000_000 + jnp.arange(1024)
+    cache = KeyValue(normal(0, 2, heads, width, 2304), normal(1, 2, heads, width, 2304))
+    projected, bias = normal(2, rows, 2, heads, width + 4), normal(3, 2, heads, width + 4)
+    rope, columns, biased = rope_table(positions, width), Rotations(positions, width).columns(), projected + bias
+    first, aligned = (jnp.int32(1), jnp.int32(200)), (jnp.int32(1), jnp.int32(1024))
+    expected = after_writing(cache, 200, biased[..., :width], positions)
+    check_equal(store(cache, projected, bias, (rope.cos, rope.sin), *first), expected)
+    expected = after_writing(cache, 1024, biased[..., :width], positions)
+    last = jnp.moveaxis(projected[..., :width], 0, -1)
+    check_equal(store_products(cache, last, bias[..., :width], columns, *aligned), expected)
+    table, tokens = storing_kernel.pair_table(projected, bias, width), jnp.flip(jnp.arange(rows))
+    expected = after_writing(cache, 1024, biased[::-1, ..., :width], positions)
+    check_equal(store_words(cache, table, columns, *aligned, tokens), expected)
+
+
+def test_ids_past_the_vocabulary_are_clipped():
+    cache, bias = KeyValue(normal(0, 2, 3, 12, 512), normal(1, 2, 3, 12, 512)), normal(3, 2, 3, 16)
+    products, positions, place = normal(2, 9, 2, 3, 16), jnp.arange(128), (jnp.int32(1), jnp.int32(64))
+    rope, columns = rope_table(positions, 12), Rotations(positions, 12).columns()
+    tokens = jnp.asarray(np.random.default_rng(4).integers(-3, 12, 128), jnp.int32)
+    expected = after_writing(cache, 64, (products + bias)[jnp.clip(tokens, 0, 8), ..., :12], positions)
+    check_equal(store(cache, products, bias, (rope.cos, rope.sin), *place, tokens), expected)
+    check_equal(store_words(cache, storing_kernel.pair_table(products, bias, 12), columns, *place, tokens), expected)
+
+
+@pytest.mark.parametrize(("start", "is_chunk", "rows"), [(1024, True, 1024), (1024, False, 1024), (1280, True, 1280)])
+def test_rows_are_stored_by_the_kernel_only_as_whole_tiles(start, is_chunk, rows, monkeypatch):
+    """A slide appends rows from any row on; some chunks are no multiple of a tile."""
+    used = []
+    monkeypatch.setattr(cached_attention, "use_kernels", lambda *_: True)
+    monkeypatch.setattr(storing_kernel, "store_products", lambda cache, *_: (used.append(True), cache)[1])
+    layer, cache = tiny_layer(), KeyValue(normal(4, 1, 3, 6, 4096), normal(5, 1, 3, 6, 4096))
+    given = jnp.int32(0), jnp.int32(start), layer, normal(6, 1, rows, 24), Rotations(jnp.arange(rows), 6), "xla"
+    cached_attention.write_rows(cache, *given, is_chunk=is_chunk)
+    assert bool(used) == (is_chunk and rows == 1024)
+
+
+def tiny_layer() -> LayerParams:
+    """3 heads of 6 features, padded to 8; 24 inner features."""
+    shapes = {"norm1_scale": (24,), "norm1_bias": (24,), "qkv_kernel": (24, 3, 3, 8)}
+    others = ("out_kernel", "out_bias", "norm2_scale", "norm2_bias", "gate_up_kernel", "down_kernel")
+    fields = {name: normal(seed, *shape) for seed, (name, shape) in enumerate(shapes.items())}
+    return LayerParams(**fields, qkv_bias=normal(3, 3, 3, 8), **dict.fromkeys(others, jnp.zeros(())))
 
 
 @pytest.mark.parametrize("shifted", [False, True])
 def test_rows_are_projected_rotated_and_written(shifted):
     """Against products in float64; heads are padded, and keys may have an input of their own."""
-    width, heads, inner, count = 6, 3, 24, 64
-    shapes = {"norm1_scale": (inner,), "norm1_bias": (inner,), "qkv_kernel": (inner, 3, heads, 8)}
-    others = ("out_kernel", "out_bias", "norm2_scale", "norm2_bias", "gate_up_kernel", "down_kernel")
-    fields = {name: normal(seed, *shape) for seed, (name, shape) in enumerate(shapes.items())}
-    layer = LayerParams(**fields, qkv_bias=normal(3, 3, heads, 8), **dict.fromkeys(others, jnp.zeros(())))
+    width, heads, inner, count, layer = 6, 3, 24, 64, tiny_layer()
     cache = KeyValue(normal(4, 2, heads, width, 512), normal(5, 2, heads, width, 512))
     rows, key_rows = normal(6, 1, count, inner), normal(7, 1, count, inner) if shifted else None
-    rope = rope_table(1_000_000 + jnp.arange(count), width)
-    new = cached_attention.write_rows(cache, jnp.int32(1), jnp.int32(200), layer, rows, rope, "xla", key_rows)
+    rotations = Rotations(1_000_000 + jnp.arange(count), width)
+    rope = rotations.rows()
+    new = cached_attention.write_rows(cache, jnp.int32(1), jnp.int32(200), layer, rows, rotations, "xla", key_rows)
 
     def projected(part, source):
         wide = np.asarray(source[0], np.float64)
         wide = (wide - wide.mean(-1, keepdims=True)) / np.sqrt(wide.var(-1, keepdims=True) + 1e-5)
-        wide = wide * np.asarray(fields["norm1_scale"]) + np.asarray(fields["norm1_bias"])
+        wide = wide * np.asarray(layer.norm1_scale) + np.asarray(layer.norm1_bias)
         kernel = np.asarray(layer.qkv_kernel[:, part, :, :width], np.float64)
         return np.einsum("nd,dhk->nhk", wide, kernel) + np.asarray(layer.qkv_bias[part, :, :width])
 

@@ -19,9 +19,9 @@ from tlinformer_jax.decoding.params import DecoderParams, embed
 from tlinformer_jax.kernels.common import merge_softmaxes
 from tlinformer_jax.kernels.key_value import KeyValue
 from tlinformer_jax.models.attention import attend_parts, merge_parts, no_parts
-from tlinformer_jax.models.cached_attention import attend_context, attend_history, write_rows, write_tokens
-from tlinformer_jax.models.layers import Dropout, Embedded, LayerParams, project, projections, unbiased_projections
-from tlinformer_jax.models.rope import Rope, rope_table, rotate
+from tlinformer_jax.models.cached_attention import Words, attend_context, attend_history, write_rows, write_tokens
+from tlinformer_jax.models.layers import Dropout, Embedded, LayerParams, project, projections
+from tlinformer_jax.models.rope import Rope, Rotations, rope_table, rotate
 from tlinformer_jax.models.streams import Stream
 
 # Block 0's projections, before rotation, depend only on the token. If the history has room for at least this many rows
@@ -59,6 +59,10 @@ class SequenceRows:
     def rope(self, start: Int[Array, ""], count: int | None = None) -> Rope:
         """Returns the rotations of these rows."""
         return rope_table(self.positions(start, count), self.config.head_dim, self.config.longest_wavelength)
+
+    def rotations(self, start: Int[Array, ""], count: int | None = None) -> Rotations:
+        """Returns the rotations of these rows, for `cached_attention`'s functions that write them."""
+        return Rotations(self.positions(start, count), self.config.head_dim, self.config.longest_wavelength)
 
     def ids(self, start: Int[Array, ""], count: int | None = None) -> Int[Array, "1 count"]:
         """Returns the tokens of these rows."""
@@ -151,7 +155,8 @@ class CachedHistory:
                 kept = jax.lax.dynamic_update_slice(kept, rows, (0, start, 0))
             if keys is not None:
                 keyed = self.key_rows and self.key_rows(start)
-                keys = write_rows(keys, at.row, start, self.layer, rows, at.rope(start), backend, keyed)
+                rotations = at.rotations(start)
+                keys = write_rows(keys, at.row, start, self.layer, rows, rotations, backend, keyed, is_chunk=True)
             return keys, kept
 
         keys, kept = for_chunks(at.held, at.cache.room, body, (keys, kept))
@@ -183,7 +188,7 @@ def embedded_history(
         return rotate(jnp.take(table, at.ids(start), axis=0, mode="clip"), at.rope(start))
 
     def write(start: Array, keys: KeyValue) -> KeyValue:
-        return write_tokens(keys, at.row, start, products[0], bias, at.rope(start), at.ids(start)[0], backend)
+        return write_tokens(keys, at.row, start, words, at.rotations(start), at.ids(start)[0], backend)
 
     z = Stream.of(layer, z_rows, z_rope, "q")
     if params.shift is not None or at.cache.room < ROWS_PER_TOKEN * at.config.vocab_size:
@@ -192,7 +197,7 @@ def embedded_history(
             return CachedHistory(at, layer, z, z_rope, rows, projected, later, first, keyed)
         return CachedHistory(at, layer, z, z_rope, rows, projected, caches, (), keyed)._made(keep_rows=False)
     table = projections(layer, vocabulary, "q")[0, :, 0]  # [V, heads, d_h (padded)]
-    if fill:
-        products, bias = unbiased_projections(layer, vocabulary, "kv")
+    if fill and first:
+        words = Words.of(layer, vocabulary, first[0], at.chunk, backend)
         first = tuple(for_chunks(at.held, at.cache.room, write, keys) for keys in first)
     return CachedHistory(at, layer, z, z_rope, rows, looked_up, later, first)

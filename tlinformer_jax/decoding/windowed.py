@@ -83,9 +83,9 @@ def slide(
             count = -(-count // split.parts)
             start = jnp.minimum(split.count(before), cache.room - count)
         at = SequenceRows(config, cache, row, length)
-        new, layer, rope = at.embed(params, start, count), params.blocks[0].compress, at.rope(start, count)
-        keys, backend = cache.history[0], config.attention
-        first = write_rows(keys, row, start, layer, new.rows, rope, backend, new.key_rows)
+        new, layer = at.embed(params, start, count), params.blocks[0].compress
+        keys, backend, rotations = cache.history[0], config.attention, at.rotations(start, count)
+        first = write_rows(keys, row, start, layer, new.rows, rotations, backend, new.key_rows)
         cache = dataclasses.replace(cache, history=(first, *cache.history[1:]))
     window = jnp.zeros((0,), jnp.int32)
     if overlap:

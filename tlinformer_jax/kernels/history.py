@@ -1,22 +1,19 @@
-"""GPU kernels of prefill and slide, in Pallas for Triton.
+"""GPU kernels with which prefill and slide read, in Pallas for Triton.
 
-`store` writes many tokens, or int8 rows, into the cache, `attend` reads the whole cache for a few queries, and
-`attend_few` reads a compressed context for many queries. The plain versions are in `models.cached_attention`:
-`write_tokens` and `write_rows`, `attend_history` and `attend_context` without kernels. Gain: at a million tokens a
-slide took 6%, 32% and 3.3% longer without them, a prefill 35%, 31% and 5.4%. That was before both readers became
-faster, and before plain JAX wrote rows that are not int8.
+`attend` reads the whole cache for a few queries, and `attend_few` reads a compressed context for many queries. The
+plain versions are in `models.cached_attention`: `attend_history` and `attend_context` without kernels. Gain: at a
+million tokens a slide took 32% and 3.3% longer without them, a prefill 31% and 5.4%, before both became faster.
 
 Keys and values are [batch, heads, d_h, rows] (`models.cached_attention`); the matrix units need this order of the keys,
-too. With an int8 cache `attend` reads integers and `store` writes them.
+too. With an int8 cache `attend` reads integers.
 """
 
 import functools
-from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from tlinformer_jax.kernels.common import (
     LEAST_PIECE,
@@ -30,7 +27,7 @@ from tlinformer_jax.kernels.common import (
     merge_softmaxes,
     powers,
 )
-from tlinformer_jax.kernels.key_value import KeyValue, row_scale, to_integers, value_dtype
+from tlinformer_jax.kernels.key_value import KeyValue, value_dtype
 
 # Queries and rows that a program of `attend` multiplies at once, its warps, and its pipeline stages.
 QUERY_TILE = 64
@@ -45,8 +42,6 @@ MOST_WIDTH_ONCE = 48
 LEAST_PROGRAMS = 768
 # Target number of programs: eight for each of the 132 multiprocessors of an H100.
 PROGRAMS = 1056
-# Rows that a program of `store` writes.
-STORE_TILE = 64
 # With these tiles wider heads would not fit into a multiprocessor's shared memory.
 MOST_WIDTH = 128
 
@@ -280,79 +275,3 @@ def _stream(query, cache, place, length, blocks, width: int, scale: float, inter
     carry = jax.lax.fori_loop(first, full, functools.partial(block, masked=False), carry)
     end = jnp.clip(pl.cdiv(length, ROW_TILE), first, last)
     return jax.lax.fori_loop(full, end, functools.partial(block, masked=True), carry)
-
-
-def store(
-    cache: KeyValue,
-    projected: Float[Array, "sources 2 heads width"],
-    bias: Float[Array, "2 heads width"],
-    tables: Sequence[Float[Array, "rows half"]],
-    row: Array,
-    start: Array,
-    tokens: Int[Array, " rows"] | None = None,
-    interpret: bool = False,
-) -> KeyValue:
-    """Adds the bias to keys and values, rotates the keys, and writes both to sequence `row` from row `start` on.
-
-    One kernel does all of this, since separate operations would each read and write all rows again. The number of rows
-    is a multiple of STORE_TILE; the cache is changed in place.
-
-    Args:
-      cache: [batch, heads, d_h, room].
-      projected: products of keys and values, without bias and rotation; those of the rows, or with `tokens` those of
-        the whole vocabulary. Features past d_h are padding.
-      bias: bias of keys and values.
-      tables: cosines and sines of the rows' rotations.
-      tokens: index into `projected` for each row, clipped to the vocabulary; None if `projected` contains the rows.
-    """
-    rows = projected.shape[0] if tokens is None else tokens.size
-    place = jnp.stack([row, start]).astype(jnp.int32)
-    return call_kernel(
-        functools.partial(_store_kernel, half=cache.key.shape[2] // 2, vocab_size=projected.shape[0]),
-        (rows // STORE_TILE, projected.shape[2]),
-        jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), cache),
-        [cache, projected, bias, tables, place, tokens],
-        "store_history",
-        interpret,
-        aliases={number: number for number, _ in enumerate(jax.tree.leaves(cache))},
-        num_warps=4,
-        num_stages=1,
-    )
-
-
-def _store_kernel(
-    _, projected_ref, bias_ref, table_refs, place_ref, tokens_ref, cache, *, half: int, vocab_size: int
-) -> None:
-    """Stores a tile of rows of one head, in halves: the two features of a rotated pair are in different halves."""
-    tile, head = pl.program_id(0), pl.program_id(1)
-    pairs = iota(pl.next_power_of_2(half))
-    numbers = tile * STORE_TILE + iota(STORE_TILE)
-    to = place_ref[1] + numbers
-    there = (pairs < half)[None, :]
-    # Ids past the history are arbitrary, so clip them.
-    sources = numbers if tokens_ref is None else jnp.clip(masked_load(tokens_ref.at[numbers]), 0, vocab_size - 1)
-
-    def load(part: int) -> list[Array]:
-        halves = []
-        for first in (0, half):
-            rows = masked_load(projected_ref.at[sources[:, None], part, head, first + pairs[None, :]], there)
-            bias = masked_load(bias_ref.at[part, head, first + pairs], pairs < half)
-            # Round here like the plain version, so that both cache the same keys.
-            halves.append((rows.astype(jnp.float32) + bias.astype(jnp.float32)).astype(rows.dtype))
-        return halves
-
-    def write(ref, scale_ref, halves: list[Array]) -> None:
-        if scale_ref is not None:
-            wide = [block.astype(projected_ref.dtype).astype(jnp.float32) for block in halves]
-            scale = row_scale(jnp.maximum(*(jnp.max(jnp.abs(block), axis=1) for block in wide)))
-            halves = [to_integers(block, scale[:, None]) for block in wide]
-            masked_store(scale_ref.at[place_ref[0], head, to], scale.astype(scale_ref.dtype))
-        for first, block in zip((0, half), halves):
-            target = ref.at[place_ref[0], head, first + pairs[:, None], to[None, :]]
-            mask = jnp.broadcast_to((pairs < half)[:, None], (pairs.shape[0], STORE_TILE))
-            masked_store(target, jnp.transpose(block.astype(ref.dtype)), mask)
-
-    cos, sin = (masked_load(ref.at[numbers[:, None], pairs[None, :]], there) for ref in table_refs)
-    one, other = (block.astype(jnp.float32) for block in load(0))
-    write(cache.key, cache.key_scale, [one * cos - other * sin, one * sin + other * cos])
-    write(cache.value, cache.value_scale, load(1))

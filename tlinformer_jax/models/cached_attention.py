@@ -5,6 +5,7 @@ needs no padding. The number of valid rows differs between sequences and is know
 (`kernels.key_value`).
 """
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from jaxtyping import Array, Float, Int
 from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.kernels import decode as decode_kernel
 from tlinformer_jax.kernels import history as history_kernel
+from tlinformer_jax.kernels import storing as storing_kernel
 from tlinformer_jax.kernels.common import addressable, available, is_half
 from tlinformer_jax.kernels.key_value import KeyValue
 from tlinformer_jax.models.attention import OutputAndLse, attend, attend_parts, merge_parts, no_parts
@@ -30,7 +32,7 @@ from tlinformer_jax.models.layers import (
     unbiased_projections,
     update,
 )
-from tlinformer_jax.models.rope import Rope
+from tlinformer_jax.models.rope import Rope, Rotations
 
 # With more sequences than this, XLA's products on the matrix units are faster than those of `kernels.decode.dense`.
 MAX_FUSED_ROWS = 4
@@ -199,9 +201,10 @@ def write_rows(
     start: Array,
     layer: LayerParams,
     rows: Float[Array, "1 n D"],
-    rope: Rope,
+    rotations: Rotations,
     backend: str,
     key_rows: Float[Array, "1 n D"] | None = None,
+    is_chunk: bool = False,
 ) -> KeyValue:
     """Projects rows to keys and values, and writes these into a layer's cache from row `start` on.
 
@@ -209,49 +212,79 @@ def write_rows(
     is changed in place if it is donated.
 
     Args:
-      rope: rotations of the rows.
+      rotations: those of the rows.
       key_rows: input of the keys, see `layers.Embedded`; None if that is `rows`.
+      is_chunk: whether `start` is a multiple of the number of rows.
     """
     width = cache.key.shape[-2]
     if cache.key_scale is not None and can_store(cache, rows.dtype, rows.shape[1], backend):
         products, bias = unbiased_projections(layer, rows, "kv", key_rows)
-        return history_kernel.store(cache, products[0], bias, (rope.cos, rope.sin), row, start)
+        rope = rotations.rows()
+        return storing_kernel.store(cache, products[0], bias, (rope.cos, rope.sin), row, start)
     inputs = [(rows, slice(1, 3))] if key_rows is None else [(key_rows, slice(1, 2)), (rows, slice(2, 3))]
     each = [
         jnp.einsum("dphk,nd->phkn", layer.qkv_kernel[:, parts, :, :width], first_norm(layer, source)[0])
         for source, parts in inputs
     ]
-    bias = layer.qkv_bias[1:, :, :width].astype(rows.dtype)
-    return _write_products(cache, row, start, jnp.concatenate(each), bias, rope)
+    bias, products = layer.qkv_bias[1:, :, :width].astype(rows.dtype), jnp.concatenate(each)
+    if is_chunk and can_store(cache, rows.dtype, rows.shape[1], backend, storing_kernel.PRODUCT_TILE):
+        return storing_kernel.store_products(cache, products, bias, rotations.columns(), row, start)
+    return _write_products(cache, row, start, products, bias, rotations)
+
+
+@dataclasses.dataclass(frozen=True)
+class Words:
+    """Keys and values of the whole vocabulary, not rotated, to be written by `write_tokens`.
+
+    Attributes:
+      products, bias: from `layers.unbiased_projections`.
+      pairs: the same for `kernels.storing.store_words`; None if another path writes.
+    """
+
+    products: Float[Array, "V 2 heads width"]
+    bias: Float[Array, "2 heads width"]
+    pairs: Array | None
+
+    @classmethod
+    def of(
+        cls, layer: LayerParams, vocabulary: Float[Array, "1 V D"], cache: KeyValue, rows: int, backend: str
+    ) -> "Words":
+        """Projects the vocabulary, once before a loop over chunks of `rows` rows, to be written into the cache."""
+        (products,), bias = unbiased_projections(layer, vocabulary, "kv")
+        paired = cache.key_scale is None and can_store(cache, products.dtype, rows, backend)
+        pairs = storing_kernel.pair_table(products, bias, cache.key.shape[-2]) if paired else None
+        return cls(products, bias, pairs)
 
 
 def write_tokens(
     cache: KeyValue,
     row: Array,
     start: Array,
-    products: Float[Array, "V 2 heads width"],
-    bias: Float[Array, "2 heads width"],
-    rope: Rope,
+    words: Words,
+    rotations: Rotations,
     tokens: Int[Array, " n"],
     backend: str,
 ) -> KeyValue:
-    """Writes keys and values of many tokens into a layer's cache from row `start` on, in place if it is donated.
+    """Writes keys and values of a chunk of tokens into a layer's cache, in place if it is donated; rotates the keys.
 
-    `products` and `bias` come from `layers.unbiased_projections` for the whole vocabulary; keys are rotated here.
+    The first row, `start`, is a multiple of the number of tokens.
     """
+    products, bias, width = words.products, words.bias, cache.key.shape[-2]
+    if words.pairs is not None:
+        return storing_kernel.store_words(cache, words.pairs, rotations.columns(), row, start, tokens)
     if can_store(cache, products.dtype, tokens.size, backend):
-        return history_kernel.store(cache, products, bias, (rope.cos, rope.sin), row, start, tokens)
-    width = cache.key.shape[-2]
+        rope = rotations.rows()
+        return storing_kernel.store(cache, products, bias, (rope.cos, rope.sin), row, start, tokens)
     # Looked up as flat rows: a TPU would pad each head's few features to 128 lanes.
     flat = products[..., :width].reshape(products.shape[0], -1)
     taken = jnp.take(flat, tokens, axis=0, mode="clip").T
-    return _write_products(cache, row, start, taken.reshape(2, -1, width, tokens.size), bias[..., :width], rope)
+    return _write_products(cache, row, start, taken.reshape(2, -1, width, tokens.size), bias[..., :width], rotations)
 
 
-def can_store(cache: KeyValue, dtype: Any, rows: int, backend: str) -> bool:
-    """Returns whether `kernels.history.store` can write so many rows of this dtype into the cache."""
+def can_store(cache: KeyValue, dtype: Any, rows: int, backend: str, tile: int = storing_kernel.STORE_TILE) -> bool:
+    """Returns whether a kernel of `kernels.storing` can write so many rows of this dtype into the cache, by tiles."""
     usable = use_kernels(dtype, cache.key.shape[-2], backend) and addressable(cache)
-    return usable and rows % history_kernel.STORE_TILE == 0
+    return usable and rows % tile == 0
 
 
 def _write_products(
@@ -260,13 +293,13 @@ def _write_products(
     start: Array,
     products: Float[Array, "2 heads d_h n"],
     bias: Float[Array, "2 heads d_h"],
-    rope: Rope,
+    rotations: Rotations,
 ) -> KeyValue:
     """Adds the bias to products of keys and values, rotates the keys, and writes both from row `start` on."""
     # In float32: XLA would make a matrix of a bias of bfloat16, to add it in the product.
     biased = (products.astype(jnp.float32) + bias.astype(jnp.float32)[..., None]).astype(products.dtype)
     first, second = jnp.split(biased[0].astype(jnp.float32), 2, axis=1)
-    cos, sin = rope.cos.T, rope.sin.T
+    cos, sin = rotations.columns()
     key = jnp.concatenate([first * cos - second * sin, first * sin + second * cos], axis=1).astype(products.dtype)
     return _write(cache, KeyValue(key, biased[1]), (row,), start)
 

@@ -8,6 +8,7 @@ With `longest_wavelength` (p-RoPE, arXiv 2410.06205), pairs that need more posit
 rotate. Training then sees all angles of the other pairs, so longer distances bring no new angles.
 """
 
+import dataclasses
 import math
 from fractions import Fraction
 from typing import Any
@@ -51,8 +52,12 @@ def frequency_words(head_dim: int, longest_wavelength: int = 0) -> tuple[np.ndar
 
 def rotary_angles(positions: jax.Array, head_dim: int, longest_wavelength: int = 0) -> jax.Array:
     """Returns the angles of `positions` (int32, any shape), in [-pi, pi): float32 [..., head_dim / 2]."""
-    high, low = frequency_words(head_dim, longest_wavelength)
-    position = positions.astype(jnp.uint32)[..., None]
+    return _angles(positions[..., None], *frequency_words(head_dim, longest_wavelength))
+
+
+def _angles(positions: jax.Array, high: np.ndarray, low: np.ndarray) -> jax.Array:
+    """Returns the angles of positions at frequencies, broadcast against each other."""
+    position = positions.astype(jnp.uint32)
     turn = position * high + _high_word(position, low)  # modulo 2^32, which is one turn
     return jax.lax.bitcast_convert_type(turn, jnp.int32).astype(jnp.float32) * np.float32(2 * math.pi / 2**32)
 
@@ -62,6 +67,26 @@ def rope_table(positions: jax.Array, head_dim: int, longest_wavelength: int = 0)
     angles = rotary_angles(positions, head_dim, longest_wavelength)
     # The barrier makes XLA compute the table once instead of in every layer.
     return Rope(*jax.lax.optimization_barrier((jnp.cos(angles), jnp.sin(angles))))
+
+
+@dataclasses.dataclass(frozen=True)
+class Rotations:
+    """Rotations of positions [length], computed in the order of axes that is asked for."""
+
+    positions: jax.Array
+    head_dim: int
+    longest_wavelength: int = 0
+
+    def rows(self) -> Rope:
+        """Returns them by rows."""
+        return rope_table(self.positions, self.head_dim, self.longest_wavelength)
+
+    def columns(self) -> tuple[jax.Array, jax.Array]:
+        """Returns cosines and sines with rows last, float32 [d_h / 2, length], the order of a cache."""
+        # Not the transposed angles: XLA would compute only one of both tables, and transpose it.
+        words = frequency_words(self.head_dim, self.longest_wavelength)
+        angles = _angles(self.positions, *(word[:, None] for word in words))
+        return jax.lax.optimization_barrier((jnp.cos(angles), jnp.sin(angles)))
 
 
 def rotate(x: jax.Array, rope: Rope) -> jax.Array:
