@@ -22,8 +22,9 @@ shift.
 - tiny (4 runs): the embedded Python reference, minutes on a CPU.
 
 Needs: the same as configs/books.py. Result: docs/quality.md, "Five models and experts", for books and experts, one seed
-each, 3 to 11 minutes a run on an H200 that it shared with others. Not measured: recall and passkey. When six cells of
-recall, five seeds in one program each, shared an H200, a cell trained on some 0.8 M tokens/s.
+each, 3 to 11 minutes a run on an H200 that it shared with others. Not measured: recall and passkey. On an
+NVIDIA GPU install the extra linear-attention: without it Gated DeltaNet is plain JAX, with three times as many kernels,
+see docs/performance.md, "Several seeds in one program".
 """
 
 from typing import Any
