@@ -4,16 +4,19 @@ import dataclasses
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from tests.support.commands import TEXT_FILE, check_refusal, command
+from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.config.run import RunConfig, run_config
 from tlinformer_jax.errors import ConfigError
 from tlinformer_jax.experiments import together
 from tlinformer_jax.experiments.job import Job, finished_result
 from tlinformer_jax.experiments.plan import groups_of
 from tlinformer_jax.experiments.together import train_together
+from tlinformer_jax.models import build_model
 from tlinformer_jax.training.loop import train_run
 
 MODEL = {"vocab_size": 64, "d_model": 16, "num_heads": 2, "num_blocks": 1, "hidden_depth": 0, "d_ff": 24}
@@ -166,3 +169,34 @@ def get_sweep():
     points = {{"one": {{}}, "two": {{"train.learning_rate": 0.01}}, "other": {{"train.steps": 3}}}}
     return Sweep(base, points, study="retrieval")
 """
+
+
+@pytest.mark.parametrize("architecture", ["transformer", "gated_deltanet"])
+def test_a_copys_matrices_get_their_gradients_from_sums_over_one_axis(architecture):
+    """Over batch and length apart, XLA would write the operands of these products a second time, transposed."""
+    fields = {"token_shift": False, "window_overlap": 0, "architecture": architecture}
+    model = build_model(ModelConfig(**MODEL | fields))
+    batch, length, copies = 3, 5, 2
+    tokens = jnp.zeros((copies, batch, length), jnp.int32)
+
+    def loss(params, tokens):
+        return jnp.sum(model.apply({"params": params}, tokens, method=model.hidden_states))
+
+    keys = jax.random.split(jax.random.key(0), copies)
+    params = jax.vmap(lambda key: model.init(key, tokens[0])["params"])(keys)
+    sums = [tuple(sizes) for sizes in summed_axes(jax.make_jaxpr(jax.vmap(jax.grad(loss)))(params, tokens).jaxpr)]
+    assert (batch * length,) in sums
+    assert (batch, length) not in sums
+
+
+def summed_axes(jaxpr):
+    """Yields the sizes of the axes over which each product of a program sums."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            axes, _ = equation.params["dimension_numbers"][0]
+            yield [equation.invars[0].aval.shape[axis] for axis in axes]
+        for value in equation.params.values():
+            for part in value if isinstance(value, list | tuple) else [value]:
+                inner = getattr(part, "jaxpr", part)
+                if hasattr(inner, "eqns"):
+                    yield from summed_axes(inner)

@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Int
 from tlinformer_jax.config.delta import CONVOLUTION
 from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.kernels import delta as delta_kernel
+from tlinformer_jax.models.feed_forward import flat_rows
 from tlinformer_jax.models.layers import INIT_STD, LAYER_NORM_EPSILON, ResidualParams, feed_forward_params, layer_norm
 from tlinformer_jax.parallel.sharding import open_axes
 
@@ -134,7 +135,8 @@ def delta_mixer(
             jnp.zeros((batch, CONVOLUTION - 1, 3, heads, features), x.dtype),
         )
     normed = layer_norm(x, params.norm1_scale, params.norm1_bias)
-    projected = jnp.einsum("bld,dphk->blphk", normed, params.qkvg_kernel)
+    projected = jnp.einsum("nd,dphk->nphk", flat_rows(normed), params.qkvg_kernel)
+    projected = projected.reshape(batch, rows, *projected.shape[1:])
     inputs = jnp.concatenate([before.inputs.astype(x.dtype), projected[:, :, :3]], axis=1)
     mixed = _convolved(inputs, params.conv_kernel)
     query, key, value = mixed[:, :, 0], mixed[:, :, 1], mixed[:, :, 2]
@@ -160,7 +162,8 @@ def _wide(array: Array) -> Any:
 def _gates(params: DeltaParams, normed: Float[Array, "batch length D"]) -> tuple[Gates, Gates]:
     """Returns g = -exp(A_log) * softplus(w_a x + dt_bias) and beta = sigmoid(w_b x), at least in float32."""
     wide = _wide(normed)
-    rates = jnp.einsum("bld,dph->blph", normed, params.rates_kernel, preferred_element_type=wide)
+    rates = jnp.einsum("nd,dph->nph", flat_rows(normed), params.rates_kernel, preferred_element_type=wide)
+    rates = rates.reshape(*normed.shape[:2], *rates.shape[1:])
     steps = jax.nn.softplus(rates[:, :, 0] + params.dt_bias.astype(wide))
     return -jnp.exp(params.A_log.astype(wide)) * steps, jax.nn.sigmoid(rates[:, :, 1])
 

@@ -109,8 +109,8 @@ def feed_forward(router: Router | None, gate_up_kernel: Array, down_kernel: Arra
       down_kernel: [F, D], or [E, F, D] for experts.
     """
     if router is None:
-        gate_up = jnp.einsum("bld,dpf->blpf", x, gate_up_kernel)
-        return jnp.einsum("blf,fd->bld", _gated(gate_up), down_kernel)
+        gate_up = jnp.einsum("nd,dpf->npf", flat_rows(x), gate_up_kernel)
+        return jnp.einsum("nf,fd->nd", _gated(gate_up), down_kernel).reshape(x.shape)
     logits = router_logits(router, x)
     weights, chosen = choose(logits, router.top)
     output = _over_devices(x, weights, chosen, gate_up_kernel, down_kernel)
@@ -119,11 +119,20 @@ def feed_forward(router: Router | None, gate_up_kernel: Array, down_kernel: Arra
     return _with_losses(output, logits, chosen, router.weight, router.tally)
 
 
+def flat_rows(x: Array) -> Array:
+    """Reshapes [batch, length, ...] to [rows, ...] for a product with a matrix.
+
+    The matrix's gradient then sums over one axis. With two, and `jax.vmap` over copies of a model, XLA writes the
+    operands a second time, transposed.
+    """
+    return x.reshape(-1, *x.shape[2:])
+
+
 # The backward pass repeats this elementwise work: cheaper than to store its float32 values and read them back.
 @functools.partial(jax.checkpoint, prevent_cse=False)
 def _gated(gate_up: Array) -> Array:
-    """Returns silu(gate) * up for [batch, length, 2 (gate, up), F]."""
-    return nn.silu(gate_up[:, :, 0]) * gate_up[:, :, 1]
+    """Returns silu(gate) * up for [..., 2 (gate, up), F]."""
+    return nn.silu(gate_up[..., 0, :]) * gate_up[..., 1, :]
 
 
 # ---- The router

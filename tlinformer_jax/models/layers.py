@@ -20,7 +20,7 @@ from jaxtyping import Array, Float
 from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.kernels import norm as norm_kernel
 from tlinformer_jax.kernels.common import STEP, kept, mixed, threefry, usable
-from tlinformer_jax.models.feed_forward import EXPERTS, Router, feed_forward
+from tlinformer_jax.models.feed_forward import EXPERTS, Router, feed_forward, flat_rows
 from tlinformer_jax.models.rope import Rope, pairs_apart, rotate
 
 LAYER_NORM_EPSILON = 1e-5
@@ -339,7 +339,8 @@ def unbiased_projections(
         products, biases = zip(*each)
         return jnp.concatenate(products, axis=2), jnp.concatenate(biases)
     kernel = params.qkv_kernel[:, first : first + len(parts)]
-    projected = jnp.einsum("bld,dphk->blphk", first_norm(params, x), kernel)
+    projected = jnp.einsum("nd,dphk->nphk", flat_rows(first_norm(params, x)), kernel)
+    projected = projected.reshape(*x.shape[:2], *projected.shape[1:])
     return projected, params.qkv_bias[first : first + len(parts)].astype(x.dtype)
 
 
@@ -378,7 +379,8 @@ def update(
     """
     if not x.shape[1]:
         return x
-    x = x + add_bias(jnp.einsum("blhk,hkd->bld", attended, params.out_kernel), params.out_bias)
+    output = jnp.einsum("nhk,hkd->nd", flat_rows(attended), params.out_kernel).reshape(x.shape)
+    x = x + add_bias(output, params.out_bias)
     x, normed = norm_branch(x, params.norm2_scale, params.norm2_bias)
     output = feed_forward(params.router, params.gate_up_kernel, params.down_kernel, normed)
     return x + (output if dropout is None else dropout(output))
