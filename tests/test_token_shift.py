@@ -142,8 +142,9 @@ def shifted_values(monkeypatch):
     """The history's values are made of the shifted rows as well."""
     real = history.write_rows
 
-    def mutated(cache, row, start, layer, rows, rope, backend, key_rows=None):
-        return real(cache, row, start, layer, rows if key_rows is None else key_rows, rope, backend, key_rows)
+    def mutated(cache, row, start, layer, rows, rotations, backend, key_rows=None, **options):
+        values = rows if key_rows is None else key_rows
+        return real(cache, row, start, layer, values, rotations, backend, key_rows, **options)
 
     monkeypatch.setattr(history, "write_rows", mutated)
 
