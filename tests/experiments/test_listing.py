@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from tests.support.commands import TEXT_FILE, command
+from tests.support.commands import TEXT_FILE, command_line, run_line
 from tlinformer_jax import build_model
 from tlinformer_jax.config.run import default_config_dict
 from tlinformer_jax.experiments.listing import list_points
@@ -53,7 +53,11 @@ def test_the_points_are_listed_with_updates_parameters_and_tokens(own_cache):
 
 
 def test_the_command_prints_the_table_and_writes_nothing(tmp_path):
-    done = command("sweep", "--sweep=configs/sweep_windows.py:tiny", "--check", f"--out={tmp_path}/out")
+    """It needs no accelerator: training may use those of this machine."""
+    line, environment = command_line(
+        "sweep", "--sweep=configs/sweep_windows.py:tiny", "--check", f"--out={tmp_path}/out"
+    )
+    done = run_line(line, environment | {"JAX_PLATFORMS": "tpu"})
     assert done.returncode == 0, done.stderr
     rows = [line.split() for line in done.stdout.splitlines()]
     assert [row[:3] for row in rows[1:]] == [

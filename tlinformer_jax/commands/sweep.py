@@ -77,10 +77,12 @@ def main() -> None:
     chosen = chosen_points(groups, POINT.value, POINTS.value)
     _check(chosen)
     if CHECK.value:
-        from tlinformer_jax.experiments.listing import (
-            list_points,
-        )  # needs JAX, which a sweep that trains must not import
+        # JAX is imported here, because a sweep that trains must not import it. A run may use the accelerators.
+        import jax
 
+        from tlinformer_jax.experiments.listing import list_points
+
+        jax.config.update("jax_platforms", "cpu")
         print(list_points(points))
         return
     if importlib.util.find_spec("pandas") is None:  # checked before anything is trained
