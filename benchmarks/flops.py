@@ -39,6 +39,7 @@ from tlinformer_jax.models.windows import (
     num_windows,
     padded_length,
     plan_segments,
+    training_plan,
 )
 from tlinformer_jax.parallel.sharding import SequenceSplit, assign_windows
 
@@ -60,8 +61,7 @@ def hardware_flops(
     fused = kernel in ("cudnn", "triton")
     width = config.head_dim + -config.head_dim % head_multiple(dtype, config.attention)
     share, skipped = trained_windows(config, length, sampled_windows, first)
-    plan = config.plan(num_windows(config, length) - skipped)
-    plan = plan.one_at_a_time if share < 1 else plan
+    plan = training_plan(config, length, skipped, alone=share < 1)
     outside, inside, again = _hardware_forward(config, length, width * config.num_heads, fused, plan, skipped)
     head = (
         2.0 * (length if read is None else read) * share * padded_vocabulary(config.vocab_size, dtype) * config.d_model

@@ -138,6 +138,31 @@ def test_pairs_tell_the_kernel_that_the_first_window_reads_nothing(monkeypatch, 
     assert errors("in pairs")[1] < 1e-4
 
 
+@pytest.mark.slow
+def test_every_part_of_a_pair_draws_its_own_dropout(monkeypatch):
+    """Both histories, and the rows that `restore` computes, too."""
+    drawn = []
+
+    def recorded(function, dropout_of):
+        def call(*arrays, **options):
+            dropout = dropout_of(arrays, options)
+            drawn.append(None if dropout is None else tuple(dropout.words.tolist()))
+            return function(*arrays, **options)
+
+        return call
+
+    for module in (block, paired):
+        monkeypatch.setattr(module, "attend", recorded(module.attend, lambda _, options: options["dropout"]))
+    monkeypatch.setattr(block, "update", recorded(block.update, lambda arrays, _: arrays[3]))
+    config = dataclasses.replace(SHALLOW, **WAYS["in pairs"], dropout=0.5)
+    with jax.disable_jit():
+        summed_loss(golden_scale(config)["params"], sequences(), jax.random.key(0), model=build_model(config))
+    # A block: 3 reads and an update in `compress`, 2 and one in `restore`; the first block also restores C. Two pairs.
+    assert len(drawn) == 2 * (7 + 2 + 7)
+    assert None not in drawn
+    assert len(set(drawn)) == len(drawn)
+
+
 def too_few_chunks(monkeypatch):
     """The last chunk of a history is left out."""
     real = streams.map_steps

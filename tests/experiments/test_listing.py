@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from tests.support.commands import TEXT_FILE, command
+from tests.support.commands import TEXT_FILE, command_line, run_line
 from tlinformer_jax import build_model
 from tlinformer_jax.config.run import default_config_dict
 from tlinformer_jax.experiments.listing import list_points
@@ -40,7 +40,7 @@ def test_the_points_are_listed_with_updates_parameters_and_tokens(own_cache):
     params = build_model(points[0].config.model).init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
     plain = sum(leaf.size for leaf in jax.tree.leaves(params))
     sizes = {"wide": plain + LAYERS * 3 * FEATURES * (48 - 24)}
-    head, *lines = list_points(points).splitlines()
+    head, *lines = list_points([[point] for point in points]).splitlines()
     assert head.split() == ["point", "updates", "parameters", "tokens", "fields", "that", "it", "sets"]
     for number, (point, line) in enumerate(zip(points, lines, strict=True)):
         updates, tokens = EXPECTED[point.point]
@@ -53,7 +53,11 @@ def test_the_points_are_listed_with_updates_parameters_and_tokens(own_cache):
 
 
 def test_the_command_prints_the_table_and_writes_nothing(tmp_path):
-    done = command("sweep", "--sweep=configs/sweep_windows.py:tiny", "--check", f"--out={tmp_path}/out")
+    """It needs no accelerator: training may use those of this machine."""
+    line, environment = command_line(
+        "sweep", "--sweep=configs/sweep_windows.py:tiny", "--check", f"--out={tmp_path}/out"
+    )
+    done = run_line(line, environment | {"JAX_PLATFORMS": "tpu"})
     assert done.returncode == 0, done.stderr
     rows = [line.split() for line in done.stdout.splitlines()]
     assert [row[:3] for row in rows[1:]] == [
@@ -61,3 +65,14 @@ def test_the_command_prints_the_table_and_writes_nothing(tmp_path):
     ]
     assert {row[4] for row in rows[1:]} == {"20,480"}  # 40 updates of 8 samples of 64
     assert list(tmp_path.iterdir()) == []
+
+
+def test_with_together_a_number_is_what_point_takes():
+    line, environment = command_line(
+        "sweep", "--sweep=configs/sweep_recall.py:plus", "--seeds=0,1,2", "--together", "--check"
+    )
+    done = run_line(line, environment)
+    assert done.returncode == 0, done.stderr
+    rows = [line.split() for line in done.stdout.splitlines()[1:]]
+    names = [row[1] for row in rows if row[0] == "5"]
+    assert names == [f"128-8-plus_tlin-4_lr0.003-seed{seed}" for seed in (0, 1, 2)]

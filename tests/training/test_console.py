@@ -10,12 +10,15 @@ from clu.parameter_overview import count_parameters
 
 from tests.support.commands import ROOT, command_line, run_line
 from tests.training.test_resume import run_config
-from tlinformer_jax.config.model import ARCHITECTURES, ModelConfig
+from tlinformer_jax.config.model import ARCHITECTURES, ExecutionPlan, ModelConfig
+from tlinformer_jax.config.run import run_config as configuration
 from tlinformer_jax.config.train import TrainConfig
+from tlinformer_jax.data.tokenizers import build_tokenizer
 from tlinformer_jax.models.model import build_model
 from tlinformer_jax.training.checkpoint import load_params
-from tlinformer_jax.training.console import goal_line, parameter_table
+from tlinformer_jax.training.console import goal_line, parameter_table, plan_line
 from tlinformer_jax.training.loop import train_and_evaluate
+from tlinformer_jax.training.setup import build_run
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -29,6 +32,36 @@ def test_the_table_of_parameters_is_short_and_complete(architecture, shape):
     assert sum(numbers[:-1]) == numbers[-1] == count_parameters(params)
     arrays = [int(re.search(r"(\d+) +[\d,]+ +\d+%$", line)[1]) for line in lines[1:-1]]
     assert sum(arrays) == len(jax.tree.leaves(params))
+
+
+ALONE = "1 segment of windows, 1 at a time"
+PAIRS = "windows in pairs of a long and a short history"
+
+
+@pytest.mark.parametrize(
+    ("changes", "plan"),
+    [
+        ({}, PAIRS),
+        ({"sampled_windows": 16}, PAIRS),  # all of them
+        ({"sampled_windows": 15}, ALONE),
+        ({"mesh": "window=2"}, ALONE),
+        ({"num_items": 8}, ALONE),  # questions begin in the fifth of 16 windows
+        ({"history_window": 5}, ALONE),
+        ({"checkpointing": False}, ALONE),
+    ],
+)
+def test_a_run_prints_the_plan_that_its_steps_use(changes, plan):
+    planned = ExecutionPlan(checkpointing=changes.get("checkpointing", True), paired=True)
+    model = {"vocab_size": 64, "d_model": 16, "num_heads": 2, "history_window": 4, "generation_window": 4}
+    sections = {
+        "model": model | {"memory": planned},
+        "train": {"sampled_windows": 0, "mesh": "", "batch_size": 8},
+        "data": {"dataset": "recall", "sequence_length": 64, "num_items": 1, "tokenizer": "numbers:64"},
+    }
+    for section in sections.values():
+        section |= {name: value for name, value in changes.items() if name in section}
+    config = configuration(sections)
+    assert f": {plan}," in plan_line(build_run(config, build_tokenizer(config.data.tokenizer)))
 
 
 def test_a_run_with_an_accuracy_says_when_it_is_measured():

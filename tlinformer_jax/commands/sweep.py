@@ -77,11 +77,13 @@ def main() -> None:
     chosen = chosen_points(groups, POINT.value, POINTS.value)
     _check(chosen)
     if CHECK.value:
-        from tlinformer_jax.experiments.listing import (
-            list_points,
-        )  # needs JAX, which a sweep that trains must not import
+        # JAX is imported here, because a sweep that trains must not import it. A run may use the accelerators.
+        import jax
 
-        print(list_points(points))
+        from tlinformer_jax.experiments.listing import list_points
+
+        jax.config.update("jax_platforms", "cpu")
+        print(list_points(groups))
         return
     if importlib.util.find_spec("pandas") is None:  # checked before anything is trained
         raise UserError("the tables of a sweep need pandas: pip install 'tlinformer-jax[report]'")

@@ -60,7 +60,7 @@ class ExecutionPlan:
       checkpointing: whether activations are computed again in the backward pass instead of stored. Then a window stores
         only its gradients, and a layer of a baseline only its input.
       paired: whether a device that trains all windows of whole sequences computes them in pairs, the longest history
-        with the shortest (`models.paired`), instead of in segments; needs `ModelConfig.pairable`.
+        with the shortest (`models.paired`), instead of in segments; needs `ModelConfig.pairable` and `checkpointing`.
     """
 
     segments: int = 1

@@ -15,9 +15,12 @@ from tlinformer_jax.training.setup import training_batches
 HEADS = ("", "point", "updates", "parameters", "tokens", "fields that it sets")
 
 
-def list_points(points: Sequence[Job]) -> str:
-    """Returns a table of the points: updates, at most, parameters, and tokens trained on."""
-    rows = [HEADS, *(_row(number, point) for number, point in enumerate(points))]
+def list_points(groups: Sequence[Sequence[Job]]) -> str:
+    """Returns a table of the points: updates, at most, parameters, and tokens trained on.
+
+    Points that one program trains are a group and share its number, which `--point` takes.
+    """
+    rows = [HEADS, *(_row(number, point) for number, group in enumerate(groups) for point in group)]
     widths = [max(map(len, column)) for column in zip(*rows)]
     return "\n".join(
         f"{number:>{widths[0]}}  {name:{widths[1]}}  "

@@ -148,6 +148,19 @@ def trained_tokens(config: ModelConfig, length: int, sampled_windows: int) -> fl
     return length * sampled_windows / windows if 0 < sampled_windows < windows else float(length)
 
 
+def training_plan(config: ModelConfig, length: int, first: int = 0, alone: bool = False) -> ExecutionPlan:
+    """Returns the plan by which a step trains the windows from index `first` on of sequences of `length` tokens.
+
+    `alone` says whether each window runs alone, because windows are sampled or devices split sequences.
+    """
+    plan = config.plan(num_windows(config, length) - first)
+    if alone:
+        return plan.one_at_a_time
+    # Pairs need all windows of a sequence, since the shortest histories fill up the longest; and the loop over windows,
+    # which checkpointing makes.
+    return dataclasses.replace(plan, paired=plan.paired and config.pairable and plan.checkpointing and not first)
+
+
 def plan_segments(
     config: ModelConfig, windows: int, plan: ExecutionPlan, split: SequenceSplit = WHOLE, first: int = 0
 ) -> tuple[Segment, ...]:

@@ -29,7 +29,7 @@ from tlinformer_jax.kernels import common as kernels
 from tlinformer_jax.kernels import delta as delta_kernel
 from tlinformer_jax.models.attention import choose_backend
 from tlinformer_jax.models.layers import Dropout
-from tlinformer_jax.models.windows import num_windows, trained_tokens
+from tlinformer_jax.models.windows import num_windows, trained_tokens, training_plan
 from tlinformer_jax.parallel.mesh import device_kind
 from tlinformer_jax.parallel.sharding import PARTITIONED
 from tlinformer_jax.training.optimizer import Horizon
@@ -93,14 +93,21 @@ def parameter_table(params: Any) -> str:
 # ---- Before the first update
 
 
+def plan_line(run: Run) -> str:
+    """Says how a step computes the windows of a sample, but of those before its first answer, which have no loss."""
+    model, length = run.config.model, run.config.data.sequence_length
+    places, split = run.answers(length), run.mesh.shape["window"] * run.mesh.shape["context"] > 1
+    sampled = 0 < run.config.train.sampled_windows < num_windows(model, length)
+    first = 0 if places is None or sampled else places.first // model.generation_window
+    return f"model.memory = {model.memory!r}: {training_plan(model, length, first, alone=sampled or split)}"
+
+
 def describe(run: Run, splits: Mapping[str, Split]) -> str | None:
     """Prints what is trained on which data; returns the figure to beat, None if unknown."""
     config, model, length = run.config, run.config.model, run.config.data.sequence_length
     train, validation = splits["train"], splits["validation"]
     say(model_line(run))
-    plan = model.plan(num_windows(model, length))
-    alone = config.train.sampled_windows or run.mesh.shape["window"] * run.mesh.shape["context"] > 1
-    say(f"model.memory = {model.memory!r}: {plan.one_at_a_time if alone else plan}")
+    say(plan_line(run))
     say(kernels.serving())
     if config.data.document_masking:
         say(f"data.document_masking: no token sees another document; attention by {masking_backend(model)!r}")

@@ -25,7 +25,7 @@ from tlinformer_jax.models.model import (
     prepare_params,
 )
 from tlinformer_jax.models.tlinformer import prepare_sequence
-from tlinformer_jax.models.windows import in_chunks, joined, num_windows, pad_rows
+from tlinformer_jax.models.windows import in_chunks, joined, num_windows, pad_rows, training_plan
 from tlinformer_jax.parallel.sharding import UNSPLIT, WHOLE, BatchSplit
 from tlinformer_jax.training.window_loss import (
     DeviceBatch,
@@ -75,15 +75,14 @@ def summed_loss(
     rows_loss = functools.partial(weighted_loss, most=most, z_loss=z_loss)
     dropout = Dropout.by_key(key, shape.dropout, split.shard_index()) if shape.dropout else None
     first = start // shape.generation_window
-    plan = shape.plan(num_windows(shape, length) - first)
-    if windows is None and sequences == WHOLE and not (shape.windowed and plan.checkpointing):
+    alone = windows is not None or sequences != WHOLE
+    plan = training_plan(shape, length, first, alone)
+    if not alone and not (shape.windowed and plan.checkpointing):
         typed = with_router_losses(typed, rows["weights"], divisor)
         hidden = hidden_states(typed, shape, embed(typed, shape, inputs, documents=documents), dropout, start)
         rows = jax.tree.map(lambda array: array[:, start:], rows)
         total, right = rows_loss(hidden, typed.embedding, rows)
         return total / divisor, right
-    if windows is not None or sequences != WHOLE:
-        plan = plan.one_at_a_time
     embeddings = embed_rows(typed, shape, inputs, documents, sequences)
     sequence = prepare_sequence(typed.blocks, shape, embeddings, length, plan, dropout, sequences, first)
     total, right = jnp.float32(0), jnp.float32(0)
