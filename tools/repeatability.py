@@ -48,7 +48,7 @@ DEFAULTS = {
         f"--config.model.architecture={architecture}",
         f"--config.model.dropout={dropout}",
     )
-    for architecture, dropout in (("tlinformer", 0.1), ("tlinformer", 0.0), ("transformer", 0.0))
+    for architecture, dropout in (("tlinformer", 0.0), ("transformer", 0.0), ("tlinformer", 0.1))
 }
 LOG_FILE = "log.txt"
 RESUMED = "continuing from step "
