@@ -54,7 +54,7 @@ def hardware_flops(
 ) -> float:
     """Returns a step's operations, forward and backward, on this machine's default device; see `training_flops`."""
     kernel, dtype = config.attention, config.compute_dtype
-    if kernel == "auto" and config.dropout:
+    if kernel == "deterministic" or (kernel == "auto" and config.dropout):
         kernel = "triton" if dropout_kernel.use_kernel(dtype, config.head_dim) else "xla"
     elif kernel == "auto" and fused_kernel(dtype):
         kernel = "cudnn"

@@ -176,10 +176,27 @@ def test_dropout_of_rows_and_of_weights_is_one_law():
     np.testing.assert_allclose(kept, np.asarray(dropout_mask(WORDS, 2, 3, 5, 7, 0.3)) / 0.7, rtol=1e-6)
 
 
-def test_the_kernel_is_for_dropout_only():
+@pytest.mark.parametrize("case", ["lengths, a row without keys", "causal", "window"])
+def test_without_dropout_the_kernels_are_exact_attention(case, monkeypatch):
+    """As in deterministic runs: output and gradients, float32."""
+    interpreted = functools.partial(attend_with_dropout, interpret=True, tiles=TILES)
+    monkeypatch.setattr(dropout_kernel, "attend_with_dropout", interpreted)
+    queries, keys, causal, window, lengths = CASES[case]
+    valid = None if lengths is None else jnp.array(lengths, jnp.int32)
+
+    def by_kernel(*arrays):
+        return attend(*arrays, causal=causal, window=window, key_length=valid, scale=SCALE, backend="triton")
+
+    def plainly(query, key, value):
+        return masked_attention(query, key, value, causal, window, lengths, 0.0)
+
+    ours, truth = outcome(by_kernel, queries, keys), outcome(plainly, queries, keys)
+    for value, expected in zip(ours, truth, strict=True):
+        np.testing.assert_allclose(value, expected, atol=2e-5 * float(jnp.abs(expected).max()))
+
+
+def test_the_kernel_refuses_the_log_sum_exp():
     ones = jnp.ones((1, 2, 1, 8))
     dropout = Dropout.by_key(jax.random.key(0), 0.1)
-    with pytest.raises(ValueError, match="'triton' does not support a call without options"):
-        attend(ones, ones, ones, backend="triton")
     with pytest.raises(ValueError, match="'triton' does not support dropout with return_lse"):
         attend(ones, ones, ones, backend="triton", dropout=dropout, return_lse=True)

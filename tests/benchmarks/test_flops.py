@@ -97,6 +97,7 @@ def test_the_dropout_kernel_computes_two_products_more_than_cudnn(monkeypatch):
     monkeypatch.setattr(flops.dropout_kernel, "use_kernel", lambda dtype, width: True)
     without, dropped = (hardware_flops(dataclasses.replace(config, dropout=rate), 512) for rate in (0.0, 0.1))
     assert dropped - without == pytest.approx(config.num_layers * 4 * (512 * 513 / 2) * config.d_model)
+    assert hardware_flops(dataclasses.replace(config, attention="deterministic"), 512) == dropped
 
 
 def test_utilisation_is_a_share_of_the_peaks_of_all_devices():

@@ -32,6 +32,12 @@ MODELS += [
     ),
     Case("a GPU kernel on the CPU", "train", ("--config.model.attention=cudnn",), "model.attention"),
     Case(
+        "a kernel that is not deterministic",
+        "train",
+        ("--config.model.attention=cudnn", "--config.train.deterministic=True"),
+        "train.deterministic = True",
+    ),
+    Case(
         "a sliding window without a size",
         "train",
         ("--config.model.architecture=sliding_window", "--config.model.history_window=auto"),

@@ -54,3 +54,23 @@ def test_what_a_run_refuses_is_told_in_its_words():
     check_refusal(
         command("tools.repeatability", *SHRUNK, "--config.train.batch_size=0"), "train.batch_size = 0: must be"
     )
+
+
+def test_every_default_is_run_and_a_difference_in_one_ends_with_status_1(monkeypatch, tmp_path, capsys):
+    from tools import repeatability
+
+    ran = []
+    monkeypatch.setattr(repeatability.sys, "argv", ["repeatability"])
+    monkeypatch.setattr(repeatability.cli, "config_given", lambda: False)
+    monkeypatch.setattr(repeatability.tempfile, "mkdtemp", lambda prefix: str(tmp_path))
+    monkeypatch.setattr(repeatability, "train", lambda root, config: ran.append(config) or {})
+    monkeypatch.setattr(repeatability, "compare", lambda runs: len(ran) != 2)
+    with pytest.raises(SystemExit, match="1"):
+        repeatability.main()
+    told = capsys.readouterr().out
+    assert len(ran) == 3
+    for name, config in zip(("tlinformer, dropout 0.0", "transformer, dropout 0.0", "tlinformer, dropout 0.1"), ran):
+        assert f"\n{name}\n" in told
+        architecture, _, dropout = name.replace(",", "").split()
+        assert {f"--config.model.architecture={architecture}", f"--config.model.dropout={dropout}"} <= set(config)
+    assert told.count("what the runs have left is in") == 1

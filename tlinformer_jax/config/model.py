@@ -19,7 +19,7 @@ ARCHITECTURES = (
 WINDOWED = ("tlinformer", "tconstformer")
 RECURRENT = ("gated_deltanet", "gated_deltanet_hybrid")
 COMPUTE_DTYPES = ("auto", "bfloat16", "float16", "float32")
-ATTENTION_BACKENDS = ("auto", "xla", "cudnn", "splash")
+ATTENTION_BACKENDS = ("auto", "xla", "cudnn", "splash", "deterministic")
 MEMORY = ("auto", "low")
 LARGEST_VOCABULARY = 2**31 - 1  # token ids are int32
 SHORTEST_WAVELENGTH = 7  # RoPE's shortest wavelength, 2 pi, rounded up
@@ -137,7 +137,8 @@ class ModelConfig:
       dropout: rate of dropout of attention weights and of the feed-forward's output, in training only.
       dtype: dtype of the computation; 'auto' is bfloat16 on accelerators and float32 on the CPU. float16 has no loss
         scaling, so it is for evaluation. Softmax, rotary angles, LayerNorm statistics and the loss are always float32.
-      attention: backend of the attention kernel; 'auto' chooses the best for the device and the shapes.
+      attention: backend of the attention kernel; 'auto' chooses the best for the device and the shapes; 'deterministic'
+        chooses without cuDNN, whose backward pass XLA cannot make deterministic.
       memory: 'auto', or 'low' for the longest sequences on one device. 'low' means one window at a time, more segments,
         checkpointing, and chunks of the history beyond a million tokens. Python callers may give an `ExecutionPlan`.
     """

@@ -63,6 +63,11 @@ class RunConfig:
             raise ConfigError("data.document_masking", True, allowed)
         if data.curriculum:
             self._check_curriculum()
+        if train.deterministic and model.attention == "cudnn":
+            allowed = "must be False for model.attention = 'cudnn', whose backward pass is not; use 'auto'"
+            raise ConfigError("train.deterministic", True, allowed)
+        if train.deterministic and model.attention == AUTO:
+            object.__setattr__(self, "model", dataclasses.replace(model, attention="deterministic"))
 
     def _check_curriculum(self) -> None:
         train, stages, allowed = self.train, self.data.stages, None

@@ -99,7 +99,8 @@ class TrainConfig:
         the batches after the bad ones.
       deterministic: on a GPU, makes two runs, or a run that was killed and resumed, end with the same bits on the same
         kind of device and version of JAX, more slowly. Otherwise XLA chooses kernels by timing, and sums the
-        embedding's gradient in the order in which its threads finish. CPUs and TPUs are always deterministic.
+        embedding's gradient in the order in which its threads finish. model.attention = 'auto' becomes 'deterministic',
+        and 'cudnn' is refused. CPUs and TPUs are always deterministic.
       mesh: how devices share the work, such as 'fsdp=4,tensor=2'. The axis `fsdp` splits the batch and the parameters,
         `tensor` heads and the feed-forward's features, `window` the generation windows of each sequence, `context` the
         rows of the history, `expert` the batch and the experts of model.num_experts. The remaining devices split the

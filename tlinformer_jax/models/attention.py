@@ -20,6 +20,8 @@ from tlinformer_jax.models.recompute import map_steps
 from tlinformer_jax.models.windows import in_chunks, joined
 from tlinformer_jax.parallel.mesh import is_nvidia_gpu, platform
 
+# Values of model.attention for which the back end depends on the device and the call.
+CHOOSING = ("auto", "deterministic")
 # Keys per part when attention to many keys is split; a power of two.
 KEYS_PER_PART = 1024
 # Most float32 scores that attention with dropout or documents holds at a time.
@@ -55,8 +57,8 @@ def attend(
       window: query i sees only the last `window` keys up to its own; needs `causal`.
       key_length: number of valid keys, which come first; a scalar or int32 [batch]. If 0, the result is 0, never NaN.
       dropout: dropout of the attention weights, with a separate mask for each softmax.
-      backend: 'auto', 'xla', 'cudnn' (NVIDIA, half precision), 'splash' (TPU, interpreted elsewhere) or 'triton'
-        (NVIDIA, half precision, for dropout only). Only XLA's log-sum-exp is differentiable.
+      backend: 'auto', 'deterministic' (the same without cuDNN), 'xla', 'cudnn' (NVIDIA, half precision), 'splash' (TPU,
+        interpreted elsewhere) or 'triton' (NVIDIA, half precision). Only XLA's log-sum-exp is differentiable.
       return_lse: also return the log-sum-exp of the scaled scores, -inf if no key is valid.
       scale: factor of the scores; None for 1 / sqrt(d_h). Padded heads must pass the scale of their true width.
       never_empty: `key_length` is never 0; this saves a pass over the output.
@@ -75,14 +77,14 @@ def attend(
         key_length = jnp.broadcast_to(jnp.asarray(key_length, jnp.int32), query.shape[:1])
     scores = Scores(1.0 / math.sqrt(query.shape[-1]) if scale is None else scale, causal, window)
     apart = documents is not None
-    chosen = choose_backend(query, dropout, return_lse, apart) if backend == "auto" else backend
+    chosen = choose_backend(query, dropout, return_lse, apart, backend)
     output, lse = None, None
     if query.shape[1] == 0 or key.shape[1] == 0:  # no observation window, or no history
         output, lse = jnp.zeros_like(query), no_parts(query)[1]
     elif chosen == "xla":
         output, lse = _attend_in_chunks(query, key, value, scores, key_length, dropout, documents)
-    elif chosen == "triton" and dropout is not None and not return_lse and not apart:
-        given = dropout.words, dropout.rate
+    elif chosen == "triton" and not return_lse and not apart:
+        given = (jnp.zeros((3,), jnp.uint32), 0.0) if dropout is None else (dropout.words, dropout.rate)
         output = dropout_kernel.attend_with_dropout(query, key, value, scores, key_length, *given)
     elif chosen == "splash" and dropout is None and not return_lse:
         output = attend_splash(query, key, value, scores, key_length, documents, interpret=platform() != "tpu")
@@ -102,24 +104,34 @@ def head_multiple(dtype: Any, backend: str) -> int:
     return 8 if fused_kernel(dtype, backend) else 1
 
 
-def choose_backend(query: Queries, dropout: Dropout | None, return_lse: bool, documents: bool = False) -> str:
-    """Returns the back end for 'auto'.
+def choose_backend(
+    query: Queries, dropout: Dropout | None, return_lse: bool, documents: bool = False, backend: str = "auto"
+) -> str:
+    """Returns the back end for 'auto' and 'deterministic'; every other `backend` is returned as it is.
 
-    In half precision on NVIDIA GPUs it is cuDNN, or 'triton' with dropout; in bfloat16 on TPUs splash; otherwise XLA.
+    In half precision on NVIDIA GPUs 'auto' is cuDNN, or 'triton' with dropout; in bfloat16 on TPUs splash; otherwise
+    XLA. 'deterministic' has 'triton' (or XLA where that cannot run) in place of cuDNN: see `training.step`.
     """
+    if backend not in CHOOSING:
+        return backend
+    triton = not documents and dropout_kernel.use_kernel(query.dtype, query.shape[-1])
     # cuDNN and splash have neither dropout nor a differentiable log-sum-exp in JAX; cuDNN and triton have no documents.
     if dropout is not None and not return_lse:
-        return "triton" if not documents and dropout_kernel.use_kernel(query.dtype, query.shape[-1]) else "xla"
+        return "triton" if triton else "xla"
     if return_lse or (documents and is_nvidia_gpu()):
         return "xla"
     if fused_kernel(query.dtype):
-        return "cudnn"
+        return "cudnn" if backend == "auto" else "triton" if triton else "xla"
     return "splash" if query.dtype == jnp.bfloat16 and platform() == "tpu" else "xla"
 
 
 def fused_kernel(dtype: Any, backend: str = "auto") -> bool:
-    """Returns whether attention is by cuDNN: if configured, or 'auto' in half precision on an NVIDIA GPU."""
-    return backend == "cudnn" or (backend == "auto" and is_half(dtype) and is_nvidia_gpu())
+    """Returns whether generation's attention is by cuDNN: if configured, or by choice in half precision on NVIDIA GPUs.
+
+    Training's is, too, unless it has dropout or documents or is 'deterministic'. Generation has no backward pass, which
+    is what 'deterministic' avoids.
+    """
+    return backend == "cudnn" or (backend in CHOOSING and is_half(dtype) and is_nvidia_gpu())
 
 
 def attend_parts(

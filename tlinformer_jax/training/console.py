@@ -18,7 +18,7 @@ import numpy as np
 from tlinformer_jax.analysis.flops import active_parameters
 from tlinformer_jax.analysis.ngram import BYTE_VOCABULARY, byte_floor
 from tlinformer_jax.config.data import TOKENS, DataConfig, Stage
-from tlinformer_jax.config.model import ModelConfig
+from tlinformer_jax.config.run import RunConfig
 from tlinformer_jax.config.train import EPOCH, TrainConfig
 from tlinformer_jax.data.batches import LAG, TrainingBatches, num_samples
 from tlinformer_jax.data.documents import DocumentStream
@@ -110,7 +110,10 @@ def describe(run: Run, splits: Mapping[str, Split]) -> str | None:
     say(plan_line(run))
     say(kernels.serving())
     if config.data.document_masking:
-        say(f"data.document_masking: no token sees another document; attention by {masking_backend(model)!r}")
+        say(f"data.document_masking: no token sees another document; attention by {attention_backend(config)!r}")
+    if config.train.deterministic:
+        chosen = f"model.attention = {model.attention!r}, here by {attention_backend(config)!r}"
+        say(f"train.deterministic: runs repeat themselves to the last bit; {chosen}")
     if model.recurrent:
         partitioned = any(run.mesh.shape[axis] > 1 for axis in PARTITIONED)
         say(delta_kernel.serving(model.compute_dtype, model.delta.width, partitioned))
@@ -130,11 +133,12 @@ def describe(run: Run, splits: Mapping[str, Split]) -> str | None:
     return goal
 
 
-def masking_backend(model: ModelConfig) -> str:
-    """Returns the attention back end that keeps documents apart."""
+def attention_backend(config: RunConfig) -> str:
+    """Returns the attention back end of training on one device."""
+    model = config.model
     query = jnp.zeros((1, 1, 1, model.head_dim), model.compute_dtype)
     dropout = Dropout.by_key(jax.random.key(0), model.dropout) if model.dropout else None
-    return choose_backend(query, dropout, False, documents=True) if model.attention == "auto" else model.attention
+    return choose_backend(query, dropout, False, config.data.document_masking, model.attention)
 
 
 def model_line(run: Run) -> str:

@@ -126,6 +126,9 @@ def jit_train_step(state_shardings: TrainState, batch_sharding: Any, **settings:
 
 # No autotuning of kernels, no atomic additions, and scatters (the embedding's gradient) sort their indices first. The
 # last option keeps deterministic scatters from processing tokens one by one.
+# cuDNN's attention cannot run with the first or the second. XLA (JAX 0.11.2) marks only one of several equal backward
+# calls as deterministic, and does not find the program of the others: "raw_hash_map<>::at" in the first step, see
+# https://github.com/openxla/xla/pull/46500. So `RunConfig` sets model.attention = "deterministic".
 DETERMINISTIC = {
     "xla_gpu_deterministic_ops": True,
     "xla_gpu_exclude_nondeterministic_ops": True,
