@@ -198,7 +198,7 @@ def test_the_gpu_kernels_on_each_device(interpreted_kernels):
     half = {"dtype": "float16", "attention": "auto", "d_model": 24, "hidden_depth": 0}
     config = dataclasses.replace(SMALL, history_window=40, generation_window=128, **half)
     assert largest_error(make_decoder(config, 2), [255, 128], 259) < 0.05
-    stored = {"store_products", "store_words"}
+    stored = {"store_products", "store_tokens"}
     assert interpreted_kernels == {"attend_cached", "dense", "attend_history", "attend_context"} | stored
 
 

@@ -161,7 +161,7 @@ def test_the_gpu_kernels_in_the_decoder(
     expected = {"attend_cached", "dense"}
     if architecture == "tlinformer":
         expected |= {"attend_history", "attend_context", "store_products"} | (
-            {"store_words"} if rows_per_token else set()
+            {"store_tokens"} if rows_per_token else set()
         )
     assert interpreted_kernels == expected
 

@@ -90,7 +90,7 @@ def test_storing(kept, looked_up):
     assert "store_history" in text
 
 
-def test_storing_products_and_words():
+def test_storing_products_and_tokens():
     def store(cache, products, bias, positions, row, start):
         return storing_kernel.store_products(cache, products, bias, Rotations(positions, WIDTH).columns(), row, start)
 
@@ -101,11 +101,11 @@ def test_storing_products_and_words():
 
     def look_up(cache, projected, bias, positions, tokens, row, start):
         table = storing_kernel.pair_table(projected, bias, WIDTH)
-        return storing_kernel.store_words(cache, table, Rotations(positions, WIDTH).columns(), row, start, tokens)
+        return storing_kernel.store_tokens(cache, table, Rotations(positions, WIDTH).columns(), row, start, tokens)
 
     projected = half(500, 2, HEADS, 40)
     text = lowered(look_up, cache_of("bfloat16"), projected, half(2, HEADS, 40), rows, rows, number(), number())
-    assert "store_words" in text
+    assert "store_tokens" in text
 
 
 def test_loss_and_slope():

@@ -24,7 +24,7 @@ attend_history = jax.jit(functools.partial(history_kernel.attend, interpret=True
 attend_few = jax.jit(functools.partial(history_kernel.attend_few, interpret=True), static_argnums=4)
 store = jax.jit(functools.partial(storing_kernel.store, interpret=True))
 store_products = jax.jit(functools.partial(storing_kernel.store_products, interpret=True))
-store_words = jax.jit(functools.partial(storing_kernel.store_words, interpret=True))
+store_tokens = jax.jit(functools.partial(storing_kernel.store_tokens, interpret=True))
 
 
 def normal(seed: int, *shape: int) -> jax.Array:
@@ -110,10 +110,10 @@ def check_equal(found: KeyValue, expected: KeyValue) -> None:
         np.testing.assert_allclose(one, other, atol=1e-6)
 
 
-# The pairs of all heads fill a part of one tile of `store_words`, or two.
+# The pairs of all heads fill a part of one tile of `store_tokens`, or two.
 @pytest.mark.parametrize(("heads", "width"), [(3, 12), (9, 36)])
 def test_stores_add_the_bias_rotate_keys_and_touch_nothing_else(heads, width):
-    """Products with rows first, products with rows last, and words; only the first may begin at any row."""
+    """Products with rows first, products with rows last, and tokens; only the first may begin at any row."""
     rows, positions = 1024, 1_000_000 + jnp.arange(1024)
     cache = KeyValue(normal(0, 2, heads, width, 2304), normal(1, 2, heads, width, 2304))
     projected, bias = normal(2, rows, 2, heads, width + 4), normal(3, 2, heads, width + 4)
@@ -126,7 +126,7 @@ def test_stores_add_the_bias_rotate_keys_and_touch_nothing_else(heads, width):
     check_equal(store_products(cache, last, bias[..., :width], columns, *aligned), expected)
     table, tokens = storing_kernel.pair_table(projected, bias, width), jnp.flip(jnp.arange(rows))
     expected = after_writing(cache, 1024, biased[::-1, ..., :width], positions)
-    check_equal(store_words(cache, table, columns, *aligned, tokens), expected)
+    check_equal(store_tokens(cache, table, columns, *aligned, tokens), expected)
 
 
 def test_ids_past_the_vocabulary_are_clipped():
@@ -136,7 +136,7 @@ def test_ids_past_the_vocabulary_are_clipped():
     tokens = jnp.asarray(np.random.default_rng(4).integers(-3, 12, 128), jnp.int32)
     expected = after_writing(cache, 64, (products + bias)[jnp.clip(tokens, 0, 8), ..., :12], positions)
     check_equal(store(cache, products, bias, (rope.cos, rope.sin), *place, tokens), expected)
-    check_equal(store_words(cache, storing_kernel.pair_table(products, bias, 12), columns, *place, tokens), expected)
+    check_equal(store_tokens(cache, storing_kernel.pair_table(products, bias, 12), columns, *place, tokens), expected)
 
 
 @pytest.mark.parametrize(("start", "is_chunk", "rows"), [(1024, True, 1024), (1024, False, 1024), (1280, True, 1280)])

@@ -19,7 +19,7 @@ from tlinformer_jax.decoding.params import DecoderParams, embed
 from tlinformer_jax.kernels.common import merge_softmaxes
 from tlinformer_jax.kernels.key_value import KeyValue
 from tlinformer_jax.models.attention import attend_parts, merge_parts, no_parts
-from tlinformer_jax.models.cached_attention import Words, attend_context, attend_history, write_rows, write_tokens
+from tlinformer_jax.models.cached_attention import TokenTable, attend_context, attend_history, write_rows, write_tokens
 from tlinformer_jax.models.layers import Dropout, Embedded, LayerParams, project, projections
 from tlinformer_jax.models.rope import Rope, Rotations, rope_table, rotate
 from tlinformer_jax.models.streams import Stream
@@ -188,7 +188,7 @@ def embedded_history(
         return rotate(jnp.take(table, at.ids(start), axis=0, mode="clip"), at.rope(start))
 
     def write(start: Array, keys: KeyValue) -> KeyValue:
-        return write_tokens(keys, at.row, start, words, at.rotations(start), at.ids(start)[0], backend)
+        return write_tokens(keys, at.row, start, token_table, at.rotations(start), at.ids(start)[0], backend)
 
     z = Stream.of(layer, z_rows, z_rope, "q")
     if params.shift is not None or at.cache.room < ROWS_PER_TOKEN * at.config.vocab_size:
@@ -198,6 +198,6 @@ def embedded_history(
         return CachedHistory(at, layer, z, z_rope, rows, projected, caches, (), keyed)._made(keep_rows=False)
     table = projections(layer, vocabulary, "q")[0, :, 0]  # [V, heads, d_h (padded)]
     if fill and first:
-        words = Words.of(layer, vocabulary, first[0], at.chunk, backend)
+        token_table = TokenTable.of(layer, vocabulary, first[0], at.chunk, backend)
         first = tuple(for_chunks(at.held, at.cache.room, write, keys) for keys in first)
     return CachedHistory(at, layer, z, z_rope, rows, looked_up, later, first)

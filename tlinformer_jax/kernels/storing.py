@@ -5,7 +5,7 @@ all rows again. Plain versions: `models.cached_attention.write_rows` and `write_
 
 - `store_products` takes products whose rows are last, the order of the cache. An H200 writes 32,768 rows in 38 us, by
   XLA in 70 us; a slide of a million tokens takes 3.7% less.
-- `store_words` looks tokens up, in a table that `pair_table` sorts: 43 us, `store` 72 us. With both kernels a prefill
+- `store_tokens` looks tokens up, in a table that `pair_table` sorts: 43 us, `store` 72 us. With both kernels a prefill
   takes 4.7% less.
 - `store` is for int8, which needs a scale for each row and head. Without it a prefill took 35% longer.
 """
@@ -25,8 +25,8 @@ from tlinformer_jax.kernels.key_value import KeyValue, row_scale, to_integers
 # Rows that a program of `store` writes, and one of `store_products`.
 STORE_TILE = 64
 PRODUCT_TILE = 1024
-# Rows and pairs that a program of `store_words` writes: long pieces of a table's row are read faster than short ones.
-WORD_TILE = 32
+# Rows and pairs that a program of `store_tokens` writes: long pieces of a table's row are read faster than short ones.
+TOKEN_TILE = 32
 PAIR_TILE = 128
 
 # Cosines and sines of the rows' rotations, from `models.rope.Rotations.columns`.
@@ -108,7 +108,7 @@ def _aligned(place_ref, tile: Array, size: int) -> Array:
 def pair_table(
     products: Float[Array, "V 2 heads width"], bias: Float[Array, "2 heads width"], head_dim: int
 ) -> Float[Array, "V 2 2 pairs"]:
-    """Returns the vocabulary's keys and values, not rotated, as `store_words` reads them: in halves of all heads.
+    """Returns the vocabulary's keys and values, not rotated, as `store_tokens` reads them: in halves of all heads.
 
     First are those of keys, and of these the first features of all pairs.
     """
@@ -118,7 +118,7 @@ def pair_table(
     return halves.reshape(vocab_size, parts, 2, heads * width // 2)
 
 
-def store_words(
+def store_tokens(
     cache: KeyValue,
     table: Float[Array, "V 2 2 pairs"],
     columns: Columns,
@@ -129,24 +129,26 @@ def store_words(
 ) -> KeyValue:
     """Writes keys and values of tokens to sequence `row` from row `start` on; the cache is not int8.
 
-    The number of rows is a multiple of WORD_TILE, and so is `start`; the cache is changed in place.
+    The number of rows is a multiple of TOKEN_TILE, and so is `start`; the cache is changed in place.
 
     Args:
       table: from `pair_table`.
       tokens: each row's token, clipped to the vocabulary.
     """
     vocab_size, _, _, pairs = table.shape
-    kernel = functools.partial(_store_words_kernel, half=cache.key.shape[2] // 2, vocab_size=vocab_size)
-    grid = (pl.cdiv(pairs, PAIR_TILE), tokens.size // WORD_TILE)
-    place = (row, start // WORD_TILE)
-    return _write(kernel, grid, cache, [table, columns, tokens], place, "store_words", interpret)
+    kernel = functools.partial(_store_tokens_kernel, half=cache.key.shape[2] // 2, vocab_size=vocab_size)
+    grid = (pl.cdiv(pairs, PAIR_TILE), tokens.size // TOKEN_TILE)
+    place = (row, start // TOKEN_TILE)
+    return _write(kernel, grid, cache, [table, columns, tokens], place, "store_tokens", interpret)
 
 
-def _store_words_kernel(_, table_ref, column_refs, tokens_ref, place_ref, cache, *, half: int, vocab_size: int) -> None:
+def _store_tokens_kernel(
+    _, table_ref, column_refs, tokens_ref, place_ref, cache, *, half: int, vocab_size: int
+) -> None:
     """Stores a tile of rows of some pairs of features."""
     tile = pl.program_id(1)
-    pairs, numbers = pl.program_id(0) * PAIR_TILE + iota(PAIR_TILE), tile * WORD_TILE + iota(WORD_TILE)
-    there, to = pairs < table_ref.shape[3], _aligned(place_ref, tile, WORD_TILE)
+    pairs, numbers = pl.program_id(0) * PAIR_TILE + iota(PAIR_TILE), tile * TOKEN_TILE + iota(TOKEN_TILE)
+    there, to = pairs < table_ref.shape[3], _aligned(place_ref, tile, TOKEN_TILE)
     head, pair = pairs // half, pairs % half
     # Ids past the history are arbitrary, so clip them.
     tokens = jnp.clip(masked_load(tokens_ref.at[numbers]), 0, vocab_size - 1)

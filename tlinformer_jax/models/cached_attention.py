@@ -233,12 +233,12 @@ def write_rows(
 
 
 @dataclasses.dataclass(frozen=True)
-class Words:
+class TokenTable:
     """Keys and values of the whole vocabulary, not rotated, to be written by `write_tokens`.
 
     Attributes:
       products, bias: from `layers.unbiased_projections`.
-      pairs: the same for `kernels.storing.store_words`; None if another path writes.
+      pairs: the same for `kernels.storing.store_tokens`; None if another path writes.
     """
 
     products: Float[Array, "V 2 heads width"]
@@ -248,7 +248,7 @@ class Words:
     @classmethod
     def of(
         cls, layer: LayerParams, vocabulary: Float[Array, "1 V D"], cache: KeyValue, rows: int, backend: str
-    ) -> "Words":
+    ) -> "TokenTable":
         """Projects the vocabulary, once before a loop over chunks of `rows` rows, to be written into the cache."""
         (products,), bias = unbiased_projections(layer, vocabulary, "kv")
         paired = cache.key_scale is None and can_store(cache, products.dtype, rows, backend)
@@ -260,7 +260,7 @@ def write_tokens(
     cache: KeyValue,
     row: Array,
     start: Array,
-    words: Words,
+    table: TokenTable,
     rotations: Rotations,
     tokens: Int[Array, " n"],
     backend: str,
@@ -269,9 +269,9 @@ def write_tokens(
 
     The first row, `start`, is a multiple of the number of tokens.
     """
-    products, bias, width = words.products, words.bias, cache.key.shape[-2]
-    if words.pairs is not None:
-        return storing_kernel.store_words(cache, words.pairs, rotations.columns(), row, start, tokens)
+    products, bias, width = table.products, table.bias, cache.key.shape[-2]
+    if table.pairs is not None:
+        return storing_kernel.store_tokens(cache, table.pairs, rotations.columns(), row, start, tokens)
     if can_store(cache, products.dtype, tokens.size, backend):
         rope = rotations.rows()
         return storing_kernel.store(cache, products, bias, (rope.cos, rope.sin), row, start, tokens)
