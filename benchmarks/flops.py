@@ -129,17 +129,17 @@ def _hardware_forward(
 
 def segment_shapes(config: ModelConfig, segment: Segment, causal: float, fused: bool) -> Iterator[WindowShape]:
     """Yields the shapes of the windows with history as the loop of a segment executes them."""
-    rows, together = segment.history_rows, segment.together
+    rows, together, paired = segment.history_rows, segment.together, isinstance(segment, PairedSegment)
+    # The short history of a pair is read from an array of half of the rows.
+    short = rows // config.generation_window // 2 * config.generation_window
     for number, observed in enumerate(segment.observed):
         history = int(segment.starts(config, segment.first + number))
-        paired, half = isinstance(segment, PairedSegment), rows // config.generation_window // 2
-        # The short history of a pair is read from an array of half of the rows.
-        read = half * config.generation_window if paired and 2 * history < rows else rows
+        read = short if paired and 2 * history < rows else rows
         keys = (history, observed) if fused else (read, segment.observed_width)
-        # Windows that run together all restore as many chunks as the last of them needs.
-        longest = int(segment.starts(config, segment.first + number + together - 1 - number % together))
-        restored = longest + -longest % segment.history_chunk if segment.history_chunk else rows
-        restored = history if paired else restored
+        restored = history if paired else rows
+        if segment.history_chunk:  # windows that run together all restore as many chunks as the last of them needs
+            longest = int(segment.starts(config, segment.first + number + together - 1 - number % together))
+            restored = longest + -longest % segment.history_chunk
         yield WindowShape(
             config.window_overlap + config.generation_window, restored, segment.observed_width, *keys, causal
         )

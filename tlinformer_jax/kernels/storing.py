@@ -45,6 +45,10 @@ def store_products(
     """Writes products of keys and values to sequence `row` from row `start` on; the cache is not int8.
 
     The number of rows is a multiple of PRODUCT_TILE, and so is `start`; the cache is changed in place.
+
+    Args:
+      cache: [batch, heads, d_h, room].
+      products: of keys and values, without bias and rotation.
     """
     _, heads, width, rows = products.shape
     kernel = functools.partial(_store_products_kernel, half=width // 2)
