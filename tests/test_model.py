@@ -295,6 +295,12 @@ def test_attention_dropout_is_never_dropped_silently():
         attend(x, x, x, dropout=Dropout.by_key(jax.random.key(0), 0.5), backend="cudnn")
 
 
+def test_an_unknown_attention_backend_is_named_with_those_that_exist():
+    x = jnp.ones((1, 2, 1, 8))
+    with pytest.raises(ValueError, match="backend 'flash' must be one of auto, deterministic, xla, cudnn, splash, tri"):
+        attend(x, x, x, backend="flash")
+
+
 def test_attention_log_sum_exp_merges_partial_attentions():
     rng = np.random.default_rng(0)
     query, key, value = (jnp.asarray(rng.standard_normal((2, n, 3, 8)), jnp.float32) for n in (5, 11, 11))

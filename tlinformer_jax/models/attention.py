@@ -17,11 +17,13 @@ from tlinformer_jax.kernels.common import Scores, is_half, merge_softmaxes
 from tlinformer_jax.kernels.splash import attend_splash
 from tlinformer_jax.models.layers import Dropout
 from tlinformer_jax.models.recompute import map_steps
-from tlinformer_jax.models.windows import in_chunks, joined
+from tlinformer_jax.models.windows import in_chunks, joined, pad_rows
 from tlinformer_jax.parallel.mesh import is_nvidia_gpu, platform
 
 # Values of model.attention for which the back end depends on the device and the call.
 CHOOSING = ("auto", "deterministic")
+# The back ends themselves.
+BACKENDS = ("xla", "cudnn", "splash", "triton")
 # Keys per part when attention to many keys is split; a power of two.
 KEYS_PER_PART = 1024
 # Most float32 scores that attention with dropout or documents holds at a time.
@@ -69,12 +71,14 @@ def attend(
       the output, shaped as the query; with `return_lse`, `OutputAndLse`.
 
     Raises:
-      ValueError: for a window without `causal`, or an option that the back end does not support.
+      ValueError: for a window without `causal`, an unknown back end, or an option that the back end does not support.
     """
     if window is not None and not causal:
         raise ValueError("attend: window needs causal=True")
     if key_length is not None:
         key_length = jnp.broadcast_to(jnp.asarray(key_length, jnp.int32), query.shape[:1])
+    if backend not in (*CHOOSING, *BACKENDS):
+        raise ValueError(f"attend: backend {backend!r} must be one of {', '.join((*CHOOSING, *BACKENDS))}")
     scores = Scores(1.0 / math.sqrt(query.shape[-1]) if scale is None else scale, causal, window)
     apart = documents is not None
     chosen = choose_backend(query, dropout, return_lse, apart, backend)
@@ -93,9 +97,7 @@ def attend(
     else:
         asked = {"dropout": dropout is not None, "documents": apart, "return_lse": return_lse}
         options = " with ".join(name for name, given in asked.items() if given)
-        raise ValueError(
-            f"attend: backend {chosen!r} does not support {options or 'a call without options'}; 'auto' and 'xla' do"
-        )
+        raise ValueError(f"attend: backend {chosen!r} does not support {options}; 'auto' and 'xla' do")
     return (output, lse) if return_lse else output
 
 
@@ -296,9 +298,10 @@ def _attend_in_chunks(
         (key, value), (key_length, dropout, documents), (query, number) = shared, fixed, item
         return _attend_xla(query, key, value, scores, key_length, dropout, documents, number * chunk)
 
-    padded = jnp.pad(query, ((0, 0), (0, -queries % chunk), (0, 0), (0, 0)))
+    missing = -queries % chunk
+    padded = pad_rows(query, missing)
     if documents is not None:
-        documents = jnp.pad(documents[0], ((0, 0), (0, -queries % chunk))), documents[1]
+        documents = pad_rows(documents[0], missing), documents[1]
     fixed = key_length, dropout, documents
     found = map_steps(some, (key, value), in_chunks(padded, chunk), fixed, padded.shape[1] // chunk)
     output, lse = (joined(array)[:, :queries] for array in found)
