@@ -131,7 +131,11 @@ class LanguageModel(nn.Module):
         start: int = 0,
         documents: jax.Array | None = None,
     ) -> jax.Array:
-        """Returns the input of the head at positions start, ...: [batch, length - start, D]; see `__call__`."""
+        """Returns the input of the head at positions start, ...: [batch, length - start, D]; see `__call__`.
+
+        Raises:
+          DataError: as `__call__`, and if `start` is not a position of the sequence.
+        """
         config = self.config
         check_inputs(config, tokens, inputs_embeds, documents, start)
         params = self.parameters()
