@@ -77,8 +77,6 @@ def attend(
         raise ValueError("attend: window needs causal=True")
     if key_length is not None:
         key_length = jnp.broadcast_to(jnp.asarray(key_length, jnp.int32), query.shape[:1])
-    if backend not in (*CHOOSING, *BACKENDS):
-        raise ValueError(f"attend: backend {backend!r} must be one of {', '.join((*CHOOSING, *BACKENDS))}")
     scores = Scores(1.0 / math.sqrt(query.shape[-1]) if scale is None else scale, causal, window)
     apart = documents is not None
     chosen = choose_backend(query, dropout, return_lse, apart, backend)
@@ -95,10 +93,14 @@ def attend(
     elif chosen == "cudnn" and dropout is None and not apart:
         output, lse = _attend_cudnn(query, key, value, scores, key_length, return_lse, never_empty)
     else:
-        asked = {"dropout": dropout is not None, "documents": apart, "return_lse": return_lse}
-        options = " with ".join(name for name, given in asked.items() if given)
-        raise ValueError(f"attend: backend {chosen!r} does not support {options}; 'auto' and 'xla' do")
+        raise _unsupported(chosen, dropout=dropout is not None, documents=apart, return_lse=return_lse)
     return (output, lse) if return_lse else output
+
+
+def _unsupported(backend: str, **options: bool) -> ValueError:
+    """Returns the error for a call whose options, those that are true, a back end does not support."""
+    given = " with ".join(name for name, asked in options.items() if asked)
+    return ValueError(f"attend: backend {backend!r} does not support {given}; 'auto' and 'xla' do")
 
 
 def head_multiple(dtype: Any, backend: str) -> int:
@@ -113,7 +115,12 @@ def choose_backend(
 
     In half precision on NVIDIA GPUs 'auto' is cuDNN, or 'triton' with dropout; in bfloat16 on TPUs splash; otherwise
     XLA. 'deterministic' has 'triton' (or XLA where that cannot run) in place of cuDNN: see `training.step`.
+
+    Raises:
+      ValueError: for an unknown back end.
     """
+    if backend not in (*CHOOSING, *BACKENDS):
+        raise ValueError(f"attend: backend {backend!r} must be one of {', '.join((*CHOOSING, *BACKENDS))}")
     if backend not in CHOOSING:
         return backend
     triton = not documents and dropout_kernel.use_kernel(query.dtype, query.shape[-1])
