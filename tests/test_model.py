@@ -12,6 +12,7 @@ import pytest
 from tests.support import golden, reference
 from tlinformer_jax import DualWindowBlock, ModelConfig, build_model
 from tlinformer_jax.config.model import ARCHITECTURES, RECURRENT, ExecutionPlan
+from tlinformer_jax.errors import DataError
 from tlinformer_jax.interop import params_from_reference
 from tlinformer_jax.models.attention import attend
 from tlinformer_jax.models.layers import Dropout, Embedded, prepare_layers
@@ -31,6 +32,8 @@ SMALL = ModelConfig(
     dtype="float32",
     memory=ExecutionPlan(segments=2),
 )
+
+IDS = jnp.zeros((2, 9), jnp.int32)
 
 
 def golden_scale(config: ModelConfig):
@@ -292,6 +295,12 @@ def test_attention_dropout_is_never_dropped_silently():
         attend(x, x, x, dropout=Dropout.by_key(jax.random.key(0), 0.5), backend="cudnn")
 
 
+def test_an_unknown_attention_backend_is_named_with_those_that_exist():
+    x = jnp.ones((1, 2, 1, 8))
+    with pytest.raises(ValueError, match="backend 'flash' must be one of auto, deterministic, xla, cudnn, splash, tri"):
+        attend(x, x, x, backend="flash")
+
+
 def test_attention_log_sum_exp_merges_partial_attentions():
     rng = np.random.default_rng(0)
     query, key, value = (jnp.asarray(rng.standard_normal((2, n, 3, 8)), jnp.float32) for n in (5, 11, 11))
@@ -334,11 +343,18 @@ def test_tokens_outside_the_vocabulary_never_pass_silently():
         ({"tokens": jnp.zeros((3,), jnp.int32)}, "must be integers"),
         ({}, "either tokens or inputs_embeds"),
         ({"inputs_embeds": jnp.zeros((1, 3, 5))}, "model.d_model = 16"),
+        ({"tokens": IDS, "documents": IDS[:, 1:]}, r"documents int32\[2, 8\]: must be .* = \[2, 9\]"),
+        ({"tokens": IDS, "documents": IDS[:1]}, r"documents int32\[1, 9\]: must be .* = \[2, 9\]"),
+        ({"tokens": IDS, "documents": IDS * 1.0}, r"documents float32\[2, 9\]: must be integers"),
+        ({"tokens": IDS, "start": -1}, r"start = -1: must be a position of the sequence, 0 \.\. 8"),
+        ({"tokens": IDS, "start": 9}, r"start = 9: must be"),
     ],
 )
 def test_bad_inputs_are_refused(inputs, message):
-    with pytest.raises(ValueError, match=message):
-        build_model(SMALL).apply(golden_scale(SMALL), **inputs)
+    """`documents` that are too short, or a negative `start`, would otherwise give other numbers without a word."""
+    model = build_model(SMALL)
+    with pytest.raises(DataError, match=message):
+        model.apply(golden_scale(SMALL), **inputs, method=model.hidden_states)
 
 
 @pytest.mark.parametrize(

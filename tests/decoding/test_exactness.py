@@ -166,6 +166,25 @@ def test_the_gpu_kernels_in_the_decoder(
     assert interpreted_kernels == expected
 
 
+@pytest.mark.parametrize("architecture", ["tlinformer", "transformer"])
+def test_what_the_cache_has_no_room_for_is_refused(architecture):
+    """Rows past the capacity would be dropped or written over others, and the logits would be wrong."""
+    config = dataclasses.replace(SMALL, architecture=architecture, num_blocks=1, hidden_depth=0)
+    decoder = make_decoder(config)
+    cache = decoder.init_cache(1, 5)
+    room = cache.capacity + config.generation_window if config.windowed else cache.capacity
+    with pytest.raises(ValueError, match="prefill: the prompt must have at least one token"):
+        decoder.prefill(cache, 0, np.zeros(0, np.int32))
+    with pytest.raises(ValueError, match=r"Decoder\.prefill: the cache has 1,024 rows, and 1,02. are needed"):
+        decoder.prefill(cache, 0, np.zeros(room + 1, np.int32))
+    if config.windowed:
+        cache, _ = decoder.prefill(cache, 0, np.zeros(room, np.int32))
+        with pytest.raises(ValueError, match=r"Decoder\.slide: the cache has 1,024 rows, and 1,028 are needed; call"):
+            decoder.slide(cache, 0, room)
+        with pytest.raises(ValueError, match=r"Decoder\.slide: 1,027 tokens do not fill windows of 4"):
+            decoder.slide(cache, 0, room - 1)
+
+
 def check_every_way(config: ModelConfig, prompts: list[int], length: int, alone: tuple[int, ...]) -> None:
     """Prefill, steps and slides of prompts of unequal lengths, and the uncached logits after `alone` tokens."""
     decoder = make_decoder(config)

@@ -15,7 +15,15 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.decoding import layered, spread, windowed
-from tlinformer_jax.decoding.cache import Cache, LayeredCache, WindowedCache, capacity_for, history_of, length_class
+from tlinformer_jax.decoding.cache import (
+    Cache,
+    LayeredCache,
+    WindowedCache,
+    capacity_for,
+    history_of,
+    length_class,
+    stored_rows,
+)
 from tlinformer_jax.decoding.params import DecoderParams, decoder_params, embed, logits_of
 from tlinformer_jax.decoding.sampling import MAX_STEPS, Sampler, mark_seen, sample
 from tlinformer_jax.kernels.key_value import KeyValue
@@ -183,8 +191,15 @@ class Decoder:
         return spread.init_spread_cache(self.config, batch, capacity, self.mesh, cache_dtype)
 
     def prefill(self, cache: Cache, row: int, prompt: np.ndarray) -> tuple[Cache, Float[Array, " V"]]:
-        """Fills sequence `row` from its prompt, int [length >= 1]; returns the cache and the next token's logits."""
+        """Fills sequence `row` from its prompt, int [length >= 1]; returns the cache and the next token's logits.
+
+        Raises:
+          ValueError: if the prompt is empty or the cache has no room for it.
+        """
         length = len(prompt)
+        if not length:
+            raise ValueError("Decoder.prefill: the prompt must have at least one token")
+        self._check_room("prefill", cache, length)
         room = cache.tokens.shape[1] if isinstance(cache, WindowedCache) else length_class(length)
         padded = np.zeros((room,), np.int32)
         padded[:length] = prompt
@@ -205,7 +220,15 @@ class Decoder:
         return self._call(run_steps, cache, *arguments)
 
     def slide(self, cache: WindowedCache, row: int, tokens: int) -> WindowedCache:
-        """Slides the full window of sequence `row`, which has `tokens` tokens."""
+        """Slides the full window of sequence `row`, which has `tokens` tokens.
+
+        Raises:
+          ValueError: if the window is not full or the cache has no room for its rows.
+        """
+        if tokens < 1 or tokens % self.config.generation_window:
+            size = self.config.generation_window
+            raise ValueError(f"Decoder.slide: {tokens:,} tokens do not fill windows of {size:,}")
+        self._check_room("slide", cache, tokens + 1)
         observed = np.int32(self.config.observed_rows(history_of(self.config, tokens + 1)))
         return self._call(windowed.slide, cache, np.int32(row), observed)
 
@@ -213,6 +236,13 @@ class Decoder:
         """Copies a cache to one for sequences of up to `tokens` tokens; returns it unchanged if it has the room."""
         capacity = capacity_for(self.config, tokens, self.devices)
         return cache if capacity <= cache.capacity else spread.grow(self.config, cache, capacity)
+
+    def _check_room(self, method: str, cache: Cache, tokens: int) -> None:
+        """Raises a ValueError if a cache cannot store so many tokens: compiled code would overwrite other rows."""
+        rows = stored_rows(self.config, tokens)
+        if self.config.grows and rows > cache.capacity:
+            needed = f"the cache has {cache.capacity:,} rows, and {rows:,} are needed"
+            raise ValueError(f"Decoder.{method}: {needed}; call Decoder.grow first")
 
     def _call(self, function: Callable[..., Any], cache: Cache, *rest: Any) -> Any:
         return spread.on_devices(function, self.mesh, self.params, self.config, cache, *rest)

@@ -139,9 +139,9 @@ class CachedHistory:
 
         z = Stream.of(next_layer, restore_rows(self.z.rows, self.z.Q), self.z_rope, "q")
         new = dataclasses.replace(self, layer=next_layer, z=z, rows=rows, queries=queries, key_rows=None)
-        return new._made(keep_rows="q" in parts)
+        return new._fill(keep_rows="q" in parts)
 
-    def _made(self, keep_rows: bool) -> "CachedHistory":
+    def _fill(self, keep_rows: bool) -> "CachedHistory":
         """Fills the cache of this block's keys; with `keep_rows`, also stores all rows of C in one array."""
         if not self.keys and not keep_rows:
             return self
@@ -195,7 +195,7 @@ def embedded_history(
         keyed = None if params.shift is None else key_rows
         if not fill:
             return CachedHistory(at, layer, z, z_rope, rows, projected, later, first, keyed)
-        return CachedHistory(at, layer, z, z_rope, rows, projected, caches, (), keyed)._made(keep_rows=False)
+        return CachedHistory(at, layer, z, z_rope, rows, projected, caches, (), keyed)._fill(keep_rows=False)
     table = projections(layer, vocabulary, "q")[0, :, 0]  # [V, heads, d_h (padded)]
     if fill and first:
         token_table = TokenTable.of(layer, vocabulary, first[0], at.chunk, backend)

@@ -183,7 +183,7 @@ class Stream(Iterator[Piece]):
         return cache, state, np.asarray(tokens)[None], None if logprobs is None else np.asarray(logprobs)[None]
 
     def _advance(self, cache: Cache, state: Sequences) -> tuple[Cache, Sequences, np.ndarray, np.ndarray | None]:
-        """Feeds the last tokens and draws more, until a window is full or the chunk is done; returns the same."""
+        """Feeds the last tokens and draws more, until a window is full or the chunk is done; see `_prefill`."""
         cache, room = self._make_room(cache)
         drawn = len(self.generations[self._active[0]].tokens)
         steps = min(self._chunk, self._config.max_new_tokens - drawn, room)

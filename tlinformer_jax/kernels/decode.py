@@ -75,6 +75,7 @@ def attend(
     Args:
       projected: query, key and value of the new row, not rotated.
       tables: cosines and sines of the new row's rotations.
+      sources: the cached rows of each softmax, with the number of valid rows; see `Source`.
 
     Returns:
       each source's output, float32, to be added up; its log-sum-exp, -inf if no row is valid; and the new row's rotated

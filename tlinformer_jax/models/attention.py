@@ -17,11 +17,13 @@ from tlinformer_jax.kernels.common import Scores, is_half, merge_softmaxes
 from tlinformer_jax.kernels.splash import attend_splash
 from tlinformer_jax.models.layers import Dropout
 from tlinformer_jax.models.recompute import map_steps
-from tlinformer_jax.models.windows import in_chunks, joined
+from tlinformer_jax.models.windows import in_chunks, joined, pad_rows
 from tlinformer_jax.parallel.mesh import is_nvidia_gpu, platform
 
 # Values of model.attention for which the back end depends on the device and the call.
 CHOOSING = ("auto", "deterministic")
+# The back ends themselves.
+BACKENDS = ("xla", "cudnn", "splash", "triton")
 # Keys per part when attention to many keys is split; a power of two.
 KEYS_PER_PART = 1024
 # Most float32 scores that attention with dropout or documents holds at a time.
@@ -69,7 +71,7 @@ def attend(
       the output, shaped as the query; with `return_lse`, `OutputAndLse`.
 
     Raises:
-      ValueError: for a window without `causal`, or an option that the back end does not support.
+      ValueError: for a window without `causal`, an unknown back end, or an option that the back end does not support.
     """
     if window is not None and not causal:
         raise ValueError("attend: window needs causal=True")
@@ -91,12 +93,14 @@ def attend(
     elif chosen == "cudnn" and dropout is None and not apart:
         output, lse = _attend_cudnn(query, key, value, scores, key_length, return_lse, never_empty)
     else:
-        asked = {"dropout": dropout is not None, "documents": apart, "return_lse": return_lse}
-        options = " with ".join(name for name, given in asked.items() if given)
-        raise ValueError(
-            f"attend: backend {chosen!r} does not support {options or 'a call without options'}; 'auto' and 'xla' do"
-        )
+        raise _unsupported(chosen, dropout=dropout is not None, documents=apart, return_lse=return_lse)
     return (output, lse) if return_lse else output
+
+
+def _unsupported(backend: str, **options: bool) -> ValueError:
+    """Returns the error for a call whose options, those that are true, a back end does not support."""
+    given = " with ".join(name for name, asked in options.items() if asked)
+    return ValueError(f"attend: backend {backend!r} does not support {given}; 'auto' and 'xla' do")
 
 
 def head_multiple(dtype: Any, backend: str) -> int:
@@ -111,7 +115,12 @@ def choose_backend(
 
     In half precision on NVIDIA GPUs 'auto' is cuDNN, or 'triton' with dropout; in bfloat16 on TPUs splash; otherwise
     XLA. 'deterministic' has 'triton' (or XLA where that cannot run) in place of cuDNN: see `training.step`.
+
+    Raises:
+      ValueError: for an unknown back end.
     """
+    if backend not in (*CHOOSING, *BACKENDS):
+        raise ValueError(f"attend: backend {backend!r} must be one of {', '.join((*CHOOSING, *BACKENDS))}")
     if backend not in CHOOSING:
         return backend
     triton = not documents and dropout_kernel.use_kernel(query.dtype, query.shape[-1])
@@ -296,9 +305,10 @@ def _attend_in_chunks(
         (key, value), (key_length, dropout, documents), (query, number) = shared, fixed, item
         return _attend_xla(query, key, value, scores, key_length, dropout, documents, number * chunk)
 
-    padded = jnp.pad(query, ((0, 0), (0, -queries % chunk), (0, 0), (0, 0)))
+    missing = -queries % chunk
+    padded = pad_rows(query, missing)
     if documents is not None:
-        documents = jnp.pad(documents[0], ((0, 0), (0, -queries % chunk))), documents[1]
+        documents = pad_rows(documents[0], missing), documents[1]
     fixed = key_length, dropout, documents
     found = map_steps(some, (key, value), in_chunks(padded, chunk), fixed, padded.shape[1] // chunk)
     output, lse = (joined(array)[:, :queries] for array in found)

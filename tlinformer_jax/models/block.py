@@ -225,8 +225,9 @@ class DualWindowBlock(nn.Module):
     """One dual-window block as a Flax module, for use in any model.
 
     The block maps a generation window x of m rows and its history C of n rows to the next x and C. Positions are
-    0 .. n - 1 in the history and n .. n + m - 1 in the window. The block ignores `config.vocab_size` and
-    `config.generation_window`; `config.num_blocks` only affects the scale of the initial weights.
+    0 .. n - 1 in the history and n .. n + m - 1 in the window. The block ignores `config.vocab_size`,
+    `config.generation_window`, `config.window_overlap` and `config.token_shift`; `config.num_blocks` only affects the
+    scale of the initial weights.
 
     Examples:
       >>> block = DualWindowBlock(ModelConfig(d_model=64, num_heads=4, history_window=32))

@@ -23,6 +23,7 @@ from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.kernels import delta as delta_kernel
 from tlinformer_jax.models.feed_forward import flat_rows
 from tlinformer_jax.models.layers import INIT_STD, LAYER_NORM_EPSILON, ResidualParams, feed_forward_params, layer_norm
+from tlinformer_jax.models.windows import in_chunks, joined, pad_rows
 from tlinformer_jax.parallel.sharding import open_axes
 
 CHUNK = 64
@@ -245,13 +246,10 @@ def delta_chunked(
 
     def chunks(array: Array) -> Array:
         """Reshapes [batch, length, heads, ...] to [chunks, batch, heads, chunk, ...]."""
-        array = jnp.pad(array, ((0, 0), (0, padding), *((0, 0),) * (array.ndim - 2)))
-        array = array.reshape(array.shape[0], -1, chunk, *array.shape[2:])
-        return jnp.moveaxis(array, (1, 3), (0, 2))
+        return jnp.moveaxis(in_chunks(pad_rows(array, padding), chunk), 3, 2)
 
     outputs, state = _chunked(*map(chunks, (query, key, value, decay, write)), state)
-    outputs = jnp.moveaxis(outputs, (0, 2), (1, 3))
-    return outputs.reshape(outputs.shape[0], -1, *outputs.shape[3:])[:, :rows], state
+    return joined(jnp.moveaxis(outputs, 2, 3))[:, :rows], state
 
 
 @jax.checkpoint

@@ -131,11 +131,13 @@ class LanguageModel(nn.Module):
         start: int = 0,
         documents: jax.Array | None = None,
     ) -> jax.Array:
-        """Returns the input of the head at positions start, ...: [batch, length - start, D]; see `__call__`."""
+        """Returns the input of the head at positions start, ...: [batch, length - start, D]; see `__call__`.
+
+        Raises:
+          DataError: as `__call__`, and if `start` is not a position of the sequence.
+        """
         config = self.config
-        check_inputs(config, tokens, inputs_embeds)
-        if documents is not None and config.recurrent:
-            raise DataError(f"documents: must be None for model.architecture = {config.architecture!r}")
+        check_inputs(config, tokens, inputs_embeds, documents, start)
         params = self.parameters()
         if inputs_embeds is None:
             assert tokens is not None  # check_inputs
@@ -265,7 +267,7 @@ def padded_vocabulary(vocab_size: int, dtype: Any) -> int:
     return vocab_size + (-vocab_size % VOCABULARY_MULTIPLE if half else 0)
 
 
-def check_inputs(config: ModelConfig, tokens: Any, inputs_embeds: Any) -> None:
+def check_inputs(config: ModelConfig, tokens: Any, inputs_embeds: Any, documents: Any = None, start: int = 0) -> None:
     """Raises a DataError if the model cannot take these inputs."""
     if (tokens is None) == (inputs_embeds is None):
         raise DataError("model inputs: give either tokens or inputs_embeds")
@@ -276,9 +278,19 @@ def check_inputs(config: ModelConfig, tokens: Any, inputs_embeds: Any) -> None:
         raise DataError(
             f"inputs_embeds {list(inputs_embeds.shape)}: must be [batch, length, model.d_model = {config.d_model}]"
         )
-    given = tokens if tokens is not None else inputs_embeds
-    if given.shape[1] < 1:
-        raise DataError(f"sequence of length {given.shape[1]}: must hold at least one token")
+    batch, length = (tokens if tokens is not None else inputs_embeds).shape[:2]
+    if length < 1:
+        raise DataError(f"sequence of length {length}: must hold at least one token")
+    if not 0 <= start < length:
+        raise DataError(f"start = {start}: must be a position of the sequence, 0 .. {length - 1}")
+    if documents is None:
+        return
+    if config.recurrent:
+        raise DataError(f"documents: must be None for model.architecture = {config.architecture!r}")
+    # Too short an array would be padded, and its last tokens would silently join the first document.
+    if documents.shape != (batch, length) or not jnp.issubdtype(documents.dtype, jnp.integer):
+        given = f"documents {documents.dtype}{list(documents.shape)}"
+        raise DataError(f"{given}: must be integers [batch, length] = [{batch}, {length}], like the tokens")
 
 
 def attention_window(config: ModelConfig) -> int | None:

@@ -71,14 +71,14 @@ def rope_table(positions: jax.Array, head_dim: int, longest_wavelength: int = 0)
 
 @dataclasses.dataclass(frozen=True)
 class Rotations:
-    """Rotations of positions [length], computed in the order of axes that is asked for."""
+    """Rotations of positions [length], not computed yet: some readers need rows first, others rows last."""
 
     positions: jax.Array
     head_dim: int
     longest_wavelength: int = 0
 
     def rows(self) -> Rope:
-        """Returns them by rows."""
+        """Returns cosines and sines with rows first, the order of `rotate`."""
         return rope_table(self.positions, self.head_dim, self.longest_wavelength)
 
     def columns(self) -> tuple[jax.Array, jax.Array]:

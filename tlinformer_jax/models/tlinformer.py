@@ -30,6 +30,7 @@ from tlinformer_jax.models.windows import (
     WindowFrame,
     joined,
     num_windows,
+    pad_rows,
     padded_length,
     plan_segments,
     slice_rows,
@@ -123,9 +124,9 @@ def prepare_sequence(
     padded = padded_length(config, count, segments, parts)
     missing, documents = padded // parts - embeddings.rows.shape[1], embeddings.documents
     embeddings = dataclasses.replace(embeddings, documents=None)
-    embeddings = jax.tree.map(lambda rows: jnp.pad(rows, ((0, 0), (0, missing), (0, 0))), embeddings)
+    embeddings = jax.tree.map(lambda rows: pad_rows(rows, missing), embeddings)
     if documents is not None:
-        documents = jnp.pad(documents, ((0, 0), (0, padded - length)))
+        documents = pad_rows(documents, padded - length)
     rope = rope_table(jnp.arange(padded, dtype=jnp.int32), config.head_dim, config.longest_wavelength)
     rows_rope = jax.tree.map(lambda table: rows.take(table, axis=0), rope) if rows else rope
     history = History.of(blocks[0].compress, embeddings.rows, rows_rope, key_rows=embeddings.key_rows)
