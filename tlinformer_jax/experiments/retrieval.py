@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy.stats import binomtest, bootstrap
 
 from tlinformer_jax.config.model import RECURRENT
 from tlinformer_jax.data.tasks import REGIONS
@@ -69,11 +68,15 @@ def _known_columns(table: pd.DataFrame) -> list[str]:
 
 def wilson_interval(found: int, runs: int) -> str:
     """Returns the 95% Wilson interval for the fraction of runs that find the answers; '' if there are no runs."""
+    from scipy.stats import binomtest  # its import takes as long as that of pandas
+
     return "{:.2f} to {:.2f}".format(*binomtest(found, runs).proportion_ci(0.95, "wilson")) if runs else ""
 
 
 def median_interval(shares: pd.Series) -> tuple[float, float]:
     """Returns the 95% bootstrap interval of the median over seeds, NaN for a single seed; it is deterministic."""
+    from scipy.stats import bootstrap  # see `wilson_interval`
+
     if len(shares) < 2:
         return np.nan, np.nan
     sample = (shares.to_numpy(float),)
