@@ -137,6 +137,18 @@ def writable_workdir(path: str, flag: str = "--workdir") -> pathlib.Path:
     return workdir
 
 
+def writable_file(path: str, flag: str = "--out") -> pathlib.Path:
+    """Returns the file that `flag` names; raises a UserError if it cannot be written. For checks before long work."""
+    target = local_path(path, flag)
+    with file_errors_as(f"{flag}={path}: must be a file that can be written"):
+        if target.is_dir():
+            raise UserError(f"{flag}={path}: must be a file, not a directory")
+        draft = target.with_name(f".{target.name}.{os.getpid()}.draft")
+        draft.write_bytes(b"")
+        draft.unlink()
+    return target
+
+
 def text_of_file(path: str, flag: str) -> str:
     """Returns the text of the UTF-8 file that `flag` names, read like training text."""
     from tlinformer_jax.data.files import read_text
