@@ -90,7 +90,7 @@ def _check(config: RunConfig) -> None:
     if INIT_FROM.value is not None:
         check_origin(Origin(local_path(INIT_FROM.value, "--init_from")), config)
     with memory_advice():
-        print(check_run(config, CHECK_COMPILE.value))
+        cli.print_result(check_run(config, CHECK_COMPILE.value))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Shared parts of all entry points: flags by absl; user errors as one line and exit status 2."""
 
 import contextlib
+import errno
 import logging as std_logging
 import os
 import pathlib
@@ -83,6 +84,17 @@ def fail(message: str, status: int = 2) -> NoReturn:
     """Prints `message` on stderr and exits with `status`."""
     print(f"error: {message}", file=sys.stderr, flush=True)
     sys.exit(status)
+
+
+def print_result(text: str) -> None:
+    """Prints what a command is run for; a UserError if it is lost on a full disk, unlike a lost message of a training.
+
+    A reader that has ended, such as `head`, wants no more: that is no error.
+    """
+    print(text, flush=True)
+    lost = getattr(sys.stdout, "lost", "")
+    if lost not in ("", os.strerror(errno.EPIPE)):
+        raise UserError(f"stdout: the result cannot be written ({lost})")
 
 
 def run_flags() -> tuple[flags.FlagHolder[str], flags.FlagHolder[int | None]]:

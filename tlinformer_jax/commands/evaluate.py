@@ -88,6 +88,6 @@ def _evaluate(workdir: pathlib.Path, text: str | None, options: "EvaluationOptio
         write_report(report, out)
     if is_first and JSON.value:
         head, tail = ({name: report[name] for name in names if name in report} for names in JSON_PARTS)
-        print(json.dumps(head | report["figures"] | tail))
+        cli.print_result(json.dumps(head | report["figures"] | tail))
     elif is_first:
-        print("\n".join(lines(report)))
+        cli.print_result("\n".join(lines(report)))
