@@ -50,7 +50,7 @@ class PatientStream(io.TextIOWrapper):
             self._drop(error)
 
     def _drop(self, error: OSError) -> None:
-        self.lost = error.strerror
+        self.lost = error.strerror or first_line(error)
         if error.errno in (errno.EPIPE, errno.EIO):  # a pipe without a reader, a closed terminal
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self.fileno())
