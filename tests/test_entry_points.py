@@ -76,6 +76,32 @@ def test_mistakes_get_one_line_and_status_2_and_leave_no_folder_of_their_own(tmp
     assert results[[*MISTAKES].index("the quickstart's")].stderr.strip() in page
 
 
+LONG = "n" * 300  # no file system takes this name; looking for it fails as in a folder that may not be searched
+
+
+def test_a_path_that_cannot_be_reached_gets_one_line(tmp_path):
+    text = [*TINY, "--config.data.dataset=text"]
+    cases = {
+        "--workdir=": ("tlinformer_jax.main", [*TINY, f"--workdir={tmp_path}/{LONG}"]),
+        "data.train_files: ": ("prepare", [*text, f"--config.data.train_files={tmp_path}/{LONG}.txt"]),
+        "cannot be read as a tokenizer": ("prepare", [*text, f"--config.data.tokenizer={tmp_path}/{LONG}"]),
+        f"{LONG}: cannot be read": ("report", [f"--results={tmp_path}/{LONG}", f"--out={tmp_path}/results.md"]),
+        f"--config=./{LONG}: cannot be read": ("prepare", [f"--config=./{LONG}"]),
+    }
+    for result, message in zip(in_forks(list(cases.values())), cases, strict=True):
+        check_refusal(result, message)
+        assert "(File name too long)" in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_refused_folder_for_traces_leaves_no_other_folder(tmp_path):
+    (tmp_path / "file").touch()
+    flags = [f"--workdir={tmp_path}/run", f"--profile={tmp_path}/file"]
+    (result,) = in_forks([("tlinformer_jax.main", [*TINY, *flags])])
+    check_refusal(result, "--profile=")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 def test_unwritable_workdir(tmp_path):
     blocker = tmp_path / "file"
     blocker.write_text("")

@@ -70,6 +70,21 @@ def test_a_command_goes_on_when_the_disk_below_its_log_is_full(tmp_path):
     assert (tmp_path / "file").read_text() == "done"
 
 
+def test_a_result_that_a_full_disk_loses_is_an_error_and_one_that_nobody_reads_is_not():
+    code = "from tlinformer_jax.commands import cli; cli.run(lambda: cli.print_result('figures'))"
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2
+    assert done.stderr == "error: stdout: the result cannot be written (No space left on device)\n"
+    unread = subprocess.run(
+        ["bash", "-c", 'exec 3> >(true); sleep 1; "$0" -c "$1" >&3', sys.executable, code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert (unread.returncode, unread.stderr) == (0, "")
+
+
 def test_closed_streams_are_not_taken_for_the_next_file(tmp_path):
     line = [sys.executable, "-c", TALKS, "closed", str(tmp_path / "file")]
     done = subprocess.run(["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", *line], cwd=ROOT, check=False)

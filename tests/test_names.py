@@ -9,7 +9,7 @@ from absl import flags
 
 from tests.support.commands import ROOT, check_refusal, command, command_line, run_line
 from tlinformer_jax.commands import cli
-from tlinformer_jax.config.named import config_file
+from tlinformer_jax.config.named import config_file, load_python
 from tlinformer_jax.config.run import run_config, unknown_field
 from tlinformer_jax.errors import ConfigError, UserError
 from tlinformer_jax.experiments.plan import load_sweep
@@ -68,6 +68,8 @@ def test_a_file_wins_over_a_name(elsewhere):
     assert from_flags("--config=tiny").train.steps == 11
     for path in ("configs/tiny.py", "./tiny", "/tiny", "tiny.py:x", ""):
         assert config_file(path) == path
+    with pytest.raises(UserError, match="must be a Python file, or one of"):
+        config_file("n" * 300)  # longer than any file's name
 
 
 def test_an_unknown_name_lists_the_names():
@@ -82,6 +84,21 @@ def test_an_unknown_name_lists_the_names():
     check_refusal(
         command("tlinformer_jax.main", "--config=tinny", "--workdir=run"), f"one of {names}; did you mean tiny?"
     )
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("a\0b", "--config={file}: source code string cannot contain null bytes"),
+        ("def get_config():\n    raise SystemExit(3)\n", "--config={file}: SystemExit in {file}, line 2: 3"),
+    ],
+)
+def test_a_file_that_cannot_run_is_refused_in_one_line(elsewhere, content, says):
+    file = elsewhere / "config.py"
+    file.write_text(content)
+    with pytest.raises(UserError) as caught:
+        load_python(str(file), "--config", "get_config")
+    assert str(caught.value) == says.format(file=file)
 
 
 @pytest.mark.parametrize(

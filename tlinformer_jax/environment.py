@@ -34,7 +34,7 @@ class PatientStream(io.TextIOWrapper):
     It handles errors in the text layer, since a signal that raises in the byte layer would make the buffer write twice.
     """
 
-    lost = False  # whether a write has failed, for example because the reader of a pipe has ended
+    lost = ""  # why a write has failed, for example because the reader of a pipe has ended
 
     def write(self, text: str) -> int:
         try:
@@ -50,7 +50,7 @@ class PatientStream(io.TextIOWrapper):
             self._drop(error)
 
     def _drop(self, error: OSError) -> None:
-        self.lost = True
+        self.lost = error.strerror or first_line(error)
         if error.errno in (errno.EPIPE, errno.EIO):  # a pipe without a reader, a closed terminal
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self.fileno())
@@ -83,7 +83,7 @@ def settle() -> None:
 
 def reader_is_gone() -> bool:
     """Returns whether output to stdout was lost."""
-    return getattr(sys.stdout, "lost", False)
+    return bool(getattr(sys.stdout, "lost", ""))
 
 
 class Terminated(BaseException):

@@ -6,6 +6,7 @@ together if SLURM, Open MPI, Kubernetes or a TPU pod starts them, or with --coor
 """
 
 import contextlib
+import os
 import pathlib
 import shlex
 import sys
@@ -46,15 +47,16 @@ def main() -> None:
     if CHECK.value or CHECK_COMPILE.value:
         _check(config)
         return
-    is_new = not pathlib.Path(WORKDIR.value).exists()
-    workdir = cli.writable_workdir(WORKDIR.value)
-    profile = cli.writable_workdir(PROFILE.value, "--profile") if PROFILE.value else None
+    named = [local_path(flag.value, f"--{flag.name}") for flag in (WORKDIR, PROFILE) if flag.value]
+    missing = [folder for folder in named if not os.path.lexists(folder)]
     try:
+        workdir = cli.writable_workdir(WORKDIR.value)
+        profile = cli.writable_workdir(PROFILE.value, "--profile") if PROFILE.value else None
         _train(config, workdir, profile, cluster)
     except UserError:
-        if is_new:
-            with contextlib.suppress(OSError):  # the folder is not empty
-                workdir.rmdir()
+        for folder in missing:
+            with contextlib.suppress(OSError):  # the folder is not empty, or was not made
+                folder.rmdir()
         raise
 
 
@@ -88,7 +90,7 @@ def _check(config: RunConfig) -> None:
     if INIT_FROM.value is not None:
         check_origin(Origin(local_path(INIT_FROM.value, "--init_from")), config)
     with memory_advice():
-        print(check_run(config, CHECK_COMPILE.value))
+        cli.print_result(check_run(config, CHECK_COMPILE.value))
 
 
 if __name__ == "__main__":

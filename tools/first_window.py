@@ -18,7 +18,6 @@ from absl import flags
 
 from tlinformer_jax.commands import cli
 from tlinformer_jax.errors import UserError
-from tlinformer_jax.evaluation.report import writable_file
 from tlinformer_jax.files import write_text, writing
 from tlinformer_jax.models import build_model
 from tlinformer_jax.training.checkpoint import load_run
@@ -57,7 +56,7 @@ def compared(before: TrainedRun, after: TrainedRun, tokens: np.ndarray) -> dict[
 
 def main() -> None:
     """Loads both runs, compares them and prints the result."""
-    out = writable_file(OUT.value) if OUT.value else None
+    out = cli.writable_file(OUT.value) if OUT.value else None
     before = load_run(cli.given_path(BEFORE, "the directory of a run"), BEFORE_STEP.value)
     after = load_run(cli.given_path(AFTER, "the directory of a run"), AFTER_STEP.value)
     model, data = after.run.config.model, after.run.config.data

@@ -261,12 +261,14 @@ def test_the_embedded_corpus_comes_through_the_same_door():
     assert validation.num_documents + test.num_documents > 10
 
 
-def test_a_place_that_cannot_be_written_is_named(tmp_path):
+def test_a_place_that_cannot_be_written_is_named(tmp_path, monkeypatch):
     write_corpus(tmp_path / "a.jsonl", documents=1)
     (tmp_path / "cache").write_text("a file where the directory should be")
-    with pytest.raises(DataError, match=r"cannot be written \(.*\); TLINFORMER_CACHE may name") as caught:
-        load_split(config_for(tmp_path), "train", BYTES)
-    assert "\n" not in str(caught.value)
+    for folder in (tmp_path / "cache", tmp_path / ("n" * 300)):
+        monkeypatch.setenv("TLINFORMER_CACHE", str(folder))
+        with pytest.raises(DataError, match=r"cannot be written \(.*\); TLINFORMER_CACHE may name") as caught:
+            load_split(config_for(tmp_path), "train", BYTES)
+        assert "\n" not in str(caught.value)
 
 
 def _run_child(tmp_path: pathlib.Path, before: str = "", **changes) -> subprocess.Popen:

@@ -66,7 +66,8 @@ def test_sounds_are_prompt_and_continuation_without_the_ends(tmp_path, capsys):
         (("idx", "ids:256"), "x.wav", "must end in .png for data.dataset = 'idx'"),
         (("wav", "ids:256"), "x.png", "must end in .wav for data.dataset = 'wav'"),
         (("idx", "ids:256", 20), "x.png", "needs square images, but data.sequence_length = 20"),
-        (("idx", "ids:256"), "none/x.png", "does not exist"),
+        (("idx", "ids:256"), "none/x.png", "must be a file that can be written (No such file or directory)"),
+        (("idx", "ids:256"), "/proc/x.png", "must be a file that can be written ("),
     ],
 )
 def test_what_cannot_be_saved_is_refused_before_anything_is_drawn(tmp_path, capsys, data, name, message):

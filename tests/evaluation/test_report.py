@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from tests.evaluation.runs import LENGTH, MODEL, costs, trained
+from tlinformer_jax.commands import cli
 from tlinformer_jax.data.streams import TokenStream
 from tlinformer_jax.errors import ConfigError, UserError
-from tlinformer_jax.evaluation.report import EvaluationOptions, evaluate_run, lines, writable_file, write_report
+from tlinformer_jax.evaluation.report import EvaluationOptions, evaluate_run, lines, write_report
 from tlinformer_jax.files import finite
 
 TOKENS = np.random.default_rng(3).integers(0, 257, 68).astype(np.uint16)  # 5 samples of 12, 7 labels are left
@@ -177,7 +178,7 @@ def test_joined_bins_keep_the_mean():
 
 
 def test_reports_appear_whole_or_not_at_all(tmp_path):
-    target = writable_file(str(tmp_path / "report.json"))
+    target = cli.writable_file(str(tmp_path / "report.json"))
     assert list(tmp_path.iterdir()) == []
     values = {"loss": 1.0, "command": ["--a=[1,  2]", "x"], "edges": [0, 1, None], "parts": [{"loss": [0.5, 2.0]}]}
     write_report(values, target)
@@ -189,4 +190,4 @@ def test_reports_appear_whole_or_not_at_all(tmp_path):
     assert finite({"a": [math.inf, 1.5], "b": math.nan}) == {"a": [None, 1.5], "b": None}
     for name in ("none/report.json", ".", "report.json/x"):
         with pytest.raises(UserError, match="--out="):
-            writable_file(str(tmp_path / name))
+            cli.writable_file(str(tmp_path / name))

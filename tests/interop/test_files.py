@@ -58,6 +58,8 @@ def test_safetensors_gives_every_tensor_as_it_was(tmp_path):
         write_safetensors(tmp_path / "model.safetensors", ARRAYS)
     with pytest.raises(DataError, match="cannot be written"):
         write_safetensors(tmp_path / "none" / "model.safetensors", ARRAYS)
+    with pytest.raises(DataError, match=r"cannot be written \(File name too long\)"):
+        write_safetensors(tmp_path / f"{'n' * 300}.safetensors", ARRAYS)
 
 
 def test_damaged_safetensors(tmp_path):

@@ -1,6 +1,7 @@
 """Shared parts of all entry points: flags by absl; user errors as one line and exit status 2."""
 
 import contextlib
+import errno
 import logging as std_logging
 import os
 import pathlib
@@ -85,6 +86,17 @@ def fail(message: str, status: int = 2) -> NoReturn:
     sys.exit(status)
 
 
+def print_result(text: str) -> None:
+    """Prints what a command is run for; a UserError if it is lost on a full disk, unlike a lost message of a training.
+
+    A reader that has ended, such as `head`, wants no more: that is no error.
+    """
+    print(text, flush=True)
+    lost = getattr(sys.stdout, "lost", "")
+    if lost not in ("", os.strerror(errno.EPIPE)):
+        raise UserError(f"stdout: the result cannot be written ({lost})")
+
+
 def run_flags() -> tuple[flags.FlagHolder[str], flags.FlagHolder[int | None]]:
     """Defines --workdir and --step, for commands that read a run."""
     workdir = flags.DEFINE_string("workdir", "", "Working directory of a run.")
@@ -135,6 +147,18 @@ def writable_workdir(path: str, flag: str = "--workdir") -> pathlib.Path:
         probe.write_bytes(b"")
         probe.unlink()
     return workdir
+
+
+def writable_file(path: str, flag: str = "--out") -> pathlib.Path:
+    """Returns the file that `flag` names; raises a UserError if it cannot be written. For checks before long work."""
+    target = local_path(path, flag)
+    with file_errors_as(f"{flag}={path}: must be a file that can be written"):
+        if target.is_dir():
+            raise UserError(f"{flag}={path}: must be a file, not a directory")
+        draft = target.with_name(f".{target.name}.{os.getpid()}.draft")
+        draft.write_bytes(b"")
+        draft.unlink()
+    return target
 
 
 def text_of_file(path: str, flag: str) -> str:

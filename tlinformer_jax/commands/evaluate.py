@@ -69,12 +69,12 @@ def _evaluate(workdir: pathlib.Path, text: str | None, options: "EvaluationOptio
     """Evaluates; the first process prints the report, and writes it to --out."""
     import jax
 
-    from tlinformer_jax.evaluation.report import evaluate_run, evaluate_text, lines, writable_file, write_report
+    from tlinformer_jax.evaluation.report import evaluate_run, evaluate_text, lines, write_report
     from tlinformer_jax.training.checkpoint import load_run
     from tlinformer_jax.training.workdir import tell_changed_texts
 
     is_first = jax.process_index() == 0
-    out = writable_file(OUT.value) if OUT.value is not None and is_first else None  # checked before the work
+    out = cli.writable_file(OUT.value) if OUT.value is not None and is_first else None  # checked before the work
     command = ["tlinformer_jax evaluate", *sys.argv[1:]]
     trained = load_run(workdir, STEP.value)
     if text is not None:
@@ -88,6 +88,6 @@ def _evaluate(workdir: pathlib.Path, text: str | None, options: "EvaluationOptio
         write_report(report, out)
     if is_first and JSON.value:
         head, tail = ({name: report[name] for name in names if name in report} for names in JSON_PARTS)
-        print(json.dumps(head | report["figures"] | tail))
+        cli.print_result(json.dumps(head | report["figures"] | tail))
     elif is_first:
-        print("\n".join(lines(report)))
+        cli.print_result("\n".join(lines(report)))

@@ -19,7 +19,7 @@ from tlinformer_jax import environment
 from tlinformer_jax.commands import cli
 from tlinformer_jax.config.train import NUM_SEEDS
 from tlinformer_jax.errors import UserError
-from tlinformer_jax.files import local_path, write_bytes
+from tlinformer_jax.files import local_path, write_bytes, writing
 
 if TYPE_CHECKING:
     from tlinformer_jax.config.model import ModelConfig
@@ -133,9 +133,13 @@ def _saver(workdir: pathlib.Path) -> Callable[[list[np.ndarray]], None] | None:
         raise UserError(f"--save={path}: must end in {ending} for data.dataset = {data.dataset!r}")
     if data.dataset == "idx" and math.isqrt(data.sequence_length) ** 2 != data.sequence_length:
         raise UserError(f"--save={path}: needs square images, but data.sequence_length = {data.sequence_length}")
-    if not path.parent.is_dir():
-        raise UserError(f"--save={path}: the folder {path.parent} does not exist")
-    return lambda samples: write_bytes(path, content(samples, data.sequence_length))
+    cli.writable_file(SAVE.value, "--save")  # checked before the work
+
+    def save(samples: list[np.ndarray]) -> None:
+        with writing(f"--save={path}:"):
+            write_bytes(path, content(samples, data.sequence_length))
+
+    return save
 
 
 def _print_samples(stream: "Stream") -> bool:

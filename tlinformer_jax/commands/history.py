@@ -44,7 +44,7 @@ def main() -> None:
         measured = measure_history(
             trained, stream, LENGTH.value, samples=SAMPLES.value, distances=distances, batch_size=BATCH_SIZE.value
         )
-    print("\n".join(lines(measured)))
+    cli.print_result("\n".join(lines(measured)))
     if out is not None:
         command = ["tlinformer_jax history", *sys.argv[1:]]
         _write(describe(trained, command) | {"split": SPLIT.value} | measured, out)

@@ -53,7 +53,7 @@ def main() -> None:
     """Prints a line for each split."""
     config = run_config(cli.config_values())
     for line in prepare(config.data, config.model.vocab_size):
-        print(line, flush=True)
+        cli.print_result(line)
 
 
 # Not called on import: training imports `prepare`, and has its own flags.

@@ -83,7 +83,7 @@ def main() -> None:
         from tlinformer_jax.experiments.listing import list_points
 
         jax.config.update("jax_platforms", "cpu")
-        print(list_points(groups))
+        cli.print_result(list_points(groups))
         return
     if importlib.util.find_spec("pandas") is None:  # checked before anything is trained
         raise UserError("the tables of a sweep need pandas: pip install 'tlinformer-jax[report]'")

@@ -1,5 +1,6 @@
 """Config and sweep files: a user's Python files, or the package's by name (`tiny`, `wt103:paper-1k-512-0.5`)."""
 
+import os
 import pathlib
 import re
 import runpy
@@ -21,7 +22,7 @@ SWEEP = "sweep_"
 def config_file(given: str, flag: str = "--config") -> str:
     """Resolves a value of --config or --sweep, a path or the name of a package file, to FILE or FILE:VARIANT."""
     name, colon, variant = given.partition(":")
-    if not re.fullmatch(r"[\w-]+", name) or pathlib.Path(name).is_file():
+    if not re.fullmatch(r"[\w-]+", name) or os.path.isfile(name):
         return given
     files = _files()
     names = [known.removeprefix(SWEEP) for known in files if known.startswith(SWEEP) == (flag == "--sweep")]
@@ -48,8 +49,9 @@ def load_python(given: str, flag: str, function: str) -> Any:
     except UserError:
         raise
     except SyntaxError as error:
-        raise UserError(f"{what}: {error.filename}, line {error.lineno}: {error.msg}") from None
-    except Exception as error:
+        place = f"{error.filename}, line {error.lineno}: " if error.filename else ""  # none for a null byte
+        raise UserError(f"{what}: {place}{error.msg}") from None
+    except (Exception, SystemExit) as error:
         last = traceback.extract_tb(error.__traceback__)[-1]
         if isinstance(error, OSError) and error.filename == str(file):
             message = f"cannot be read ({error.strerror}); must be a Python file with a function {function}"

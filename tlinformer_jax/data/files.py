@@ -47,8 +47,9 @@ def find_files(patterns: str, field: str, any_name: bool = False) -> list[pathli
         path = pathlib.Path(pattern).expanduser().absolute()
         folder = _existing_folder(path)
         names = glob.glob(str(path.relative_to(folder)), root_dir=folder, recursive=True)
-        found_files = [path] if path.is_file() else [folder / name for name in sorted(names)]
-        matches = [match for match in found_files if match.is_file()]  # reading a pipe would block
+        with file_errors_as(f"{field}: {pattern!r} cannot be read"):
+            found_files = [path] if path.is_file() else [folder / name for name in sorted(names)]
+            matches = [match for match in found_files if match.is_file()]  # reading a pipe would block
         if not matches:
             packages = [package for place, package in PACKAGES.items() if place in pattern]
             hint = "".join(f"; the Debian package {package} ships it" for package in packages)

@@ -154,12 +154,14 @@ def build_tokenizer(name: str) -> Tokenizer:
         return simple
     spelled, end_of_text_token = split_tokenizer(name)
     path = pathlib.Path(spelled).expanduser()
-    if path.is_dir():
-        path, end_of_text_token = _in_folder(path)
-    if not path.is_file():
-        allowed = "must be 'bytes', 'gpt2' or the path of a tokenizer.json file, its folder or a sentencepiece .model"
-        raise ConfigError("data.tokenizer", name, allowed)
     with file_errors_as(f"{path}: cannot be read as a tokenizer"):
+        if path.is_dir():
+            path, end_of_text_token = _in_folder(path)
+        if not path.is_file():
+            allowed = (
+                "must be 'bytes', 'gpt2' or the path of a tokenizer.json file, its folder or a sentencepiece .model"
+            )
+            raise ConfigError("data.tokenizer", name, allowed)
         if path.suffix == ".model":
             return subwords.sentencepiece_tokenizer(path.read_bytes(), path)
         return subwords.hugging_face_tokenizer(path.read_text(encoding="utf-8"), path, end_of_text_token)

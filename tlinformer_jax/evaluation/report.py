@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import itertools
 import json
-import os
 import pathlib
 import re
 from collections.abc import Sequence
@@ -19,8 +18,8 @@ from tlinformer_jax.data.batches import num_samples, take_samples
 from tlinformer_jax.data.streams import TokenStream, cut_documents, encode_pieces, smallest_dtype
 from tlinformer_jax.data.tasks import Split, TaskSplit
 from tlinformer_jax.data.tokenizers import Tokenizer
-from tlinformer_jax.errors import ConfigError, DataError, UserError, file_errors_as
-from tlinformer_jax.files import finite, local_path, write_text, writing
+from tlinformer_jax.errors import ConfigError, DataError
+from tlinformer_jax.files import finite, write_text, writing
 from tlinformer_jax.models.feed_forward import with_tallies
 from tlinformer_jax.models.model import LanguageModel, embed, hidden_states, prepare_params
 from tlinformer_jax.parallel.sharding import EVALUATION_AXES, process_rows, put_batch, replicated
@@ -158,18 +157,6 @@ def _at_length(trained: TrainedRun, source: Source, length: int, rest: bool, opt
         if result.answers is not None:
             report["accuracy_by_position"] = accuracy_by_position(result.answers)
     return report
-
-
-def writable_file(path: str, flag: str = "--out") -> pathlib.Path:
-    """Returns the file that `flag` names; raises a UserError if it cannot be written."""
-    target = local_path(path, flag)
-    with file_errors_as(f"{flag}={path}: must be a file that can be written"):
-        if target.is_dir():
-            raise UserError(f"{flag}={path}: must be a file, not a directory")
-        draft = target.with_name(f".{target.name}.{os.getpid()}.draft")
-        draft.write_bytes(b"")
-        draft.unlink()
-    return target
 
 
 def write_report(report: Report, target: pathlib.Path) -> None:

@@ -16,7 +16,7 @@ import pandas as pd
 from tlinformer_jax.config.data import NEEDLES, PAIR_SIZES
 from tlinformer_jax.config.model import RECURRENT, ModelConfig
 from tlinformer_jax.data.tasks import chance_by_elimination
-from tlinformer_jax.errors import DataError
+from tlinformer_jax.errors import DataError, file_errors_as
 from tlinformer_jax.experiments.job import RESULT_FILE, Record, completed, essence, read_result
 from tlinformer_jax.files import markdown
 
@@ -45,7 +45,8 @@ ENDS = (0.125, 0.875)  # shares of W_oh that a curve must cover before its chord
 def read_records(folder: pathlib.Path) -> list[Record]:
     """Reads all records of a directory in order of file names, or the one record of a run's own directory."""
     own = folder / RESULT_FILE
-    paths = [own] if own.exists() else sorted(folder.glob("*.json"))
+    with file_errors_as(f"{folder}: cannot be read"):
+        paths = [own] if own.exists() else sorted(folder.glob("*.json"))
     if not paths:
         raise DataError(f"{folder}: must be a directory that holds at least one record of a run, NAME.json")
     return [read_result(path) for path in paths]

@@ -45,10 +45,11 @@ def write_safetensors(path: pathlib.Path, arrays: Mapping[str, np.ndarray], mode
     Its metadata describe `model`, for `pytorch.from_safetensors`.
     """
     numpy = _safetensors()
-    if path.exists():
-        raise DataError(f"{path}: exists; name a new file")
-    if not path.parent.is_dir():
-        raise DataError(f"{path}: cannot be written; the directory {path.parent} does not exist")
+    with file_errors_as(f"{path}: cannot be written"):
+        if path.exists():
+            raise DataError(f"{path}: exists; name a new file")
+        if not path.parent.is_dir():
+            raise DataError(f"{path}: cannot be written; the directory {path.parent} does not exist")
     metadata = {"format": "pt"}  # matrices are [out, in], as readers for PyTorch expect them
     if model is not None:
         shape = {name: getattr(model, name) for name in SHAPE} | {"d_ff": model.feed_forward_dim}
