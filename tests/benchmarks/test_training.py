@@ -4,6 +4,8 @@ import json
 
 import numpy as np
 import pytest
+from absl import flags
+from absl.testing import flagsaver
 
 from benchmarks import profiling, training, training_report
 from tests.support.figures import check_lines
@@ -109,6 +111,14 @@ def test_settings_take_numbers_words_none_and_lists_of_names():
     }
 
 
+def test_a_field_for_all_rows_is_in_every_row():
+    flags.FLAGS(["benchmark"])
+    with flagsaver.flagsaver(set=["train.accumulation=2", "model.d_model=24"], architectures=["transformer"]):
+        rows = training.jobs(training._base(), ["", "train.accumulation=4"], [8], [64, 128])
+    fields = [(row.config.train.batch_size, row.config.train.accumulation, row.config.model.d_model) for row in rows]
+    assert fields == [(8, 2, 24), (16, 2, 24), (8, 4, 24), (16, 4, 24)]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -116,6 +126,10 @@ def test_settings_take_numbers_words_none_and_lists_of_names():
         (["--batch_tokens=0"], "--batch_tokens = '0': must be integers >= 1"),
         (["--try=model.width=3"], "'model.width=3': must be section.field=value"),
         (["--try=model.d_model=64,steps=3"], "'steps=3': must be section.field=value"),
+        (
+            ["--set=train.batch_size=3"],
+            "--set = 'train.batch_size=3': must not have this field; --batch_tokens sets it",
+        ),
         (["--architectures=mamba"], "model.architecture = 'mamba': must be one of"),
     ],
 )
