@@ -296,6 +296,8 @@ def _base() -> dict[str, dict[str, Any]]:
     )
     base = {name: dict(values.get(name, {})) for name in ("model", "train", "data")}
     base["data"] = {}  # random tokens
+    steps = str(base["train"]["steps"]).partition("@")[0]  # random tokens have no answers, and so no accuracy
+    base["train"]["steps"] = int(steps) if steps.isdecimal() else steps
     base["train"]["accumulation"] = 1  # a configured number need not divide the rows' batches
     if WINDOW.value:
         base["model"] |= {"history_window": WINDOW.value, "generation_window": WINDOW.value}

@@ -8,8 +8,10 @@ from absl import flags
 from absl.testing import flagsaver
 
 from benchmarks import profiling, training, training_report
+from tests.support.commands import ROOT
 from tests.support.figures import check_lines
 from tests.test_entry_points import check_refusal, command
+from tlinformer_jax.config.named import load_python
 from tlinformer_jax.errors import ConfigError
 
 TINY = "model.d_model=16,model.num_heads=2,model.num_blocks=1,model.hidden_depth=0,model.d_ff=16,model.vocab_size=64"
@@ -109,6 +111,20 @@ def test_settings_take_numbers_words_none_and_lists_of_names():
         ("data", "train_files"): "a.txt,b.txt",
         ("train", "accumulation"): 4,
     }
+
+
+CONFIGS = sorted(path.name for path in (ROOT / "configs").glob("*.py") if not path.name.startswith("sweep"))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_config_file_can_be_timed_on_random_tokens(name, monkeypatch):
+    config = load_python(str(ROOT / "configs" / name), "--config", "get_config")
+    monkeypatch.setattr(training.cli, "config_given", lambda: True)
+    monkeypatch.setattr(training.cli, "config_values", lambda: config)
+    flags.FLAGS(["benchmark"])
+    row, _ = training.jobs(training._base(), [""], [512], [2048])
+    assert (row.config.data.sequence_length, row.config.train.batch_size) == (512, 4)
+    assert row.config.model.d_model == config.model.d_model
 
 
 def test_a_field_for_all_rows_is_in_every_row():
