@@ -274,6 +274,7 @@ def _bytes(compiled: Any) -> int | None:
 
 
 def integers(name: str, texts: Sequence[str]) -> list[int]:
+    """Returns the numbers of the flag `name`; a ConfigError if there are none, or one is not an integer >= 1."""
     try:
         values = [int(text) for text in texts]
     except ValueError:
@@ -323,6 +324,8 @@ def main() -> None:
     import jax
 
     lengths, sizes = integers("--lengths", LENGTHS.value), integers("--batch_tokens", BATCH_TOKENS.value)
+    if not ARCHITECTURES.value:
+        raise ConfigError("--architectures", "", "must name at least one architecture")
     plan = jobs(_base(), TRY.value or [""], lengths, sizes)
     for job in plan:
         checked_mesh(job.config)

@@ -146,6 +146,7 @@ def test_a_field_for_all_rows_is_in_every_row():
             ["--set=train.batch_size=3"],
             "--set = 'train.batch_size=3': must not have this field; --batch_tokens sets it",
         ),
+        (["--architectures="], "--architectures = '': must name at least one architecture"),
         (["--architectures=mamba"], "model.architecture = 'mamba': must be one of"),
     ],
 )
