@@ -359,3 +359,18 @@ class Trace(Callback):
             jax.profiler.stop_trace()
             self._tracing = False
             say(f"traced steps {self._begin + 1} to {view.step} into {self._folder}")
+
+
+def builtin_callbacks(
+    session: Session, first: int, last: int, trace: pathlib.Path | None
+) -> tuple[list[Callback], Evaluate]:
+    """Returns the callbacks of every run from update `first` to `last`, in the order of their calls; and `Evaluate`.
+
+    An update is logged, and so known to be finite, before its state is saved.
+    """
+    train = session.run.config.train
+    save = Save(train.checkpoint_every, session)
+    evaluate = Evaluate(train.eval_every, session, save)
+    logging = Log(train.log_every, session, (save, evaluate))
+    tracing = [Trace(trace, first, last, session.throughput)] if trace else []
+    return [logging, *tracing, save, evaluate], evaluate
