@@ -49,7 +49,7 @@ def generation_cost(config: ModelConfig, length: int) -> tuple[float, float]:
 def main() -> None:
     """Prints both tables."""
     given = ",".join(LENGTHS.value)
-    if not all(text.isdecimal() and 1 <= int(text) < 2**31 for text in LENGTHS.value):
+    if not given or not all(text.isdecimal() and 1 <= int(text) < 2**31 for text in LENGTHS.value):
         raise UserError(f"--at={given}: must be integers from 1 to 2147483647, separated by commas")
     lengths = [int(text) for text in LENGTHS.value]
     columns = [f"{length:,}" for length in lengths]

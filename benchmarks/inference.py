@@ -73,6 +73,8 @@ def main() -> None:
     configs = [dataclasses.replace(base, architecture=name) for name in dict.fromkeys(ARCHITECTURES.value)]
     mesh = _mesh(configs)
     _check_cache_dtype(configs)
+    if "longest" in PARTS.value and not longest:
+        raise ConfigError("--longest", "", "must name at least one length for --parts=longest")
     out = cli.writable_workdir(OUT.value, "--out") if OUT.value else None
     profile = cli.writable_workdir(PROFILE.value, "--profile") if PROFILE.value else None
     plan = Plan(

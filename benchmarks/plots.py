@@ -36,9 +36,7 @@ PARTS = {"sustained": "cache hit", "slide": "slide", "prefill": "prefill"}
 def write_plots(values: Row, folder: pathlib.Path) -> list[pathlib.Path]:
     """Writes the figures of the report's values; returns their files; raises ImportError without matplotlib."""
     rows = sorted((row for row in values["rows"] if row["batch"] == 1), key=lambda row: row["length"])
-    config = values["config"]
-    windows = f"{WORDS[MODEL]}: window {config['generation_window']}, observation {config['history_window']}"
-    title = f"{values['device']}, JAX {values['jax']}, width {config['d_model']}, batch 1. {windows}"
+    title = title_of(values)
     files = [folder / name for name in ("figure9.png", "generation.png", "multiples.png")]
     sheet, panels = figure_of(2, 3, (4.6, 3.6))
     for axes, (name, unit, curves) in zip(panels, figure9_panels(rows)):
@@ -61,6 +59,13 @@ def write_plots(values: Row, folder: pathlib.Path) -> list[pathlib.Path]:
     axes.title.set_fontsize(8)
     save(sheet, files[2])
     return files
+
+
+def title_of(values: Row) -> str:
+    """Returns the title of all figures: the device and the sizes of the models."""
+    config = values["config"]
+    windows = f"{WORDS[MODEL]}: window {config['generation_window']}, observation {config['history_window']}"
+    return f"{values['device']}, JAX {values['jax']}, width {config['d_model']}, batch 1. {windows}"
 
 
 def log_axes(axes: Any) -> None:
@@ -158,6 +163,7 @@ def main() -> None:
         rows = {
             (row["architecture"], row["length"], row["batch"]): row for part in records[::-1] for row in part["rows"]
         }
+        title_of(records[0])  # raises now, before the directory is created, if a part of the record is missing
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"--record={','.join(names)}: must be records of benchmarks.inference ({error})") from None
     for file in write_plots(records[0] | {"rows": list(rows.values())}, cli.writable_workdir(OUT.value, "--out")):

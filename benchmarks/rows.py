@@ -14,7 +14,8 @@ from benchmarks.limits import Ceilings
 from benchmarks.session import Session
 from tlinformer_jax.decoding.decoder import Decoder
 from tlinformer_jax.decoding.memory import tree_bytes
-from tlinformer_jax.training.console import peak_bytes
+from tlinformer_jax.errors import first_line
+from tlinformer_jax.training.console import is_out_of_memory, peak_bytes
 
 # In the order in which they are measured.
 PARTS = ("figure9", "prefill", "windows", "sustained", "slide", "longest")
@@ -214,8 +215,6 @@ def _release(session: Session) -> None:
 
 def _out_of_memory(error: Exception, part: str) -> str:
     """Returns a line about a lack of host or device memory; raises any other error again."""
-    text = str(error)
-    device = "RESOURCE_EXHAUSTED" in text or "out of memory" in text.lower()
-    if not device and not isinstance(error, MemoryError):
+    if not is_out_of_memory(error):
         raise error
-    return f"out of memory in part {part!r}: {text.splitlines()[0][:200]}"
+    return f"out of memory in part {part!r}: {first_line(error)[:200]}"

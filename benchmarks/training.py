@@ -6,7 +6,7 @@ Steps are dispatched as in a training loop and waited for in groups; the time of
 Compilation is timed separately, without the persistent cache.
 
     --config=FILE                     another base configuration; its sections `model` and `train` are used
-    --set=model.d_model=512           a field for all rows
+    --set=model.d_model=512           a field for all rows, except those that the rows set themselves
     --try=model.memory=low            a setting to time instead of the configuration as it is; --try= adds the latter
     --try=data.document_masking=True  samples of separate documents, 70 tokens long on average
 
@@ -51,6 +51,12 @@ PROFILE = flags.DEFINE_string(
 OUT = flags.DEFINE_string("out", "", "Directory for the results; none: print only.")
 
 GROUP = 5
+# Fields that a row sets, and the flag that chooses their values.
+BY_ROW = {
+    ("model", "architecture"): "--architectures",
+    ("data", "sequence_length"): "--lengths",
+    ("train", "batch_size"): "--batch_tokens",
+}
 DOCUMENT_TOKENS = 70  # mean length of a document, about a paragraph of a book
 # Number of kernels in the table of a profile; a step has 100 to 300.
 TRACED_KERNELS = 60
@@ -105,7 +111,7 @@ def jobs(base: Mapping[str, Any], settings: Sequence[str], lengths: Sequence[int
         values = {section: dict(fields) for section, fields in base.items()}
         values["model"]["architecture"] = architecture
         values["data"]["sequence_length"] = length
-        values["train"] |= {"batch_size": max(1, tokens // length), "accumulation": 1}
+        values["train"]["batch_size"] = max(1, tokens // length)
         for (section, field), value in overrides(setting).items():
             values[section][field] = value
         made[Job(run_config(values), setting)] = None
@@ -268,6 +274,7 @@ def _bytes(compiled: Any) -> int | None:
 
 
 def integers(name: str, texts: Sequence[str]) -> list[int]:
+    """Returns the numbers of the flag `name`; a ConfigError if there are none, or one is not an integer >= 1."""
     try:
         values = [int(text) for text in texts]
     except ValueError:
@@ -278,7 +285,11 @@ def integers(name: str, texts: Sequence[str]) -> list[int]:
 
 
 def _base() -> dict[str, dict[str, Any]]:
-    """Returns the fields that all rows start from."""
+    """Returns the fields that all rows start from.
+
+    Raises:
+      ConfigError: if --set has a field that every row sets by itself.
+    """
     values = (
         cli.config_values().to_dict()
         if cli.config_given()
@@ -286,10 +297,15 @@ def _base() -> dict[str, dict[str, Any]]:
     )
     base = {name: dict(values.get(name, {})) for name in ("model", "train", "data")}
     base["data"] = {}  # random tokens
+    steps = str(base["train"]["steps"]).partition("@")[0]  # random tokens have no answers, and so no accuracy
+    base["train"]["steps"] = int(steps) if steps.isdecimal() else steps
+    base["train"]["accumulation"] = 1  # a configured number need not divide the rows' batches
     if WINDOW.value:
         base["model"] |= {"history_window": WINDOW.value, "generation_window": WINDOW.value}
     for text in SET.value:
         for (section, field), value in overrides(text).items():
+            if flag := BY_ROW.get((section, field)):
+                raise ConfigError("--set", f"{section}.{field}={value}", f"must not have this field; {flag} sets it")
             base[section][field] = value
     return base
 
@@ -308,6 +324,8 @@ def main() -> None:
     import jax
 
     lengths, sizes = integers("--lengths", LENGTHS.value), integers("--batch_tokens", BATCH_TOKENS.value)
+    if not ARCHITECTURES.value:
+        raise ConfigError("--architectures", "", "must name at least one architecture")
     plan = jobs(_base(), TRY.value or [""], lengths, sizes)
     for job in plan:
         checked_mesh(job.config)

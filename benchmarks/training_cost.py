@@ -208,8 +208,7 @@ def _made(folder: pathlib.Path | None) -> Row:
     if unknown := set(ARCHITECTURES.value) - set(ALL_ARCHITECTURES):
         raise ConfigError("--architectures", ",".join(sorted(unknown)), f"must be among {', '.join(ALL_ARCHITECTURES)}")
     lengths, batches = integers("--lengths", LENGTHS.value), integers("--batch_tokens", BATCH_TOKENS.value)
-    fields = {field: value for text in SET.value for (_, field), value in overrides(text).items()}
-    configs = models([int(text) for text in WINDOWS.value], ARCHITECTURES.value, fields)
+    configs = models([int(text) for text in WINDOWS.value], ARCHITECTURES.value, _model_fields(SET.value))
     record: Row = {
         "command": " ".join(["python -m benchmarks.training_cost", *sys.argv[1:]]),
         "device": None,
@@ -229,11 +228,23 @@ def _made(folder: pathlib.Path | None) -> Row:
     return record
 
 
+def _model_fields(texts: Sequence[str]) -> Row:
+    """Returns the fields of --set; a ConfigError for a field of another section, which this table does not vary."""
+    fields = {}
+    for (section, field), value in ((place, value) for text in texts for place, value in overrides(text).items()):
+        if section != "model":
+            raise ConfigError("--set", f"{section}.{field}={value}", "must be fields of the section model")
+        fields[field] = value
+    return fields
+
+
 def _read(names: Sequence[str]) -> Row:
     """Returns one record from several files; if several have the same row, the first file counts."""
     try:
         records = [json.loads(local_path(name, "--record").read_text(encoding="utf-8")) for name in names]
         found = {(row["model"], row["length"]): row for record in records[::-1] for row in record["rows"]}
+        if not found:
+            raise ValueError("they have no rows")
         return records[0] | {"rows": [found[place] for place in sorted(found, key=_place)]}
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise UserError(f"--record={','.join(names)}: must be records of this command ({error})") from None

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from benchmarks import attention as bench
+from tests.support.commands import check_refusal, command
 from tlinformer_jax.kernels.common import Scores
 from tlinformer_jax.kernels.splash import attend_splash
 from tlinformer_jax.models import attention
@@ -167,3 +168,8 @@ def test_the_check_command_passes_here_and_sees_a_fault(monkeypatch, request):
 
     monkeypatch.setattr(attention, "_attend_xla", faulty)
     assert not any(good for _, good in bench.checked(pairs))
+
+
+@pytest.mark.parametrize("chosen", ["--backends=soup", "--shapes=soup"])
+def test_a_check_of_nothing_does_not_pass(chosen):
+    check_refusal(command("benchmarks.attention", "--check", chosen), "no backend of this machine has such a shape")

@@ -88,6 +88,8 @@ def test_the_41m_shape_at_512():
 def test_peaks_by_device_kind():
     assert peak_flops("NVIDIA H100 80GB HBM3", "bfloat16") == 989e12
     assert peak_flops("NVIDIA H100 PCIe", "bfloat16") == 756e12
+    assert peak_flops("NVIDIA GH200 480GB", "bfloat16") == 989e12
+    assert [peak_flops(f"NVIDIA {name}", "bfloat16") for name in ("L4", "L40", "L40S")] == [121e12, 181e12, 362e12]
     assert peak_flops("TPU v5 lite", "bfloat16") == 197e12
     assert peak_flops("TPU v5p", "bfloat16") == 459e12
     assert peak_flops("cpu", "bfloat16") is None

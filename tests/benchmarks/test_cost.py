@@ -3,7 +3,7 @@
 import pytest
 
 from benchmarks.cost import MODELS, generation_cost, training_cost
-from tests.support.commands import ROOT, command
+from tests.support.commands import ROOT, check_refusal, command
 
 # Of the 41M shape: 8 layers of four D x D matrices and three D x F, and the head.
 LAYERS, HEAD = 8 * (4 * 432**2 + 3 * 432 * 1280), 50257 * 432
@@ -40,3 +40,8 @@ def test_the_site_has_the_tables_that_the_command_prints():
     assert len(tables) == 2
     page = (ROOT / "docs" / "when_to_use.md").read_text()
     assert all(table in page for table in tables)
+
+
+@pytest.mark.parametrize("given", ["", "0", "x"])
+def test_lengths_that_are_none_are_refused(given):
+    check_refusal(command("benchmarks.cost", f"--at={given}"), f"--at={given}: must be integers from 1")

@@ -259,7 +259,9 @@ def test_figures_are_drawn_again_from_records(finished, tmp_path):
     for name in ("figure9.png", "generation.png", "multiples.png"):
         assert (tmp_path / "again" / name).read_bytes() == (folder / name).read_bytes()
     (tmp_path / "other.json").write_text("[]")
-    for arguments, says in (([], "--record: must name"), ([f"--record={tmp_path}/other.json"], "must be records of")):
+    (tmp_path / "part.json").write_text('{"rows": []}')
+    others = [([f"--record={tmp_path}/{name}.json"], "must be records of") for name in ("other", "part")]
+    for arguments, says in (([], "--record: must name"), *others):
         refused = commands.command("benchmarks.plots", *arguments, f"--out={tmp_path}/none")
         commands.check_refusal(refused, says)
     assert not (tmp_path / "none").exists()

@@ -54,18 +54,22 @@ def test_too_little_memory_is_reported_and_the_run_goes_on(tmp_path, monkeypatch
     assert "out of memory" in report.table(values)
 
 
-def test_other_failures_are_raised(monkeypatch):
+@pytest.mark.parametrize("text", ["INTERNAL: the kernel is wrong", "RESOURCE_EXHAUSTED: Shared memory size limit"])
+def test_other_failures_are_raised(text, monkeypatch):
+    """A kernel that wants more shared memory than a core has is wrong too: the device is not full."""
+
     def broken(*_: Any) -> None:
-        raise jax.errors.JaxRuntimeError("INTERNAL: the kernel is wrong")
+        raise jax.errors.JaxRuntimeError(text)
 
     monkeypatch.setattr(Session, "__init__", broken)
     decoder, _ = runner._decoder(SMALL, 0, None)
-    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
+    with pytest.raises(jax.errors.JaxRuntimeError, match=text):
         rows.measure_row(PLAN, decoder, 10, 1, limits.Ceilings(1.0, 1.0, 1.0, 1), lambda row: None)
 
 
 MISTAKES = {
     "a length that is none": (["--lengths=10,1e6"], "--lengths = '1e6'"),
+    "no length to try": (["--parts=longest", "--longest="], "--longest = ''"),
     "an unknown part": (["--parts=sustained,speed"], "--parts = 'speed'"),
     "an unknown architecture": (["--architectures=mamba"], "--architectures = 'mamba'"),
     "more devices than there are": (

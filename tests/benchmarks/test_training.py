@@ -4,10 +4,14 @@ import json
 
 import numpy as np
 import pytest
+from absl import flags
+from absl.testing import flagsaver
 
 from benchmarks import profiling, training, training_report
+from tests.support.commands import ROOT
 from tests.support.figures import check_lines
 from tests.test_entry_points import check_refusal, command
+from tlinformer_jax.config.named import load_python
 from tlinformer_jax.errors import ConfigError
 
 TINY = "model.d_model=16,model.num_heads=2,model.num_blocks=1,model.hidden_depth=0,model.d_ff=16,model.vocab_size=64"
@@ -109,6 +113,28 @@ def test_settings_take_numbers_words_none_and_lists_of_names():
     }
 
 
+CONFIGS = sorted(path.name for path in (ROOT / "configs").glob("*.py") if not path.name.startswith("sweep"))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_config_file_can_be_timed_on_random_tokens(name, monkeypatch):
+    config = load_python(str(ROOT / "configs" / name), "--config", "get_config")
+    monkeypatch.setattr(training.cli, "config_given", lambda: True)
+    monkeypatch.setattr(training.cli, "config_values", lambda: config)
+    flags.FLAGS(["benchmark"])
+    row, _ = training.jobs(training._base(), [""], [512], [2048])
+    assert (row.config.data.sequence_length, row.config.train.batch_size) == (512, 4)
+    assert row.config.model.d_model == config.model.d_model
+
+
+def test_a_field_for_all_rows_is_in_every_row():
+    flags.FLAGS(["benchmark"])
+    with flagsaver.flagsaver(set=["train.accumulation=2", "model.d_model=24"], architectures=["transformer"]):
+        rows = training.jobs(training._base(), ["", "train.accumulation=4"], [8], [64, 128])
+    fields = [(row.config.train.batch_size, row.config.train.accumulation, row.config.model.d_model) for row in rows]
+    assert fields == [(8, 2, 24), (16, 2, 24), (8, 4, 24), (16, 4, 24)]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -116,6 +142,11 @@ def test_settings_take_numbers_words_none_and_lists_of_names():
         (["--batch_tokens=0"], "--batch_tokens = '0': must be integers >= 1"),
         (["--try=model.width=3"], "'model.width=3': must be section.field=value"),
         (["--try=model.d_model=64,steps=3"], "'steps=3': must be section.field=value"),
+        (
+            ["--set=train.batch_size=3"],
+            "--set = 'train.batch_size=3': must not have this field; --batch_tokens sets it",
+        ),
+        (["--architectures="], "--architectures = '': must name at least one architecture"),
         (["--architectures=mamba"], "model.architecture = 'mamba': must be one of"),
     ],
 )

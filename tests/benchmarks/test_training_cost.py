@@ -151,8 +151,11 @@ def test_several_records_make_one_figure_and_what_is_none_is_refused(tmp_path):
     for name, changes in {"a": {}, "b": {"model": "TLinFormer, windows of 4"}, "c": {"seconds": 9.0}}.items():
         (tmp_path / name).write_text(json.dumps({"device": "test", "rows": [row | changes]}))
     (tmp_path / "none").write_text("[]")
+    (tmp_path / "empty").write_text('{"rows": []}')
     refused = {
         f"--record={tmp_path}/none": "must be records",
+        f"--record={tmp_path}/empty": "must be records of this command (they have no rows)",
+        "--set=train.accumulation=2": "--set = 'train.accumulation=2': must be fields of the section model",
         "--windows=x": "--windows=x: must be int",
         "--windows=": "--windows=: must be int",
         "--architectures=nothing": "--architectures = 'nothing': must be among tlinformer, ",

@@ -164,6 +164,32 @@ def test_the_same_records_give_the_same_document(tmp_path, drawn):
         assert (tmp_path / "a" / "figures" / name).read_bytes() == (tmp_path / "b" / "figures" / name).read_bytes()
 
 
+def test_numbers_of_tokens_that_round_alike_have_figures_of_their_own(tmp_path, drawn):
+    """3.0 and 3.2 M tokens are both 3M: the second figure would replace the first, and stand for both."""
+    sizes = {3_000_000: 4.0, 3_200_000: 5.0, 7_000_000: 6.0}
+    runs = [made_result(f"r{size}", 9.0, tokens=size, history=[[100, loss]]) for size, loss in sizes.items()]
+    lines = written(tmp_path, *runs)
+    for (size, loss), name in zip(sizes.items(), ("3000000", "3200000", "7M")):
+        assert f"![Validation loss while training](figures/results_history_{name}.png)" in lines
+        (panel,) = drawn[f"results_history_{name}.png"]
+        check_lines(panel.lines, {"Transformer": [(size / 1e6, loss)]})
+
+
+def test_a_record_with_a_part_of_another_version_is_named(tmp_path):
+    later = made_result("later", 1.0)
+    later["config"]["model"]["architecture"] = "next"
+    for damaged in (later, made_result("later", 1.0, history=[[50]])):
+        save(tmp_path, made_result("good", 1.0), damaged)
+        with pytest.raises(DataError, match="record later: has a part that this version cannot read"):
+            write_report(tmp_path, tmp_path / "results.md")
+
+
+def test_figures_that_no_run_has_are_left_out(tmp_path):
+    lines = written(tmp_path, made_result("a", 9.0, seconds={}, speed={}, peak_bytes=None))
+    row = next(line for line in lines if line.startswith("| a | transformer"))
+    assert row == "| a | transformer | 1,024 | 2 x 4 | 0 | 9.00 | 1.500 | 1.50 | 2 x Abacus |"
+
+
 def test_text_in_a_block_stays_there():
     assert fenced("a`b") == ["```text", "a`b", "```", ""]
     assert fenced("a````b") == ["`````text", "a````b", "`````", ""]

@@ -13,9 +13,10 @@ import pytest
 
 from tests.support.commands import ROOT, TEXT, TEXT_FILE, check_refusal, command, command_line
 from tests.support.processes import saved_steps
+from tests.support.results import made_result
 from tlinformer_jax.decoding import Generator
 from tlinformer_jax.experiments.actions import PROMPTS, SAMPLE_TOKENS, SAMPLING
-from tlinformer_jax.experiments.job import read_result
+from tlinformer_jax.experiments.job import read_result, write_result
 
 SWEEP = """
 from tlinformer_jax.config.run import default_config_dict
@@ -122,6 +123,15 @@ def test_a_sweep_that_is_killed_goes_on_where_it_was(sweep, tmp_path):
         PROMPTS, max_new_tokens=SAMPLE_TOKENS, seed=0, **SAMPLING
     )
     assert drawn == [{"prompt": prompt, "text": text} for prompt, text in zip(PROMPTS, texts)]
+
+
+def test_a_directory_of_another_run_is_refused_before_a_job_of_an_array_trains(sweep, tmp_path):
+    """Its record would be refused after the training, when the tables of all points are written."""
+    (tmp_path / "out" / "last-seed0").mkdir(parents=True)
+    write_result(tmp_path / "out" / "last-seed0" / "result.json", made_result("last-seed0", 20.0))
+    done = command("sweep", *sweep, "--point=0", "--retries=0")
+    check_refusal(done, "out/last-seed0/result.json: belongs to another configuration")
+    assert not (tmp_path / "out" / "first-seed0").exists()
 
 
 @pytest.mark.slow

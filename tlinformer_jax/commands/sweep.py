@@ -103,7 +103,10 @@ def main() -> None:
             for point in points
         ]
 
-    write = functools.partial(_write, placed(points), out, results)
+    every = placed(points)
+    for point in every:
+        finished_result(point)  # raises now if a directory holds another run: the tables are of all points
+    write = functools.partial(_write, every, out, results)
     failures = run_jobs([placed(group) for group in chosen], RETRIES.value, finished=write)
     done = write()
     print((out / "sweep.md").read_text(encoding="utf-8"), end="", flush=True)

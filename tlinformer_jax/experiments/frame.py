@@ -55,12 +55,21 @@ def read_records(folder: pathlib.Path) -> list[Record]:
 def frame_of(records: Sequence[Record]) -> pd.DataFrame:
     """Makes a row of each record, in the order of the report; the index is the place in `records`."""
     flat = pd.json_normalize([record | {"then": None, "overrides": None, "device": None} for record in records])
-    derived = pd.DataFrame([_derived(record) for record in records])
+    derived = pd.DataFrame([_checked(record) for record in records])
     frame = pd.concat([flat.drop(columns=["then", "overrides", "device"]), derived], axis=1)
     frame = frame.reindex(columns=list(dict.fromkeys([*frame, *NUMBERS, "sweep", "target.reached"])))
     frame[list(NUMBERS)] = frame[list(NUMBERS)].apply(pd.to_numeric)
     frame["again"] = frame.duplicated(["group", "seed"])
     return frame.sort_values(["tokens", N, "ours", "label", "seed"])
+
+
+def _checked(record: Record) -> dict[str, Any]:
+    """Returns `_derived`; a DataError names a record with a part that is damaged or that this version does not know."""
+    try:
+        return _derived(record)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise DataError(f"record {record['name']}: has a part that this version cannot read ({reason})") from error
 
 
 def _derived(record: Record) -> dict[str, Any]:
@@ -228,8 +237,10 @@ def median_update(runs: pd.DataFrame) -> str:
 
 def duration(seconds: pd.Series) -> str:
     """Formats the mean of seconds as m:ss; '' if there are none."""
-    minutes, rest = divmod(seconds.mean().round(), 60)
-    return "" if seconds.isna().all() else f"{minutes:.0f}:{rest:02.0f}"
+    if seconds.isna().all():
+        return ""
+    minutes, rest = divmod(round(seconds.mean()), 60)
+    return f"{minutes}:{rest:02}"
 
 
 def joined(values: pd.Series) -> str:

@@ -3,6 +3,7 @@
 Equal records give equal text. Conclusions are written by people, elsewhere.
 """
 
+import collections
 import pathlib
 import re
 from collections.abc import Sequence
@@ -113,9 +114,12 @@ def report_lines(frame: pd.DataFrame, figures: pathlib.Path) -> list[str]:
     """Returns the report on a frame of `frame_of`; draws its figures into a directory."""
     lines, studies = [*SECTIONS["# Results"]], dict(iter(frame.groupby("study")))
     if "architectures" in studies:
-        for tokens, part in studies["architectures"].groupby("tokens"):
+        groups = dict(iter(studies["architectures"].groupby("tokens")))
+        millions = collections.Counter(tokens // 10**6 for tokens in groups)
+        for tokens, part in groups.items():
+            size = f"{tokens // 10**6}M" if millions[tokens // 10**6] == 1 else str(tokens)  # a file for each
             lines += [f"## Architectures, {tokens / 1e6:,.1f} M training tokens", "", *group_lines(part), ""]
-            lines += loss_figure(part, figures / f"results_history_{tokens // 10**6}M.png")
+            lines += loss_figure(part, figures / f"results_history_{size}.png")
     if "windows" in studies:
         for sweep, part in studies["windows"].groupby("sweep", dropna=False):
             tokens = ", ".join(f"{count / 1e6:,.1f} M" for count in part["tokens"].unique())

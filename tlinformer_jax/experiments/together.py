@@ -133,7 +133,7 @@ def train_together(jobs: Sequence[Job]) -> list[Record]:
             own.__dict__["eval_step"] = run.eval_step  # fills the cached property: all copies use the same program
             params = jax.tree.map(lambda leaf, number=number: leaf[number], copies.ended)
             trained = TrainedRun(own, params, history[-1][0])
-            speeds = {"tokens_per_second": speed / len(jobs)}
+            speeds = {"tokens_per_second": None if speed is None else speed / len(jobs)}
             record = record_of(job, trained, history, seconds, speeds, together=len(jobs))
             for name in actions:
                 record["then"][name] = run_action(name, trained)
@@ -150,8 +150,13 @@ def _prepared(config: RunConfig) -> tuple[Run, dict[str, Split]]:
     ), splits
 
 
-def _trained(run: Run, splits: dict[str, Split], jobs: Sequence[Job]) -> tuple[Copies, list[list[Evaluated]], float]:
-    """Trains until all copies have ended; returns them, each one's evaluations, and their summed tokens per second."""
+def _trained(
+    run: Run, splits: dict[str, Split], jobs: Sequence[Job]
+) -> tuple[Copies, list[list[Evaluated]], float | None]:
+    """Trains until all copies have ended; returns them, each one's evaluations, and their summed tokens per second.
+
+    The speed is without compilation and evaluations; None if there are no other updates.
+    """
     train, options = run.config.train, compiler_options(run.config.train)
     update = jax.jit(functools.partial(update_copies, run=run), donate_argnums=0, compiler_options=options)
     end = jax.jit(end_copies, donate_argnums=0)
@@ -160,17 +165,22 @@ def _trained(run: Run, splits: dict[str, Split], jobs: Sequence[Job]) -> tuple[C
     copies = first_copies(run, jobs)
     evaluations: list[list[Evaluated]] = [[] for _ in jobs]
     batches = [training_batches(job.config, splits["train"]) for job in jobs]
-    speeds, tokens = [], len(jobs) * train.batch_size * run.config.data.sequence_length
+    speeds: list[float] = []
+    tokens = len(jobs) * train.batch_size * run.config.data.sequence_length
     every, last = int(train.eval_every or train.updates), run.horizon.steps
     with contextlib.ExitStack() as stack:
         reader = stack.enter_context(contextlib.closing(prefetched(batches)))
         for first in range(0, last, every):
             steps = range(first, min(first + every, last))
-            started = time.perf_counter()
+            started, timed = time.perf_counter(), len(steps)
             for step in steps:
                 copies, losses = update(copies, next(reader), np.int32(step))
+                if step == 0 or batches[0].length(step) != batches[0].length(step - 1):  # it was compiled
+                    jax.block_until_ready(losses)
+                    started, timed = time.perf_counter(), steps[-1] - step
             jax.block_until_ready(losses)
-            speeds.append(len(steps) * tokens / (time.perf_counter() - started))
+            if timed:
+                speeds.append(timed * tokens / (time.perf_counter() - started))
             figures = _evaluated(run, evaluate, copies.params, splits["validation"], len(jobs))
             going = np.asarray(copies.ended_at) == 0
             for history, each, goes in zip(evaluations, figures, going):
@@ -181,10 +191,11 @@ def _trained(run: Run, splits: dict[str, Split], jobs: Sequence[Job]) -> tuple[C
             copies = end(copies, jnp.asarray(reached), jnp.int32(steps[-1] + 1))
             shown = "accuracy" if "accuracy" in figures[0] else "loss"
             values = " ".join(f"{each[shown]:.3f}" for each in figures)
-            say(f"update {steps[-1] + 1}: {speeds[-1]:,.0f} tokens/s; {shown} {values}")
+            speed = f"{speeds[-1]:,.0f} tokens/s; " if timed else ""
+            say(f"update {steps[-1] + 1}: {speed}{shown} {values}")
             if all(np.asarray(copies.ended_at)):
                 break
-    return copies, evaluations, statistics.median(speeds)
+    return copies, evaluations, statistics.median(speeds) if speeds else None
 
 
 def prefetched(batches: Sequence[TrainingBatches]) -> Reader:

@@ -340,6 +340,7 @@ class Trace(Callback):
         self._folder, self._throughput = folder, throughput
         self._begin = first + 1 + max(0, min(WARMUP, last - first - 1 - TRACED))
         self._end = min(last, self._begin + TRACED)
+        self._tracing = False
 
     def is_due(self, step: int) -> bool:
         return self._begin < self._end and step in (self._begin, self._end)
@@ -348,7 +349,28 @@ class Trace(Callback):
         jax.block_until_ready(view.outputs)
         if view.step == self._begin:
             jax.profiler.start_trace(str(self._folder))
+            self._tracing = True
         else:
-            jax.profiler.stop_trace()
-            say(f"traced steps {self._begin + 1} to {self._end} into {self._folder}")
+            self.finish(view)
         self._throughput.restart()
+
+    def finish(self, view: TrainingView) -> None:
+        if self._tracing:  # also if the run ends in the middle of the trace, which would be lost
+            jax.profiler.stop_trace()
+            self._tracing = False
+            say(f"traced steps {self._begin + 1} to {view.step} into {self._folder}")
+
+
+def builtin_callbacks(
+    session: Session, first: int, last: int, trace: pathlib.Path | None
+) -> tuple[list[Callback], Evaluate]:
+    """Returns the callbacks of every run from update `first` to `last`, in the order of their calls; and `Evaluate`.
+
+    An update is logged, and so known to be finite, before its state is saved.
+    """
+    train = session.run.config.train
+    save = Save(train.checkpoint_every, session)
+    evaluate = Evaluate(train.eval_every, session, save)
+    logging = Log(train.log_every, session, (save, evaluate))
+    tracing = [Trace(trace, first, last, session.throughput)] if trace else []
+    return [logging, *tracing, save, evaluate], evaluate

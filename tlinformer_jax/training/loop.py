@@ -28,15 +28,13 @@ from tlinformer_jax.training.callbacks import (
     Callback,
     DivergedError,
     Evaluate,
-    Log,
-    Save,
     Session,
     StopRequest,
     Timer,
-    Trace,
     TrainingView,
     as_callbacks,
     asks_to_end,
+    builtin_callbacks,
 )
 from tlinformer_jax.training.console import memory_advice
 from tlinformer_jax.training.metrics import MetricsLog, Throughput
@@ -122,17 +120,10 @@ def train_run(
         stack.enter_context(jax.set_mesh(run.mesh))
 
         # ---- Restore or start the state
-        restored = checkpoints.restore(run.abstract_state)
-        first, last = (0 if restored is None else restored[1].step), run.horizon.steps
+        last = run.horizon.steps
         compiler = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="compilation")
         stack.callback(compiler.shutdown, wait=False)  # XLA cannot be interrupted, and an error need not wait for it
-        if first < last:
-            compile_early(run, compiler)
-        if restored is None:
-            state, evaluated = first_state(run, workdir, checkpoints, origin), False
-        else:
-            state, evaluated = restored[0], restored[1].validation_loss is not None
-            console.say(f"continuing from step {first} in {workdir}")
+        state, first, evaluated = starting_state(run, workdir, checkpoints, origin, compiler)
         if main:
             directory.save_description(run, splits, workdir)
         goal = console.describe(run, splits)
@@ -145,11 +136,8 @@ def train_run(
         ends = None if state.competence is None else state.competence.ends
         reader = stack.enter_context(StagedReader(batches, ends, first, rows))
         session = Session(run, compiler, splits["validation"], reader, checkpoints, log, Throughput.of(run), stop)
-        save = Save(train.checkpoint_every, session)
-        evaluate = Evaluate(train.eval_every, session, save)
-        logging = Log(train.log_every, session, (save, evaluate))
-        tracing = [Trace(trace, first, last, session.throughput)] if trace else []
-        every: list[Callback] = [logging, *tracing, save, evaluate, *asked]
+        builtin, evaluate = builtin_callbacks(session, first, last, trace)
+        every = [*builtin, *asked]
         view = TrainingView(config, workdir, first, last, state)
         if evaluated or not evaluate.is_due(first) or not evaluate(view):
             view = train_steps(session, view, every, evaluate)
@@ -162,6 +150,24 @@ def train_run(
     else:
         console.say(f"stopped after step {view.step}, as requested; the same command continues from there")
     return TrainedRun(run, view.params, view.step, figures if finished else None)
+
+
+def starting_state(
+    run: Run,
+    workdir: pathlib.Path,
+    checkpoints: Checkpoints,
+    origin: directory.Origin | None,
+    compiler: concurrent.futures.Executor,
+) -> tuple[TrainState, int, bool]:
+    """Returns the newest intact checkpoint's state or a new run's, its step, and whether it has been evaluated."""
+    restored = checkpoints.restore(run.abstract_state)
+    first = 0 if restored is None else restored[1].step
+    if first < run.horizon.steps:
+        compile_early(run, compiler)
+    if restored is None:
+        return first_state(run, workdir, checkpoints, origin), first, False
+    console.say(f"continuing from step {first} in {workdir}")
+    return restored[0], first, restored[1].validation_loss is not None
 
 
 def compile_early(run: Run, compiler: concurrent.futures.Executor) -> None:
