@@ -102,6 +102,15 @@ def test_a_refused_folder_for_traces_leaves_no_other_folder(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
+def test_a_mistake_leaves_no_folder_for_traces_whichever_of_the_two_contains_the_other(tmp_path):
+    arguments, message = MISTAKES["a file"]
+    places = [("a", "a/trace"), ("b/run", "b"), ("c", "c")]
+    cases = [[*arguments, f"--workdir={tmp_path}/{run}", f"--profile={tmp_path}/{trace}"] for run, trace in places]
+    for result in in_forks([("tlinformer_jax.main", case) for case in cases]):
+        check_refusal(result, message)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_unwritable_workdir(tmp_path):
     blocker = tmp_path / "file"
     blocker.write_text("")

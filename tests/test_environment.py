@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import pty
 import pwd
 import subprocess
 import sys
@@ -83,6 +84,12 @@ def test_a_result_that_a_full_disk_loses_is_an_error_and_one_that_nobody_reads_i
         text=True,
     )
     assert (unread.returncode, unread.stderr) == (0, "")
+    ours, terminal = pty.openpty()
+    os.close(ours)  # what a program writes to a closed terminal fails with EIO
+    with os.fdopen(terminal, "wb") as closed:
+        line = [sys.executable, "-c", code]
+        left = subprocess.run(line, cwd=ROOT, stdout=closed, stderr=subprocess.PIPE, text=True, check=False)
+    assert (left.returncode, left.stderr) == (0, "")
 
 
 def test_closed_streams_are_not_taken_for_the_next_file(tmp_path):

@@ -7,6 +7,7 @@ import errno
 import io
 import os
 import signal
+import stat
 import sys
 import traceback
 from typing import Any
@@ -35,6 +36,7 @@ class PatientStream(io.TextIOWrapper):
     """
 
     lost = ""  # why a write has failed, for example because the reader of a pipe has ended
+    unread = False  # whether nobody can read on: the reader of a pipe has ended, or a terminal was closed
 
     def write(self, text: str) -> int:
         try:
@@ -51,7 +53,8 @@ class PatientStream(io.TextIOWrapper):
 
     def _drop(self, error: OSError) -> None:
         self.lost = error.strerror or first_line(error)
-        if error.errno in (errno.EPIPE, errno.EIO):  # a pipe without a reader, a closed terminal
+        if error.errno in (errno.EPIPE, errno.EIO):  # a pipe without a reader, a closed terminal, a broken disk
+            self.unread = not stat.S_ISREG(os.fstat(self.fileno()).st_mode)
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self.fileno())
             os.close(nowhere)

@@ -54,7 +54,7 @@ def main() -> None:
         profile = cli.writable_workdir(PROFILE.value, "--profile") if PROFILE.value else None
         _train(config, workdir, profile, cluster)
     except UserError:
-        for folder in missing:
+        for folder in sorted(missing, reverse=True):  # a folder before the one that contains it
             with contextlib.suppress(OSError):  # the folder is not empty, or was not made
                 folder.rmdir()
         raise

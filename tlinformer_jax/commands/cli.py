@@ -1,7 +1,6 @@
 """Shared parts of all entry points: flags by absl; user errors as one line and exit status 2."""
 
 import contextlib
-import errno
 import logging as std_logging
 import os
 import pathlib
@@ -89,11 +88,11 @@ def fail(message: str, status: int = 2) -> NoReturn:
 def print_result(text: str) -> None:
     """Prints what a command is run for; a UserError if it is lost on a full disk, unlike a lost message of a training.
 
-    A reader that has ended, such as `head`, wants no more: that is no error.
+    A reader that has ended, such as `head` or a closed terminal, wants no more: that is no error.
     """
     print(text, flush=True)
     lost = getattr(sys.stdout, "lost", "")
-    if lost not in ("", os.strerror(errno.EPIPE)):
+    if lost and not getattr(sys.stdout, "unread", False):
         raise UserError(f"stdout: the result cannot be written ({lost})")
 
 
