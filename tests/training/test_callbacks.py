@@ -78,11 +78,13 @@ def test_a_callback_can_end_the_run_which_is_then_saved_and_evaluated(tmp_path):
 
 def test_a_run_that_ends_while_it_is_traced_keeps_the_trace(tmp_path, capfd):
     """Updates 4 to 6 are traced. A trace that still runs would make the next one in this process fail."""
-    config, stop = run_config(tmp_path, eval_every=0), Call(lambda view: view.step == 5)
-    for name in ("one", "two"):
-        train_run(config, tmp_path / name, profile=tmp_path / f"{name}-trace", callbacks=[stop])
-        assert list((tmp_path / f"{name}-trace").rglob("*.xplane.pb"))
-    assert "traced steps 4 to 5 into" in capfd.readouterr().err
+    config = run_config(tmp_path, eval_every=0)
+    for last, traced in ((5, "steps 4 to 5"), (3, "no steps")):
+        folder = tmp_path / f"trace-{last}"
+        stop = Call(lambda view, last=last: view.step == last)
+        train_run(config, tmp_path / f"run-{last}", profile=folder, callbacks=[stop])
+        assert list(folder.rglob("*.xplane.pb"))
+        assert f"traced {traced} into" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("result", [True, np.float32(1) < 2, jax.numpy.float32(1) < 2], ids=["Python", "NumPy", "JAX"])

@@ -358,7 +358,8 @@ class Trace(Callback):
         if self._tracing:  # also if the run ends in the middle of the trace, which would be lost
             jax.profiler.stop_trace()
             self._tracing = False
-            say(f"traced steps {self._begin + 1} to {view.step} into {self._folder}")
+            steps = f"steps {self._begin + 1} to {view.step}" if view.step > self._begin else "no steps"
+            say(f"traced {steps} into {self._folder}")
 
 
 def builtin_callbacks(
