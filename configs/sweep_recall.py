@@ -30,10 +30,10 @@ carry them at most 3 (W_oh + W_og) tokens, which is all of N in 512-64 and 0.75 
 
 Result: docs/results.md, 63 runs of models of 4 layers and of attention-2, all at the learning rate 0.003 except nine of
 512-64-tight at 0.001; one seed, three of attention, TLinFormer and the sliding window in 256-32-tight and 512-64-tight.
-Not measured: the models of 6 layers, other rates, attention-2 in 1024-128-tight and on grown samples of 128 and 256. Of
-plus: attention in all nine settings, five seeds; TLinFormer with the shift in 64-4, 128-8, 256-16 and the two called
-grown, five seeds, without it in 128-8 and 1024-128-tight, three; in the other four settings its runs were stopped
-(docs/measurements/recall_stopped_h200.json). plus-grown: all, five seeds.
+Not measured: the models of 6 layers, other rates, further seeds in 1024-128-tight, attention-2 there and on grown
+samples of 128 and 256. Of plus: attention in all nine settings, five seeds; TLinFormer with the shift in 64-4, 128-8,
+256-16 and the two called grown, five seeds, without it in 128-8 and 1024-128-tight, three; in the other four settings
+its runs were stopped (docs/measurements/recall_stopped_h200.json). plus-grown: all, five seeds.
 """
 
 from ml_collections import ConfigDict
