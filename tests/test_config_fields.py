@@ -76,7 +76,7 @@ OTHER = {
 
 
 # Fields that others above leave no other value.
-ALONE = {"data": {"curriculum", "document_masking", "shingle"}}
+ALONE = {"model": {"key_taps"}, "data": {"curriculum", "document_masking", "shingle"}}
 
 
 @pytest.mark.parametrize("name", ["tiny.py", "wt103.py", "wt103.py:paper-1k-512-0.5", "books.py", "long.py:1m"])

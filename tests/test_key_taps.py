@@ -41,9 +41,16 @@ WAYS = {
     "in pairs": {"memory": ExecutionPlan(checkpointing=True, paired=True), "num_blocks": 3},
     "in chunks": {"memory": ExecutionPlan(2, chunk=5, checkpointing=True), "num_blocks": 3},
     "chunks shorter than the taps": {"memory": ExecutionPlan(chunk=2, checkpointing=True)},
+    "block 0 with the token shift": {"memory": ExecutionPlan(2, checkpointing=True), "token_shift": True},
     "overlapping": {"memory": ExecutionPlan(2, checkpointing=True), "window_overlap": 2},
     "tconstformer": {"memory": ExecutionPlan(checkpointing=True), "architecture": "tconstformer"},
     "transformer": {"memory": ExecutionPlan(scan_layers=True, checkpointing=True), "architecture": "transformer"},
+    "transformer with the token shift": {
+        "memory": ExecutionPlan(scan_layers=True, checkpointing=True),
+        "architecture": "transformer",
+        "token_shift": True,
+        "num_blocks": 3,
+    },
 }
 
 
@@ -59,6 +66,8 @@ def params_of(config: ModelConfig) -> dict:
     vectors = drawn.pop("taps").astype(np.float32)
     params = params_from_reference(drawn, dataclasses.replace(config, key_taps=0))["params"]
     for block, tap in np.ndindex(*vectors.shape[:2]):
+        if block < config.token_shift:
+            continue
         layer = params[f"blocks_{block}"]["compress"] if config.windowed else params[f"layers_{2 * block}"]
         layer[f"tap_{tap + 1}"] = jnp.asarray(vectors[block, tap])
     return params
@@ -109,18 +118,28 @@ def error(way: str) -> float:
 
 
 @pytest.mark.parametrize(
-    ("architecture", "blocks"), [("tlinformer", 3), ("tconstformer", 2), ("transformer", 2), ("sliding_window", 2)]
+    ("architecture", "blocks", "shift"),
+    [
+        *(
+            ("tlinformer", 3, False),
+            ("tconstformer", 2, False),
+            ("transformer", 2, False),
+            ("sliding_window", 2, False),
+        ),
+        *(("tlinformer", 2, True), ("transformer", 3, True)),
+    ],
 )
-def test_logits_are_the_references(architecture, blocks):
+def test_logits_are_the_references(architecture, blocks, shift):
     """Of all positions, and of those from the third window on alone, as evaluation computes them."""
-    config = dataclasses.replace(TAPPED, architecture=architecture, num_blocks=blocks, memory=ExecutionPlan(9))
+    config = dataclasses.replace(TAPPED, architecture=architecture, num_blocks=blocks, token_shift=shift)
+    config = dataclasses.replace(config, memory=ExecutionPlan(9))
     tokens, model = batch_of()["inputs"], build_model(config)
     expected = reference.logits(weights_of(config), config, tokens)
     np.testing.assert_allclose(plain(config)[2], expected, atol=TOLERANCE)
     variables = {"params": params_of(config)}
     rest = model.apply(variables, tokens, start=9, method=model.hidden_states)
     np.testing.assert_allclose(rest @ variables["params"]["embedding"].T, expected[:, 9:], atol=TOLERANCE)
-    for block in range(blocks):
+    for block in range(shift, blocks):
         without = weights_of(config)["taps"].copy()
         without[block] = 0
         others = reference.logits(weights_of(config) | {"taps": without}, config, tokens)
@@ -238,8 +257,6 @@ def test_only_zero_to_three_are_allowed(value):
 def test_what_cannot_have_taps_says_so():
     model = build_model(TAPPED)
     refused = r"model\.key_taps = 3: must be 0 for"
-    with pytest.raises(ConfigError, match=rf"{refused} model\.token_shift = True"):
-        dataclasses.replace(TAPPED, token_shift=True)
     for architecture in RECURRENT:
         with pytest.raises(ConfigError, match=rf"{refused} model\.architecture = '{architecture}'"):
             dataclasses.replace(TAPPED, architecture=architecture, d_ff=64)

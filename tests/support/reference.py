@@ -109,10 +109,10 @@ def _window(
         if b == 0 and config.token_shift:
             keyed = key_rows(weights, config, embedded, ids)
             kc, kx = layer.project(keyed[first:n], past)[1], layer.project(keyed[n : n + m], new)[1]
-        if config.key_taps and b == 0:
+        if config.key_taps and b == 0 and not config.token_shift:
             keyed = tapped(weights, b, embedded)
             kc, kx = layer.project(keyed[first:n], past)[1], layer.project(keyed[n : n + m], new)[1]
-        elif config.key_taps:
+        elif config.key_taps and b > 0:
             kc = layer.project(tapped(weights, b, context), past)[1]
         if kept is not None and len(context):
             kc, vc = kept(kc), kept(vc)
@@ -155,7 +155,7 @@ def _baseline(weights: Weights, config, x: np.ndarray, ids: np.ndarray) -> np.nd
         q, k, v = layer.project(x, places(ids))
         if i == 0 and config.token_shift:
             k = layer.project(key_rows(weights, config, x, ids), places(ids))[1]
-        if config.key_taps and i % (config.hidden_depth + 2) == 0:
+        if config.key_taps and i % (config.hidden_depth + 2) == 0 and (i or not config.token_shift):
             k = layer.project(tapped(weights, i // (config.hidden_depth + 2), x), places(ids))[1]
         x = layer.update(x, _attend(q, k, v, causal=True, window=window, ids=(ids, ids)))
     return x

@@ -136,8 +136,9 @@ class ModelConfig:
         query can then find a row by the token before it, so that recall takes one layer.
       key_taps: K, an experiment, without generation. In the first layer of every block the input of the keys is rows_t
         + sum over k = 1..K of s_k * rows_(t-k), with K learned vectors of D numbers for each block, which start at 0.
-        In block 0 this contains the token shift. In later blocks it acts only on the keys of C', whose rows do not read
-        each other; rows of x have context already. Baselines have it in the first of every hidden_depth + 2 layers.
+        In block 0 this contains the token shift; with `token_shift` block 0 has that alone. In later blocks it acts
+        only on the keys of C', whose rows do not read each other; rows of x have context already. Baselines have it in
+        the first of every hidden_depth + 2 layers.
       longest_wavelength: longest wavelength of rotary positions, in tokens. Feature pairs with a longer one are not
         rotated (p-RoPE), so that longer distances than in training make no new angles. 0 rotates all, as in the paper.
       dropout: rate of dropout of attention weights and of the feed-forward's output, in training only.
@@ -206,9 +207,8 @@ class ModelConfig:
         if self.recurrent and self.token_shift:
             allowed = f"must be False for architecture {self.architecture!r}, whose keys have a convolution"
             raise ConfigError("model.token_shift", True, allowed)
-        if self.key_taps and (self.recurrent or self.token_shift):
-            other = "token_shift" if self.token_shift else "architecture"
-            allowed = f"must be 0 for model.{other} = {getattr(self, other)!r}"
+        if self.key_taps and self.recurrent:
+            allowed = f"must be 0 for model.architecture = {self.architecture!r}"
             raise ConfigError("model.key_taps", self.key_taps, allowed)
 
     @property
@@ -251,6 +251,10 @@ class ModelConfig:
     def place(self, layer: int) -> int:
         """Returns the index of a layer among the layers of its kind, attention or Gated DeltaNet."""
         return sum(self.attends(index) == self.attends(layer) for index in range(layer))
+
+    def taps(self, layer: int) -> int:
+        """Returns the number of key taps of layer `layer`: those of a block's first layer, else 0."""
+        return 0 if layer % self.layers_per_block or (self.token_shift and layer == 0) else self.key_taps
 
     @property
     def attention_layers(self) -> int:

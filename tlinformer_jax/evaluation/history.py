@@ -111,7 +111,7 @@ def _sums(params: ModelParams, batch: dict[str, Any], *, config: ModelConfig, cu
     # Pad such that any slice stays inside.
     missing = ((0, 0), (0, windows * size - length + width), (0, 0))
     embedded = jax.tree.map(lambda rows: jnp.pad(rows, missing), embedded)
-    if config.key_taps:
+    if blocks[0].compress.taps:
         embedded = Embedded(embedded.rows, tapped(blocks[0].compress, embedded.rows))
     labels, weights = (jnp.pad(batch[name], ((0, 0), (0, windows * size - length))) for name in ("labels", "weights"))
 

@@ -72,10 +72,12 @@ class LanguageModel(nn.Module):
             "embedding", nn.initializers.normal(INIT_STD), (config.vocab_size, config.d_model), dtype
         )
         windowed = config.windowed
-        self.blocks = [DualWindowBlock(config) for _ in range(config.num_blocks if windowed else 0)]
-        taps = [config.key_taps * (index % config.layers_per_block == 0) for index in range(config.num_layers)]
+        self.blocks = [
+            DualWindowBlock(dataclasses.replace(config, key_taps=config.taps(block * config.layers_per_block)))
+            for block in range(config.num_blocks if windowed else 0)
+        ]
         self.layers = [
-            Layer(config, taps[index]) if config.attends(index) else DeltaLayer(config)
+            Layer(config, config.taps(index)) if config.attends(index) else DeltaLayer(config)
             for index in range(0 if windowed else config.num_layers)
         ]
         self.norm_scale = self.param("norm_scale", nn.initializers.ones, (config.d_model,), dtype)
