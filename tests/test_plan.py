@@ -5,11 +5,18 @@ import dataclasses
 import pytest
 
 from tlinformer_jax.config.model import ExecutionPlan, ModelConfig
+from tlinformer_jax.errors import ConfigError
 from tlinformer_jax.models.windows import PairedSegment, plan_segments
 from tlinformer_jax.parallel.mesh import target
 
 GPU, TPU, CPU = ("gpu", "NVIDIA H100 80GB HBM3"), ("tpu", "TPU v5 lite"), ("cpu", "cpu")
 LONG = ModelConfig(history_window=1024, generation_window=1024, memory="low")
+
+
+@pytest.mark.parametrize("field", [{"segments": 0}, {"together": 0}, {"chunk": -1}, {"together": 1.5}])
+def test_a_plan_that_cannot_run_is_refused(field):
+    with pytest.raises(ConfigError, match=f"^model.memory.{next(iter(field))} = "):
+        ExecutionPlan(**field)
 
 
 @pytest.mark.parametrize(

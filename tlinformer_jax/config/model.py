@@ -70,6 +70,9 @@ class ExecutionPlan:
     checkpointing: bool = False
     paired: bool = False
 
+    def __post_init__(self) -> None:
+        check_fields("model.memory", self, {"segments": integer(1), "together": integer(1), "chunk": integer(0)})
+
     @property
     def one_at_a_time(self) -> "ExecutionPlan":
         """This plan where windows are sampled, or devices split sequences: each window runs alone."""
