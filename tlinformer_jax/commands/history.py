@@ -44,10 +44,10 @@ def main() -> None:
         measured = measure_history(
             trained, stream, LENGTH.value, samples=SAMPLES.value, distances=distances, batch_size=BATCH_SIZE.value
         )
-    cli.print_result("\n".join(lines(measured)))
     if out is not None:
         command = ["tlinformer_jax history", *sys.argv[1:]]
         _write(describe(trained, command) | {"split": SPLIT.value} | measured, out)
+    cli.print_result("\n".join(lines(measured)))  # last: a full disk behind stdout must not cost the file
 
 
 def lines(measured: dict[str, Any]) -> list[str]:

@@ -118,7 +118,7 @@ def _directory(identity: Identity) -> pathlib.Path:
 
 def _open_sound(directory: pathlib.Path) -> TokenStream | None:
     """Opens the cache in a directory; returns None if it is missing or does not match its meta.json."""
-    if not os.path.lexists(directory):  # or it cannot be reached: then writing says why
+    if not os.path.lexists(directory):  # also if it cannot be reached; the attempt to write it then says why
         return None
     try:
         meta = unsealed(read_own(directory / META_FILE))
