@@ -38,7 +38,9 @@ its runs were stopped (docs/measurements/recall_stopped_h200.json). plus-grown: 
 
 from ml_collections import ConfigDict
 
+from tlinformer_jax.config.data import DataConfig
 from tlinformer_jax.config.run import default_config_dict
+from tlinformer_jax.config.train import TrainConfig
 from tlinformer_jax.experiments.plan import Sweep
 from tlinformer_jax.experiments.recipes import MODELS, package_config, sweep_points
 
@@ -46,6 +48,13 @@ LEARNING_RATES = (1e-3, 3e-3, 1e-2)
 TIGHT = ("256-32-tight", "512-64-tight", "1024-128-tight")
 SETTINGS = ("64-4", "128-8", "256-16", "512-64", *TIGHT)
 GROWN = ("128-8-grown", "256-16-grown")
+# Shorter samples first, of plus-grown.
+STAGES = {
+    "512-64": "64:1500",
+    "256-32-tight": "64:800,128:800",
+    "512-64-tight": "64:600,128:600,256:800",
+    "1024-128-tight": "512:2500",
+}
 
 
 def get_sweep(variant: str = "all") -> Sweep:
@@ -75,13 +84,18 @@ def _plus() -> Sweep:
 
 def _plus_grown() -> Sweep:
     """Returns settings with the shift and stages that end by updates alone, so that seeds can train --together."""
-    settings = ("512-64", *TIGHT)
-    base, points = sweep_points(_shifted, settings, ("tlin-4",), (3e-3,))
-    for name, fields in points.items():
-        if name.startswith("256-32"):
-            fields["data.curriculum"] = "64:800,128:800"
+    base, points = sweep_points(_grown, tuple(STAGES), ("tlin-4",), (3e-3,))
     points = {name.replace("_", "-grown-plus_", 1): fields for name, fields in points.items()}
     return Sweep(base, points, then=("evaluate",), study="retrieval")
+
+
+def _grown(setting: str) -> ConfigDict:
+    config = _shifted(setting)
+    config.data.curriculum = STAGES[setting]
+    updates = TrainConfig(**config.train).updates
+    needed = DataConfig(**config.data).samples_before(updates, config.train.batch_size)
+    config.data.examples = max(config.data.examples, needed)
+    return config
 
 
 def _shifted(setting: str) -> ConfigDict:
