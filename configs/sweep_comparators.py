@@ -23,10 +23,10 @@ shift.
   reference that comes with CPython. About a minute a run on a busy two-core CPU, most of it compilation.
 
 Needs: the same as configs/books.py. Result: docs/quality.md, "Five models and experts", for books and experts, one seed
-each, 3 to 11 minutes a run on an H200 that it shared with others; "Recall" for all cells, three seeds each, but of
-Gated DeltaNet in 1024-128-tight-plus only the first 3,302 updates; "Passkeys" for the first seed of each model. Not
-measured: the other seeds of passkey. On an NVIDIA GPU install the extra linear-attention: without it Gated DeltaNet is
-plain JAX, with three times as many kernels (docs/performance.md, "Several seeds in one program").
+each, 3 to 11 minutes a run on an H200 that it shared with others; "Recall" for all cells, three seeds each; "Passkeys"
+for the first seed of each model. Not measured: the other seeds of passkey. On an NVIDIA GPU install the extra linear-
+attention: without it Gated DeltaNet is plain JAX, with three times as many kernels (docs/performance.md, "Several seeds
+in one program").
 """
 
 from typing import Any

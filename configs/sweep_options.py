@@ -15,7 +15,8 @@ All see the same text once, in updates of 65,536 tokens without dropout, under a
 --config.train.learning_rate sets another rate than 0.001. `--then=evaluate,history` measures what the history
 contributes, if a model has windows.
 
-Needs: the same as configs/books.py. Result: not yet measured.
+Needs: the same as configs/books.py. Result: docs/quality.md, "Options and windows, one epoch of books": 0.001 is the
+best of the three rates for all four architectures, and the losses of all are within 0.05 nats.
 """
 
 from typing import Any
