@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import pathlib
+import re
 import runpy
 import subprocess
 import sys
@@ -226,7 +227,6 @@ def evidence(variant: str) -> list:
 
 
 def test_the_evidence_is_gathered_on_equal_terms():
-    rates = runpy.run_path(f"{CONFIGS}/sweep_evidence.py")["RATES"]
     tokens = {"rates": 60e6, "books": 600e6, "long": 300e6, "large": 300e6, "knee": 300e6}
     for variant, wanted in tokens.items():
         points = evidence(variant)
@@ -242,9 +242,6 @@ def test_the_evidence_is_gathered_on_equal_terms():
             assert model.token_shift == (
                 not model.recurrent and point.point.split("-lr")[0] not in ("1k-base", "1k-tlin")
             )
-            named = point.point.removeprefix("1k-").removeprefix("8k-").removesuffix("-dropout0").removesuffix("-1024")
-            if variant not in ("rates", "knee"):
-                assert train.learning_rate == rates[named]
         assert len({(depth(point), point.config.model.d_model) for point in points}) == 1
         sizes = [parameters(point.config.model) for point in points]
         assert sizes == pytest.approx([124e6 if variant == "large" else 41e6] * len(points), rel=0.01)
@@ -253,6 +250,21 @@ def test_the_evidence_is_gathered_on_equal_terms():
         assert "evaluate" in point.then
     with pytest.raises(UserError, match="variant = 'huge': must be one of rates, books, long, large, knee, tiny"):
         evidence("huge")
+
+
+def test_every_model_of_the_evidence_has_its_own_rate():
+    """All are equal until they are chosen, so that each gets another one here."""
+    module = runpy.run_path(f"{CONFIGS}/sweep_evidence.py")
+    rates = module["RATES"]
+    rates.update({name: 1e-4 * number for number, name in enumerate(rates, 1)})
+    used = set()
+    for variant in ("books", "long", "large", "knee"):
+        for point in plan_points(module["get_sweep"](variant)):
+            model = re.sub("^(1k|8k)-|-dropout0$|-1024$", "", point.point)
+            model = "plus" if variant == "knee" else model
+            assert point.config.train.learning_rate == rates[model]
+            used.add(model)
+    assert used == set(rates)
 
 
 def test_the_evidence_holds_what_it_promises():
