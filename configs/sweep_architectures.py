@@ -15,40 +15,31 @@ Needs: the same as configs/books.py. Result: docs/results.md, all 14 runs, and 4
 
 from typing import Any
 
-from ml_collections import ConfigDict
-
-from tlinformer_jax.experiments.plan import Sweep, overrides_between
-from tlinformer_jax.experiments.recipes import books_config
+from tlinformer_jax.experiments.plan import Sweep
+from tlinformer_jax.experiments.recipes import books_config, row_points
 
 TOKENS = 100_000_000
-# Name -> row of `recipes` and architecture; None keeps the row's.
-ROWS = {
-    "base-512": ("base-512", None),
-    "512-512-0.5": ("512-512-0.5", None),
-    "512-256-0.5": ("512-256-0.5", None),
-    "tconst-512-256-0.5": ("512-256-0.5", "tconstformer"),
-    "sliding-512-256": ("512-256-0.5", "sliding_window"),
-    "base-1k": ("base-1k", None),
-    "1k-1k-0.5": ("1k-1k-0.5", None),
-    "1k-512-0.5": ("1k-512-0.5", None),
-    "tconst-1k-512-0.5": ("1k-512-0.5", "tconstformer"),
-    "sliding-1k-512": ("1k-512-0.5", "sliding_window"),
+TCONST, SLIDING = {"model.architecture": "tconstformer"}, {"model.architecture": "sliding_window"}
+# Name -> row of `recipes`, and the fields that differ from it.
+ROWS: dict[str, tuple[str, dict[str, Any]]] = {
+    "base-512": ("base-512", {}),
+    "512-512-0.5": ("512-512-0.5", {}),
+    "512-256-0.5": ("512-256-0.5", {}),
+    "tconst-512-256-0.5": ("512-256-0.5", TCONST),
+    "sliding-512-256": ("512-256-0.5", SLIDING),
+    "base-1k": ("base-1k", {}),
+    "1k-1k-0.5": ("1k-1k-0.5", {}),
+    "1k-512-0.5": ("1k-512-0.5", {}),
+    "tconst-1k-512-0.5": ("1k-512-0.5", TCONST),
+    "sliding-1k-512": ("1k-512-0.5", SLIDING),
 }
 SEVERAL = {"base-1k": (0, 1, 2), "1k-512-0.5": (0, 1, 2)}
 
 
 def get_sweep(variant: str = "all") -> Sweep:
     """Returns the sweep; --config.SECTION.FIELD=VALUE sets fields that its points do not set."""
-    rows = ROWS if variant == "all" else {variant: ROWS.get(variant, (variant, None))}
-    base = _config("1k-512-0.5", None)
-    points: dict[str, dict[str, Any]] = {name: overrides_between(base, _config(*row)) for name, row in rows.items()}
+    rows = ROWS if variant == "all" else {variant: ROWS.get(variant, (variant, {}))}
+    base, points = row_points(lambda row: books_config(row, TOKENS), rows)
     for name in points.keys() & SEVERAL.keys():
         points[name]["train.seed"] = SEVERAL[name]
     return Sweep(base, points, then=("evaluate", "samples"), study="architectures")
-
-
-def _config(row: str, architecture: str | None) -> ConfigDict:
-    config = books_config(row, TOKENS)
-    if architecture is not None:
-        config.model.architecture = architecture
-    return config

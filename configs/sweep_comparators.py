@@ -29,29 +29,30 @@ attention: without it Gated DeltaNet is plain JAX, with three times as many kern
 in one program").
 """
 
-from typing import Any
-
-from ml_collections import ConfigDict
-
-from tlinformer_jax.config.run import default_config_dict
 from tlinformer_jax.config.train import TrainConfig
 from tlinformer_jax.errors import ConfigError
-from tlinformer_jax.experiments.plan import Sweep, overrides_between
-from tlinformer_jax.experiments.recipes import COMPARATORS, one_epoch_config, package_config, sweep_points
+from tlinformer_jax.experiments.plan import Sweep
+from tlinformer_jax.experiments.recipes import (
+    COMPARATORS,
+    TEXT_MODELS,
+    one_epoch_config,
+    package_config,
+    sweep_points,
+    tiny_config,
+)
 
 TOKENS = 100_000_000
 RECALL = ("64-4-plus", "128-8-plus", "256-16-plus", "512-64-plus")
 TIGHT = ("256-32-tight-plus", "512-64-tight-plus", "1024-128-tight-plus")
 GROWN = ("128-8-grown", "256-16-grown")
 FAR = (8192, 65_536, 262_144, 1_048_576)
-SHIFT: dict[str, Any] = {"model.token_shift": True}
-# Name -> row of `config.recipes`, and the fields that differ from it.
-BOOKS: dict[str, tuple[str, dict[str, Any]]] = {
-    "base-1k-plus": ("base-1k", SHIFT),
-    "1k-512-0.5-plus": ("1k-512-0.5", SHIFT),
-    "sliding-1k-512-plus": ("1k-512-0.5", SHIFT | {"model.architecture": "sliding_window"}),
-    "delta-1k": ("1k-512-0.5", {"model.architecture": "gated_deltanet"}),
-    "hybrid-1k": ("1k-512-0.5", {"model.architecture": "gated_deltanet_hybrid"}),
+# Name of the point -> fields that differ from row 1k-512-0.5 of `config.recipes`.
+BOOKS = {
+    "base-1k-plus": TEXT_MODELS["base-plus"],
+    "1k-512-0.5-plus": TEXT_MODELS["plus"],
+    "sliding-1k-512-plus": TEXT_MODELS["sliding-plus"],
+    "delta-1k": TEXT_MODELS["delta"],
+    "hybrid-1k": TEXT_MODELS["hybrid"],
 }
 EXPERTS = {
     "moe": {"model.num_experts": 8, "model.experts_per_token": 2, "model.d_ff": 640},
@@ -74,29 +75,15 @@ def get_sweep(variant: str = "books") -> Sweep:
         return Sweep(base, points, seeds=(0, 1, 2), then=then, study="retrieval")
     if variant == "tiny":
         dense = {name: {"model.architecture": name} for name in TINY}
-        return Sweep(_tiny(), dense | {"moe": EXPERTS["moe"] | {"model.d_ff": 32}, "wide": {"model.d_ff": 256}})
-    rows = {
+        return Sweep(tiny_config(), dense | {"moe": EXPERTS["moe"] | {"model.d_ff": 32}, "wide": {"model.d_ff": 256}})
+    models = {
         "books": BOOKS,
         "experts": {
-            f"{name}-{kind}": (row, fields | experts)
+            f"{name}-{kind}": fields | experts
             for kind, experts in EXPERTS.items()
-            for name, (row, fields) in list(BOOKS.items())[:2]
+            for name, fields in list(BOOKS.items())[:2]
         },
     }
-    if variant not in rows:
+    if variant not in models:
         raise ConfigError("variant", variant, "must be one of books, experts, passkey, recall, tiny")
-    base = one_epoch_config("1k-512-0.5", TOKENS)
-    points = {
-        name: overrides_between(base, one_epoch_config(row, TOKENS)) | fields
-        for name, (row, fields) in rows[variant].items()
-    }
-    return Sweep(base, points, then=("evaluate",), study="architectures")
-
-
-def _tiny() -> ConfigDict:
-    config = default_config_dict()
-    config.model.update(vocab_size=257, d_model=32, num_heads=2, num_blocks=2, hidden_depth=0, d_ff=64)
-    config.model.update(history_window=16, generation_window=16)
-    config.train.update(steps=40, batch_size=8, warmup_steps=4, log_every=10, eval_every=20, checkpoint_every=20)
-    config.data.update(dataset="pydoc", tokenizer="bytes", sequence_length=64)
-    return config
+    return Sweep(one_epoch_config("1k-512-0.5", TOKENS), models[variant], then=("evaluate",), study="architectures")

@@ -22,12 +22,12 @@ best of the three rates for all four architectures, and the losses of all are wi
 from typing import Any
 
 from tlinformer_jax.errors import ConfigError
-from tlinformer_jax.experiments.plan import Sweep, overrides_between
-from tlinformer_jax.experiments.recipes import one_epoch_config
+from tlinformer_jax.experiments.plan import Sweep
+from tlinformer_jax.experiments.recipes import SHIFT, one_epoch_config, row_points
 
 TOKENS, TRIAL = 100_000_000, 30_000_000
 RATES = (3e-4, 1e-3, 3e-3)
-SHIFT, SLIDING = {"model.token_shift": True}, {"model.architecture": "sliding_window"}
+SLIDING = {"model.architecture": "sliding_window"}
 OVERLAP, WAVELENGTHS = {"model.window_overlap": 16}, {"model.longest_wavelength": 64}
 # Name -> row of `recipes`, and the fields that differ from it.
 ROWS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -51,11 +51,8 @@ def get_sweep(variant: str = "all") -> Sweep:
     if variant not in ("all", "rates"):
         raise ConfigError("variant", variant, "must be one of all, rates")
     tokens = TOKENS if variant == "all" else TRIAL
-    base = one_epoch_config("1k-512-0.5", tokens)
-    points = {
-        f"books-{name}": overrides_between(base, one_epoch_config(row, tokens)) | fields
-        for name, (row, fields) in ROWS.items()
-    }
+    rows = {f"books-{name}": row for name, row in ROWS.items()}
+    base, points = row_points(lambda row: one_epoch_config(row, tokens), rows)
     if variant == "rates":
         points = {
             f"books-{name}-lr{rate:g}": points[f"books-{name}"] | {"train.learning_rate": rate}

@@ -14,12 +14,11 @@ Needs: the same as configs/books.py. All points see the same text in the same or
 knee's 10 points (not yet 448-64).
 """
 
-from ml_collections import ConfigDict
+from typing import Any
 
-from tlinformer_jax.config.run import default_config_dict
 from tlinformer_jax.errors import ConfigError
 from tlinformer_jax.experiments.plan import Sweep
-from tlinformer_jax.experiments.recipes import books_config
+from tlinformer_jax.experiments.recipes import books_config, tiny_config, window_fields
 
 TOKENS = 30_000_000
 # Rows of W_oh if both windows together have 512.
@@ -32,7 +31,9 @@ def get_sweep(variant: str = "full") -> Sweep:
     """Returns the sweep; --config.SECTION.FIELD=VALUE sets fields that its points do not set."""
     if variant == "tiny":
         windows = ((8, 24), (16, 16), (24, 8), ("auto", 16))
-        return Sweep(_tiny(), dict(_point(*pair) for pair in windows), then=("evaluate",))
+        base = tiny_config()
+        base.model.num_blocks = 1
+        return Sweep(base, dict(_point(*pair) for pair in windows), then=("evaluate",))
     curve = [(history, 512 - history) for history in HISTORIES]
     if variant == "knee":
         windows = [*curve, (128, 128), (512, 512), ("auto", 256)]
@@ -51,14 +52,5 @@ def get_sweep(variant: str = "full") -> Sweep:
     return Sweep(books_config("1k-512-0.5", TOKENS), points)
 
 
-def _point(history: int | str, generation: int) -> tuple[str, dict[str, int | str]]:
-    windows = {"model.history_window": history, "model.generation_window": generation}
-    return f"{history}-{generation}", windows
-
-
-def _tiny() -> ConfigDict:
-    config = default_config_dict()
-    config.model.update(vocab_size=257, d_model=32, num_heads=2, num_blocks=1, hidden_depth=0)
-    config.train.update(steps=40, batch_size=8, warmup_steps=4, log_every=10, eval_every=20, checkpoint_every=10)
-    config.data.update(dataset="pydoc", tokenizer="bytes", sequence_length=64)
-    return config
+def _point(history: int | str, generation: int) -> tuple[str, dict[str, Any]]:
+    return f"{history}-{generation}", window_fields(history, generation)

@@ -78,7 +78,7 @@ def test_an_unknown_name_lists_the_names():
         UserError, match=f"--config=tinny:x: must be a Python file, or one of {names}; did you mean tiny?"
     ):
         config_file("tinny:x")
-    sweeps = "architectures, capacity, comparators, copy, niah, options, passkey, recall, state, windows"
+    sweeps = "architectures, capacity, comparators, copy, evidence, niah, options, passkey, recall, state, windows"
     with pytest.raises(UserError, match=f"--sweep=q: must be a Python file, or one of {sweeps}$"):
         config_file("q", "--sweep")
     check_refusal(

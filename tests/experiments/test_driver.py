@@ -16,7 +16,7 @@ from tlinformer_jax.decoding.cache import capacity_for, init_cache
 from tlinformer_jax.decoding.memory import cache_bytes, cache_bytes_at
 from tlinformer_jax.errors import UserError
 from tlinformer_jax.experiments import actions, driver
-from tlinformer_jax.experiments.actions import checked_actions
+from tlinformer_jax.experiments.actions import check_possible, checked_actions
 from tlinformer_jax.experiments.driver import read_attempts, run_job, timed_attempt
 from tlinformer_jax.experiments.job import Job, finished_result, read_result
 from tlinformer_jax.models import ModelConfig, build_model
@@ -102,6 +102,19 @@ def test_a_length_that_the_test_text_cannot_fill_is_refused_before_the_training(
     with pytest.raises(UserError, match=least):
         run_job(job)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_test_split_without_a_sample_is_refused_before_the_training(tmp_path, own_cache):
+    """Training does not read it."""
+    for then, files, says in (
+        ("evaluate@1048576", TEXT_FILE, "^evaluate@1048576: data.sequence_length = 1048576: the test split has only"),
+        ("evaluate", tmp_path / "none.txt", "^data.test_files: no file matches"),
+    ):
+        config = dataclasses.replace(CONFIG, data=dataclasses.replace(CONFIG.data, test_files=str(files)))
+        with pytest.raises(UserError, match=says):
+            run_job(Job("x", config, tmp_path / "run", "", (then,)))
+    assert not (tmp_path / "run").exists()
+    check_possible(("evaluate", "evaluate@64"), CONFIG)
 
 
 def test_time_is_that_of_all_attempts(tmp_path, monkeypatch):

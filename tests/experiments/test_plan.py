@@ -3,6 +3,8 @@
 import collections
 import dataclasses
 import pathlib
+import re
+import runpy
 import subprocess
 import sys
 
@@ -10,8 +12,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from tests.support.commands import TEXT_FILE
 from tlinformer_jax import build_model
 from tlinformer_jax.analysis.flops import active_parameters
+from tlinformer_jax.config.model import ARCHITECTURES
+from tlinformer_jax.config.named import load_python
 from tlinformer_jax.config.run import default_config_dict
 from tlinformer_jax.errors import UserError
 from tlinformer_jax.experiments.actions import checked_actions
@@ -81,6 +86,9 @@ def test_text_that_is_not_there_and_too_small_a_vocabulary_are_found_before_any_
     missing = {"data.dataset": "text", "data.train_files": "none/*.txt", "data.validation_files": "none/*.txt"}
     with pytest.raises(UserError, match=r"point bad-seed0: data.train_files: no file matches '/.*/none/\*.txt'"):
         check_data(plan_points(sweep({"good": {}, "bad": missing})))
+    books = {"data.dataset": "text"} | {f"data.{split}_files": str(TEXT_FILE) for split in ("train", "validation")}
+    with pytest.raises(UserError, match=r"point bad-seed0: data.test_files: no file matches '/.*/none.txt'"):
+        check_data(plan_points(sweep({"good": books, "bad": books | {"data.test_files": "none.txt"}})))
     with pytest.raises(UserError, match=r"point bad-seed0: model.vocab_size = 100"):
         check_data(plan_points(sweep({"good": {}, "bad": {"model.vocab_size": 100}})))
 
@@ -212,6 +220,84 @@ def test_the_options_are_compared_on_equal_terms():
     assert options["books-all-options"] == (True, 16)
     (alone,) = (point.config for point in points if point.point == "books-no-history")
     assert (alone.model.architecture, alone.data.sequence_length) == ("transformer", 256)
+
+
+def evidence(variant: str) -> list:
+    return plan_points(load_sweep(f"{CONFIGS}/sweep_evidence.py:{variant}"))
+
+
+def test_the_evidence_is_gathered_on_equal_terms():
+    tokens = {"rates": 60e6, "books": 600e6, "long": 300e6, "large": 300e6, "knee": 300e6}
+    for variant, wanted in tokens.items():
+        points = evidence(variant)
+        for point in points:
+            train, model = point.config.train, point.config.model
+            update = train.batch_size * point.config.data.sequence_length
+            assert update == 65_536
+            assert wanted <= train.steps * update < wanted + update
+            assert (train.schedule, train.weight_decay, train.clip_norm) == ("wsd:0.2", 0.06, 1.0)
+            assert model.dropout == (0.0 if "dropout0" in point.name else 0.1)
+            # A cut run loses little, and the last evaluation before the rate falls is near the fall.
+            assert train.checkpoint_every == train.eval_every == train.warmup_steps == train.steps // 10
+            assert model.token_shift == (
+                not model.recurrent and point.point.split("-lr")[0] not in ("1k-base", "1k-tlin")
+            )
+        assert len({(depth(point), point.config.model.d_model) for point in points}) == 1
+        sizes = [parameters(point.config.model) for point in points]
+        assert sizes == pytest.approx([124e6 if variant == "large" else 41e6] * len(points), rel=0.01)
+    for point in evidence("books") + evidence("long"):
+        assert ("history" in point.then) == (point.config.model.architecture in ("tlinformer", "tconstformer"))
+        assert "evaluate" in point.then
+    with pytest.raises(UserError, match="variant = 'huge': must be one of rates, books, long, large, knee, tiny"):
+        evidence("huge")
+
+
+def test_every_model_of_the_evidence_has_its_own_rate():
+    """All are equal until they are chosen, so that each gets another one here."""
+    module = runpy.run_path(f"{CONFIGS}/sweep_evidence.py")
+    rates = module["RATES"]
+    rates.update({name: 1e-4 * number for number, name in enumerate(rates, 1)})
+    used = set()
+    for variant in ("books", "long", "large", "knee"):
+        for point in plan_points(module["get_sweep"](variant)):
+            model = re.sub("^(1k|8k)-|-dropout0$|-1024$", "", point.point)
+            model = "plus" if variant == "knee" else model
+            assert point.config.train.learning_rate == rates[model]
+            used.add(model)
+    assert used == set(rates)
+
+
+def test_the_evidence_holds_what_it_promises():
+    books = collections.Counter(point.point.removeprefix("1k-") for point in evidence("books"))
+    single = ("base", "tlin", "tconst-plus", "sliding-plus", "delta", "hybrid", "no-history")
+    assert books == dict.fromkeys(("base-plus", "plus"), 3) | dict.fromkeys(single, 1) | {
+        "base-plus-dropout0": 1,
+        "plus-dropout0": 1,
+    }
+    (alone,) = (point.config for point in evidence("books") if "no-history" in point.name)
+    assert (alone.model.architecture, alone.data.sequence_length) == ("transformer", 256)
+    trials = evidence("rates")
+    for job in range(7):
+        mine = [point.config for point in chosen_points(trials, job, 7)]
+        assert [config.train.learning_rate for config in mine] == [3e-4, 6e-4, 1e-3, 2e-3]
+        assert len({dataclasses.replace(config, train=mine[0].train) for config in mine}) == 1
+    assert not any(point.then for point in trials)  # what chooses the rates does not see the test split
+    assert {p.config.model.architecture for p in trials} == set(ARCHITECTURES)
+    long = {point.point: (windows(point), point.then) for point in evidence("long")}
+    assert long["8k-plus-1024"] == ((1024, 1024), ("evaluate", "evaluate@65536", "history"))
+    assert {name for name in long if long[name][0] == (256, 256)} == {
+        f"8k-{name}" for name in ("base-plus", "plus", "sliding-plus", "delta")
+    }
+    shape = load_python("large:125m", "--config", "get_config").model
+    for point in evidence("large"):
+        model = point.config.model
+        fields = ("vocab_size", "d_model", "num_heads", "num_blocks", "hidden_depth", "history_window")
+        assert [getattr(model, field) for field in fields] == [shape[field] for field in fields]
+        assert point.config.data.sequence_length == 2048
+    knee = evidence("knee")
+    assert [windows(point) for point in knee] == [(size, 512 - size) for size in (64, 128, 256, 384, 448)]
+    assert {point.study for point in knee} == {"windows"}
+    assert {point.config.model.architecture for point in evidence("tiny")} == {"transformer", "tlinformer"}
 
 
 def test_each_architecture_gets_three_rates_and_a_job_of_its_own():

@@ -92,6 +92,38 @@ def test_positions_lengths_and_samples(tmp_path, drawn):
     assert "Drawn with temperature 0.8. The prompt is what stands before the bar." in lines
 
 
+def test_a_test_split_has_columns_rows_and_figures_of_its_own(tmp_path, drawn):
+    """Records without it, and earlier ones that do not name their split, are read beside it."""
+    tested = {"split": "test", **evaluation(1024, 3.5)}
+    tested["figures"]["bits_per_byte"] = 1.25
+    then = {"evaluate": {"split": "validation", **evaluation(1024, 3.0), "test": tested}}
+    earlier = {"evaluate": evaluation(1024, 3.0)}
+    results = [
+        *(made_result(f"ours-seed{seed}", 21.0, seed, model=WINDOWED, point="ours", then=then) for seed in (0, 1)),
+        made_result("earlier-seed0", 20.0, model=WINDOWED | {"window_overlap": 4}, point="earlier", then=earlier),
+    ]
+    lines = written(tmp_path, *results)
+    head, _, *rows = (
+        line.split(" | ") for line in lines[lines.index("## Architectures, 3.0 M training tokens") + 2 :][:4]
+    )
+    at = head.index("test perplexity")
+    assert head[at - 1 : at + 2] == ["bits per byte", "test perplexity", "test bits per byte"]
+    assert [row[at : at + 2] for row in rows] == [["", ""], ["35.00 ± 0.00", "1.250 ± 0.000"]]
+    start = lines.index("## Loss by position")
+    assert lines[start + 8 : start + 11] == [
+        "| earlier | 1,024 | 1,024 | validation | 40,000 | 256 | 30.00 | 3.000 | 2.000 | 4.000 | 4 |",
+        "| ours | 1,024 | 1,024 | validation | 40,000 | 256 | 30.00 ± 0.00 | 3.000 ± 0.000 | 2.000 ± 0.000 "
+        "| 4.000 ± 0.000 | 4 |",
+        "| ours | 1,024 | 1,024 | test | 40,000 | 256 | 35.00 ± 0.00 | 3.500 ± 0.000 | 2.500 ± 0.000 "
+        "| 4.500 ± 0.000 | 4 |",
+    ]
+    (panel,) = drawn["results_positions_1024_test.png"]
+    assert panel.title == "samples of 1,024 tokens, test split"
+    check_lines(panel.lines, {"TLinFormer, window 256, observation 256": [(255.5, 3.5), (767.5, 2.5)]})
+    assert len(drawn["results_positions_1024.png"][0].lines) == 2
+    assert "results_window_positions_1024_test.png" in drawn
+
+
 def test_losses_by_position_are_drawn_against_one_model_with_equal_windows(tmp_path, drawn):
     """A panel for each size of windows: less the Transformer, or the sliding window, none without either of them."""
     models = {

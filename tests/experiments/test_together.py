@@ -60,7 +60,9 @@ def test_each_is_what_it_would_be_alone(tmp_path, trained):
             continue
         alone = train_run(one.config, tmp_path / f"alone-{number}")
         params = jax.tree.map(lambda leaf, number=number: leaf[number], copies.params)
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), params, alone.params)
+        # Adam scales tiny gradients up, so that rounding moves a parameter by 1e-4 on some processors. A wrong rate or
+        # stage moves it by 1e-2.
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3), params, alone.params)
         assert record["validation"] == pytest.approx(alone.figures, abs=1e-4)
         assert [step for step, *_ in record["history"]] == [3, 6]
         assert (record["seed"], record["steps"], record["together"]) == (one.config.train.seed, 6, 3)

@@ -58,7 +58,9 @@ TOGETHER = flags.DEFINE_bool(
 )
 RETRIES = flags.DEFINE_integer("retries", 1, "How often a failed point is tried again.", lower_bound=0)
 THEN = flags.DEFINE_list(
-    "then", None, "Actions after each training: evaluate, evaluate@LENGTH, samples, history, history@LENGTH."
+    "then",
+    None,
+    "Actions after each training: evaluate, evaluate@LENGTH, samples, history, history@LENGTH (if there are windows).",
 )
 RESULTS = flags.DEFINE_string("results", "", "Directory that also gets the record of each finished point, NAME.json.")
 CHECK = flags.DEFINE_bool(
@@ -72,7 +74,7 @@ def main() -> None:
     if SEEDS.value is not None:
         sweep = dataclasses.replace(sweep, seeds=cli.integers(SEEDS, LARGEST_SEED))
     then = checked_actions(sweep.then, "Sweep.then") if THEN.value is None else checked_actions(THEN.value)
-    points = plan_points(sweep, _base(sweep))
+    points = plan_points(dataclasses.replace(sweep, then=then), _base(sweep))
     groups = groups_of(points) if TOGETHER.value else [[point] for point in points]
     chosen = chosen_points(groups, POINT.value, POINTS.value)
     _check(chosen)
@@ -98,10 +100,7 @@ def main() -> None:
     stem = pathlib.Path(SWEEP.value.partition(":")[0]).stem
 
     def placed(points: list[Job]) -> list[Job]:
-        return [
-            dataclasses.replace(point, workdir=out / point.name, command=command, then=then, sweep=stem)
-            for point in points
-        ]
+        return [dataclasses.replace(point, workdir=out / point.name, command=command, sweep=stem) for point in points]
 
     every = placed(points)
     for point in every:

@@ -3,12 +3,15 @@
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from tlinformer_jax.data.batches import check_holds_a_sample
 from tlinformer_jax.data.sources import load_split
 from tlinformer_jax.data.tasks import TaskSplit
 from tlinformer_jax.data.tokenizers import NUMBERS, build_tokenizer
 from tlinformer_jax.errors import UserError
 
 if TYPE_CHECKING:
+    from tlinformer_jax.config.data import DataConfig
+    from tlinformer_jax.config.model import ModelConfig
     from tlinformer_jax.config.run import RunConfig
     from tlinformer_jax.training.setup import TrainedRun
 
@@ -21,16 +24,31 @@ SAMPLING = {"temperature": 0.8, "top_p": 0.95}
 def evaluate(trained: "TrainedRun", length: int | None = None) -> dict[str, Any]:
     """Returns figures and losses by position in samples of `length` tokens (None: as trained); see `evaluate_run`.
 
-    A text is evaluated on all tokens of the validation split but the first, at every length. A task is evaluated on the
-    test split, because its validation accuracy may have stopped the run.
+    A text is evaluated on all tokens of a split but the first, at every length. The result is that of the first of
+    `evaluated_splits`; if there is a second, its result is the entry with its name.
     """
     from tlinformer_jax.evaluation.report import EvaluationOptions, Source, evaluate_source
 
     data = trained.run.config.data
-    split = "test" if data.is_task else "validation"
-    stream = trained.run.split(split, None if length is None else 1)
     options = EvaluationOptions(length=length or data.sequence_length, by_position=True)
-    return {"split": split} | evaluate_source(trained, Source(f"the {split} split", stream, stream), options)
+
+    def evaluated(split: str) -> dict[str, Any]:
+        stream = trained.run.split(split, None if length is None else 1)
+        return {"split": split} | evaluate_source(trained, Source(f"the {split} split", stream, stream), options)
+
+    first, *others = evaluated_splits(data)
+    return evaluated(first) | {split: evaluated(split) for split in others}
+
+
+def evaluated_splits(data: "DataConfig") -> tuple[str, ...]:
+    """Returns the splits that `evaluate` evaluates.
+
+    These are the test split of a task, because its validation accuracy may have stopped the run, and the validation
+    split of a text, with the test split if `data.test_files` names its files.
+    """
+    if data.is_task:
+        return ("test",)
+    return ("validation", "test") if data.test_files else ("validation",)
 
 
 def samples(trained: "TrainedRun") -> dict[str, Any]:
@@ -71,16 +89,24 @@ def checked_actions(names: Sequence[str], where: str = "--then") -> tuple[str, .
     return tuple(dict.fromkeys(names))
 
 
+def possible_actions(names: Sequence[str], model: "ModelConfig") -> tuple[str, ...]:
+    """Returns the actions without `history` if the model has no windows: the models of a sweep may differ."""
+    return tuple(name for name in names if model.windowed or name.partition("@")[0] != "history")
+
+
 def check_possible(names: Sequence[str], config: "RunConfig") -> None:
     """Checks, before training, that model and data allow the actions; raises a UserError if not."""
     data, tokenizer = config.data, config.data.tokenizer
     for name in names:
         kind, *lengths = name.split("@")
-        if kind == "evaluate" and data.is_task:
-            split = load_split(data, "test", build_tokenizer(tokenizer))
-            assert isinstance(split, TaskSplit)
+        length = int(lengths[0]) if lengths else data.sequence_length
+        if kind == "evaluate" and "test" in evaluated_splits(data):
+            split = load_split(data, "test", build_tokenizer(tokenizer))  # which training does not read
             try:
-                split.task.check(int(lengths[0]) if lengths else data.sequence_length)
+                if isinstance(split, TaskSplit):
+                    split.task.check(length)
+                else:  # masked documents are packed into samples of any length
+                    check_holds_a_sample(split, length, "test split", rest=data.document_masking)
             except UserError as error:
                 raise UserError(f"{name}: {error}") from None
         if kind == "history":
@@ -88,6 +114,6 @@ def check_possible(names: Sequence[str], config: "RunConfig") -> None:
 
             if data.document_masking:
                 raise UserError(MASKED)
-            check_measurable(config.model, int(lengths[0]) if lengths else data.sequence_length)
+            check_measurable(config.model, length)
         if kind == "samples" and tokenizer.startswith(NUMBERS):
             raise UserError(f"samples: data.tokenizer = {tokenizer!r}: must be one of texts")

@@ -28,6 +28,7 @@ CAPACITY = {"data.num_items": "pairs in a sample", "model.history_window": "W_oh
 # Numeric columns, which some records may lack.
 NUMBERS = (
     *(PERPLEXITY, SPEED, CACHE, "validation.bits_per_byte", "speed.mfu", "seconds.wall", "peak_bytes"),
+    *("test.perplexity", "test.bits_per_byte"),
     *("total", "share", "chance", "found", "target.accuracy", *(f"reported.{name}" for name in ACCURACIES)),
 )
 NAMES = {
@@ -77,8 +78,9 @@ def _derived(record: Record) -> dict[str, Any]:
 
     label: the point's name in its sweep, else the run's; words, setting, model: for legends and headings; ours: whether
     it is not the Transformer; total: W_oh + W_og; share: W_oh / total; reported.*: accuracies on the split `split`;
-    group: equal for runs that differ only in their seeds; by.FIELD: equal for runs that may also differ in that field,
-    whose value is at.FIELD; base: equal for a model and the Transformer to compare it with.
+    test.*: figures of a text's own test split; group: equal for runs that differ only in their seeds; by.FIELD: equal
+    for runs that may also differ in that field, whose value is at.FIELD; base: equal for a model and the Transformer to
+    compare it with.
     """
     config, fields = completed(record["config"]), essence(record["config"])
     model, data = config["model"], config["data"]
@@ -93,6 +95,7 @@ def _derived(record: Record) -> dict[str, Any]:
     evaluation: dict[str, Any] = next(filter(None, evaluations), {})
     tested = evaluation.get("split") == "test"
     figures = evaluation["figures"] if tested else record["validation"]
+    own_test = evaluation.get("test", {}).get("figures", {})
     chance = chance_by_elimination(_items(data)) if data["dataset"] == "recall" else record["validation"].get("chance")
     return {
         "device": f"{record['device'].get('count')} x {record['device'].get('kind')}",
@@ -107,6 +110,7 @@ def _derived(record: Record) -> dict[str, Any]:
         "share": share,
         "chance": chance,
         "split": "test" if tested else "validation",
+        **{f"test.{field}": own_test.get(field) for field in ("perplexity", "bits_per_byte")},
         **{f"reported.{field}": figures.get(field) for field in ACCURACIES},
         "found": _found_at(record["history"]),
         "group": json.dumps([record["study"], tokens, fields], sort_keys=True),
@@ -201,12 +205,16 @@ def counted(frame: pd.DataFrame) -> Any:
 
 
 def actions_of(frame: pd.DataFrame, kind: str, part: str) -> pd.DataFrame:
-    """Makes a row of each action of a kind, 'evaluate' or 'evaluate@8192', whose result, in 'done', has `part`."""
+    """Makes a row of each action of a kind, 'evaluate' or 'evaluate@8192', whose result, in 'done', has `part`.
+
+    A text's evaluation on the test split is a row of its own.
+    """
     found = [
-        (place, done)
+        (place, result)
         for place, then in frame["then"].items()
         for name, done in then.items()
-        if name.partition("@")[0] == kind and part in done
+        for result in (done, done.get("test", {}))
+        if name.partition("@")[0] == kind and part in result
     ]
     places, results = zip(*found) if found else ((), ())
     parts = pd.DataFrame(results).add_prefix("done.").assign(done=results)

@@ -14,6 +14,7 @@ from tlinformer_jax.config.train import TrainConfig
 from tlinformer_jax.data.sources import find_split
 from tlinformer_jax.data.tokenizers import build_tokenizer, check_vocab
 from tlinformer_jax.errors import ConfigError, UserError
+from tlinformer_jax.experiments.actions import possible_actions
 from tlinformer_jax.experiments.job import Job, flat
 
 # The report's section for a sweep: comparison with Base at the same N, by window sizes, or by accuracy.
@@ -33,7 +34,8 @@ class Sweep:
     # own seeds.
     points: Mapping[str, Mapping[str, Any]]
     seeds: Sequence[int] = (0,)  # for all other points; each point is trained once with every seed
-    then: Sequence[str] = ()  # names of `experiments.actions` to perform after each training
+    # Names of `experiments.actions` to perform after each training; `history` if the model has windows.
+    then: Sequence[str] = ()
     study: str = "windows"
 
 
@@ -75,7 +77,8 @@ def plan_points(sweep: Sweep, base: Mapping[str, Any] | None = None) -> list[Job
         except UserError as error:
             raise UserError(f"point {name}: {error}") from None
         for seed, config in zip(seeds, configs):
-            points.append(Job(f"{name}-seed{seed}", config, study=sweep.study, point=name, overrides=fields))
+            then = possible_actions(sweep.then, config.model)
+            points.append(Job(f"{name}-seed{seed}", config, then=then, study=sweep.study, point=name, overrides=fields))
     (name, times), *_ = collections.Counter(point.name for point in points).most_common(1)
     if times > 1:
         raise UserError(f"point {name}: occurs twice; names and seeds must differ")
@@ -91,7 +94,7 @@ def check_data(points: Iterable[Job]) -> None:
         try:
             tokenizer = build_tokenizer(data.tokenizer)
             check_vocab(tokenizer, vocabulary)
-            for split in ("train", "validation"):
+            for split in ("train", "validation", *(["test"] if data.test_files else [])):
                 find_split(data, split, tokenizer)
         except UserError as error:
             raise UserError(f"point {point.name}: {error}") from None

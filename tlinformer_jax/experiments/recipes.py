@@ -46,6 +46,20 @@ MODELS = {
 # What the models above are compared with (configs/sweep_comparators.py).
 COMPARATORS = {"delta-4": ("gated_deltanet", 2, 0), "hybrid-4": ("gated_deltanet_hybrid", 2, 0)}
 
+SHIFT: dict[str, Any] = {"model.token_shift": True}
+# Language models: name -> fields that differ from a row N-T-r of `config.recipes`. Gated DeltaNet's short convolution
+# stands for the token shift that models named plus have.
+TEXT_MODELS: dict[str, dict[str, Any]] = {
+    "base": {"model.architecture": "transformer"},
+    "base-plus": {"model.architecture": "transformer"} | SHIFT,
+    "tlin": {},
+    "plus": SHIFT,
+    "tconst-plus": {"model.architecture": "tconstformer"} | SHIFT,
+    "sliding-plus": {"model.architecture": "sliding_window"} | SHIFT,
+    "delta": {"model.architecture": "gated_deltanet"},
+    "hybrid": {"model.architecture": "gated_deltanet_hybrid"},
+}
+
 
 def set_model(config: "ConfigDict", name: str) -> None:
     """Sets architecture and depth to an entry of MODELS or COMPARATORS; raises a ConfigError for an unknown name.
@@ -83,6 +97,35 @@ def one_epoch_config(row: str, tokens: int) -> "ConfigDict":
     config = books_config(row, tokens, tokens_per_update=65_536)
     config.model.dropout = 0.0
     config.train.learning_rate = 1e-3
+    return config
+
+
+def row_points(
+    get_config: "Callable[[str], ConfigDict]", rows: Mapping[str, tuple[str, Mapping[str, Any]]]
+) -> "tuple[ConfigDict, dict[str, dict[str, Any]]]":
+    """Returns a sweep's base, row 1k-512-0.5 of `config.recipes`, and its points.
+
+    `rows` maps a point's name to its row and to fields that differ from that row; `get_config` takes a row.
+    """
+    from tlinformer_jax.experiments.plan import overrides_between
+
+    base = get_config("1k-512-0.5")
+    points = {name: overrides_between(base, get_config(row)) | dict(fields) for name, (row, fields) in rows.items()}
+    return base, points
+
+
+def window_fields(history: int | str, generation: int) -> dict[str, Any]:
+    """Returns the fields that set W_oh and W_og."""
+    return {"model.history_window": history, "model.generation_window": generation}
+
+
+def tiny_config() -> "ConfigDict":
+    """Returns a tiny TLinFormer, trained in 40 updates on the Python reference that comes with CPython."""
+    config = default_config_dict()
+    config.model.update(vocab_size=257, d_model=32, num_heads=2, num_blocks=2, hidden_depth=0, d_ff=64)
+    config.model.update(history_window=16, generation_window=16)
+    config.train.update(steps=40, batch_size=8, warmup_steps=4, log_every=10, eval_every=20, checkpoint_every=10)
+    config.data.update(dataset="pydoc", tokenizer="bytes", sequence_length=64)
     return config
 
 

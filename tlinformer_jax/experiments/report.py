@@ -54,6 +54,8 @@ COLUMNS = {
     "seeds": ("seed", joined),
     "perplexity": (PERPLEXITY, mean_and_deviation("{:.2f}")),
     "bits per byte": ("validation.bits_per_byte", mean_and_deviation("{:.3f}")),
+    "test perplexity": ("test.perplexity", mean_and_deviation("{:.2f}")),
+    "test bits per byte": ("test.bits_per_byte", mean_and_deviation("{:.3f}")),
     "tokens/s": (SPEED, mean(WHOLE)),
     "MFU": ("speed.mfu", mean("{:.1f}%", 100)),
     "wall time": ("seconds.wall", duration),
@@ -66,6 +68,7 @@ POSITION_COLUMNS = {
     "model": ("label", "first"),
     "trained at N": (N, mean(WHOLE)),
     "evaluated at": ("done.length", mean(WHOLE)),
+    "split": ("done.split", "first"),
     "tokens": ("done.tokens", mean(WHOLE)),
     "W_og": ("config.model.generation_window", mean(WHOLE)),
     "perplexity": ("perplexity", mean_and_deviation("{:.2f}")),
@@ -199,20 +202,25 @@ def compared(points: pd.DataFrame) -> tuple[pd.DataFrame, str]:
 
 
 def position_lines(frame: pd.DataFrame, figures: pathlib.Path) -> list[str]:
-    """Returns losses by position in the sample and in later windows, at every evaluated length."""
+    """Returns losses by position in the sample and in later windows, at every evaluated length, for each split."""
     parts = actions_of(frame[~frame["again"]], "evaluate", "by_position")
     if parts.empty:
         return []
     parts = parts.join(pd.json_normalize(parts["done.figures"])).sort_values("done.length", kind="stable")
+    parts["done.split"] = [done.get("split", "validation") for done in parts["done"]]  # earlier records leave it out
     windows = parts["done.by_window_position"]
     parts["start"] = windows.map(lambda window: window.get("later", [None])[0]).astype(float)
     parts["start_tokens"] = windows.map(lambda window: window["edges"][1]).where(parts["start"].notna())
-    table = parts.groupby(["done.length", "group"], sort=False).agg(**POSITION_COLUMNS)
+    table = parts.groupby(["done.length", "done.split", "group"], sort=False).agg(**POSITION_COLUMNS)
+    if table["split"].eq("validation").all():
+        table = table.drop(columns="split")
     lines = [*SECTIONS["## Loss by position"], *table_of(table), ""]
-    for length, members in parts.groupby("done.length"):
+    for (length, split), members in parts.groupby(["done.length", "done.split"]):
         members = members.assign(label=legends(members))
         points, title = _binned(members, "done.by_position", "loss"), f"samples of {length:,} tokens"
-        file = figures / f"results_positions_{length}.png"
+        name = f"{length}_test" if split == "test" else f"{length}"
+        title += ", test split" if split == "test" else ""
+        file = figures / f"results_positions_{name}.png"
         lines += draw_compared(
             {title: points}, "position in the sample", "linear", file, f"Loss by position in {title}"
         )
@@ -222,9 +230,10 @@ def position_lines(frame: pd.DataFrame, figures: pathlib.Path) -> list[str]:
             f"{title}, windows of {size}": _binned(part, "done.by_window_position", "later") for size, part in by_size
         }
         if windows:
-            file = figures / f"results_window_positions_{length}.png"
-            name = "position in a later window"
-            lines += draw_compared(windows, name, "symlog", file, f"Loss by position in the window, {title}")
+            file = figures / f"results_window_positions_{name}.png"
+            lines += draw_compared(
+                windows, "position in a later window", "symlog", file, f"Loss by position in the window, {title}"
+            )
     return lines
 
 
