@@ -27,7 +27,7 @@ fifth, so that losses before it show each model's trend; under a cosine they als
 Rates, windows and options are chosen by the validation split, the five books of valid.jsonl.xz. Figures to report are
 those of the test split, the last 20 books of the third shard, which the lines above take out of the training text.
 rates has no actions, so it does not read the test split; `evaluate` of the others reports both. `history` is measured
-on the validation split in models with windows; --then=evaluate,history,samples adds texts.
+on the validation split; --then=evaluate,history,samples adds texts.
 
 A run that was stopped continues from its last checkpoint when the same command is run again. There are ten, and SIGTERM
 saves another.

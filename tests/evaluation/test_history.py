@@ -1,4 +1,4 @@
-"""What the history contributes, against the NumPy reference with rows taken away, one window after another."""
+"""What the history contributes, against the NumPy reference with rows taken away or swapped, one window at a time."""
 
 import dataclasses
 import json
@@ -9,6 +9,7 @@ import pytest
 from tests.evaluation.runs import LENGTH, MODEL, trained, weights
 from tests.support import reference
 from tlinformer_jax.data.batches import take_samples
+from tlinformer_jax.data.streams import TokenStream
 from tlinformer_jax.errors import UserError
 from tlinformer_jax.evaluation.history import distance_edges, measure_history
 
@@ -21,7 +22,10 @@ def double(model):
 
 
 def window_costs(model, tokens, labels, start, cut, seen=None):
-    """Nats of a window's tokens with the history cut at `cut` (None: not)."""
+    """Nats of a window's tokens with the history cut at `cut` (None: not); a baseline runs what is left alone."""
+    if not model.windowed:
+        first = 0 if cut is None else max(0, start - cut)
+        return last_costs(model, tokens[first:], labels[first:], start - first)
     size, overlap = model.generation_window, min(start, model.window_overlap)
     n, table = start - overlap, double(model)["embedding.weight"]
     embedded = table[tokens]
@@ -31,10 +35,35 @@ def window_costs(model, tokens, labels, start, cut, seen=None):
     return [reference.mean_loss(row, label) for row, label in zip(x @ table.T, labels[start : start + size])]
 
 
+def last_costs(model, tokens, labels, start):
+    """Nats of a window's tokens by the reference's forward pass of the whole sequence."""
+    stop = start + model.generation_window
+    found = reference.logits(weights(model), model, tokens[None, :stop])[0]
+    return [reference.mean_loss(row, label) for row, label in zip(found[start:], labels[start:stop], strict=True)]
+
+
+def swapped_costs(model, tokens, labels, other, start):
+    """Nats of a window's tokens in the sequence that begins with the rows of another text."""
+    n = max(0, start - model.window_overlap)
+    return last_costs(model, np.concatenate([other[:n], tokens[n:]]), labels, start)
+
+
+SHORT = dataclasses.replace(MODEL, architecture="transformer", num_blocks=1)
+
+
 @pytest.mark.parametrize(
     "model",
     [
         MODEL,
+        SHORT,
+        *(
+            pytest.param(dataclasses.replace(MODEL, **changes), marks=pytest.mark.slow)
+            for changes in (
+                {"architecture": "sliding_window", "token_shift": True},
+                {"architecture": "gated_deltanet"},
+                {"architecture": "gated_deltanet_hybrid"},
+            )
+        ),
         *(
             pytest.param(dataclasses.replace(DEEP, **changes), marks=pytest.mark.slow)
             for changes in (
@@ -45,7 +74,7 @@ def window_costs(model, tokens, labels, start, cut, seen=None):
         ),
     ],
 )
-def test_losses_with_cuts_and_masses_are_those_of_the_reference(model):
+def test_losses_with_cuts_or_swapped_and_masses_are_those_of_the_reference(model):
     run = trained(model)
     stream = run.run.split("validation")
     found = json.loads(json.dumps(measure_history(run, stream, 22, **OPTIONS)))
@@ -61,15 +90,21 @@ def test_losses_with_cuts_and_masses_are_those_of_the_reference(model):
             for first in firsts
         ]
         np.testing.assert_allclose(found["losses"][name], expected, atol=2e-5)
+    others = take_samples(stream, 22, (np.arange(3) * count // 3 + count // 2) % count)["inputs"]
+    samples = list(zip(batch["inputs"], batch["labels"], others))
+    expected = [np.mean([swapped_costs(model, *sample, first) for sample in samples]) for first in firsts]
+    np.testing.assert_allclose(found["losses"]["swapped"], expected, atol=2e-5)
     losses, tokens = {name: np.array(row) for name, row in found["losses"].items()}, np.array(found["tokens"])
-    for part in found["cuts"]:
-        change = (losses[str(part["distance"])] - losses["all"]) * tokens
-        affected = np.array(starts) > part["distance"]
+    parts = [(str(part["distance"]), part, part["distance"]) for part in found["cuts"]]
+    for name, part, distance in (*parts, ("swapped", found["swapped"], 0)):
+        change = (losses[name] - losses["all"]) * tokens
+        affected = np.array(starts) > distance
+        assert part["loss"] == pytest.approx((losses[name] * tokens).sum() / tokens.sum(), abs=1e-6)
         assert part["change"] == pytest.approx(change.sum() / tokens.sum(), abs=1e-6)
         assert part["affected_change"] == pytest.approx(change[affected].sum() / tokens[affected].sum(), abs=1e-6)
         assert part["affected_tokens"] == tokens[affected].sum()
         assert np.abs((change / tokens)[~affected]).max() < 2e-6  # two units in the last place of a loss of 8 to 16
-    assert found["cuts"][0]["affected_change"] != 0
+    assert found["cuts"][0]["affected_change"] != 0 != found["swapped"]["affected_change"]
     late = np.array(starts) >= 9
     assert found["same_tokens"]["tokens"] == tokens[late].sum()
     np.testing.assert_allclose(
@@ -77,7 +112,10 @@ def test_losses_with_cuts_and_masses_are_those_of_the_reference(model):
         [(losses[name] * tokens)[late].sum() / tokens[late].sum() for name in ("0", "5", "9", "all")],
         atol=1e-6,
     )
-    check_masses(model, found, batch)
+    if model.windowed:
+        check_masses(model, found, batch)
+    else:
+        assert (found["mass"], found["share"]) == ({"edges": [1], "x": [], "z": []}, [])
 
 
 def check_masses(model, found, batch):
@@ -129,10 +167,12 @@ def test_distances_that_cut_nothing_are_left_out_and_a_step_is_that_of_the_evalu
     assert losses == pytest.approx(run.run.evaluate(run.params, stream).loss, abs=1e-5)
 
 
+def test_a_split_of_one_sample_has_no_other_text():
+    run = trained(SHORT)
+    found = measure_history(run, TokenStream(run.run.split("validation").tokens[:15], 15, 1), distances=(0,))
+    assert (found["samples"], list(found["losses"]), found["swapped"]) == (1, ["all", "0"], None)
+
+
 def test_what_has_no_history_is_refused():
-    for changes, says in (({"architecture": "transformer"}, "must have generation windows"),):
-        run = trained(dataclasses.replace(MODEL, **changes))
-        with pytest.raises(UserError, match=says):
-            measure_history(run, run.run.split("validation"))
     with pytest.raises(UserError, match="samples of 4 tokens: must be longer"):
         measure_history(trained(), trained().run.split("validation"), 4)

@@ -8,6 +8,7 @@ import pytest
 from tests.evaluation.runs import LENGTH, costs, trained
 from tests.evaluation.test_report import STREAM
 from tlinformer_jax.config.data import DataConfig
+from tlinformer_jax.config.run import RunConfig
 from tlinformer_jax.experiments.actions import evaluated_splits, possible_actions, run_action
 from tlinformer_jax.models import ModelConfig
 from tlinformer_jax.training.setup import Run
@@ -54,9 +55,10 @@ def test_splits_that_are_evaluated():
     assert evaluated_splits(DataConfig(**text, test_files="c.txt")) == ("validation", "test")
 
 
-def test_history_is_for_models_with_windows():
+@pytest.mark.parametrize(
+    "length, window, left_out", [(64, 32, ()), (64, 64, ("history", "history@64")), (65, 64, ("history@64",))]
+)
+def test_history_is_for_samples_of_several_windows(length, window, left_out):
     names = ("evaluate", "history", "evaluate@64", "history@64", "samples")
-    for architecture in ("tlinformer", "tconstformer"):
-        assert possible_actions(names, ModelConfig(architecture=architecture)) == names
-    for architecture in ("transformer", "sliding_window", "gated_deltanet", "gated_deltanet_hybrid"):
-        assert possible_actions(names, ModelConfig(architecture=architecture)) == ("evaluate", "evaluate@64", "samples")
+    config = RunConfig(model=ModelConfig(generation_window=window), data=DataConfig(sequence_length=length))
+    assert possible_actions(names, config) == tuple(name for name in names if name not in left_out)

@@ -78,10 +78,28 @@ def test_a_run_that_was_measured_has_its_rows_and_curves_in_the_report(tmp_path,
     }
 
 
+def test_swapped_histories_and_models_without_windows_are_beside_the_cuts(tmp_path, drawn):
+    swapped = {"loss": 3.5, "change": 0.75, "affected_tokens": 8, "affected_change": 1.25}
+    measured = MEASURED | {"cuts": CUTS, "swapped": swapped}
+    no_windows = measured | {"mass": {"edges": [1], "x": [], "z": []}, "share": []}
+    results = [
+        made_result("ours", 19.0, model={"architecture": "tlinformer"}, point="ours", then={"history": measured}),
+        made_result("full", 18.0, point="full", then={"history": no_windows}),
+    ]
+    lines = history_lines(frame_of(results), tmp_path)
+    assert "| ours | another text's | +0.7500 | +1.2500 | 0.25, 0.50 |" in lines
+    assert "| full | 4 | +0.7500 | +1.5000 |  |" in lines
+    assert "| full | another text's | +0.7500 | +1.2500 |  |" in lines
+    masses, cuts = (drawn[f"results_12_history_{kind}.png"] for kind in ("mass", "cuts"))
+    assert (len(masses), len(cuts)) == (1, 2)
+    assert [panel.lines["another text's history"] for panel in cuts] == [[(0, 1.25), (4, 1.25)]] * 2
+    figures = plot_history([("full", no_windows)], tmp_path)
+    assert [file.name for file in figures] == [f"history_{kind}.png" for kind in ("cuts", "length", "same_tokens")]
+
+
 def test_what_a_run_cannot_have_is_refused_before_it_is_trained():
     base = run_config(SECTIONS | {"model": SECTIONS["model"] | {"architecture": "transformer"}})
-    with pytest.raises(UserError, match=r"history: .* must have generation windows"):
-        check_possible(("evaluate", "history"), base)
+    check_possible(("evaluate", "history"), base)
     with pytest.raises(UserError, match="history: samples of 8 tokens"):
         check_possible(("history@8",), run_config(SECTIONS))
     task = SECTIONS["data"] | {"dataset": "copy", "tokenizer": "numbers:9"}
@@ -100,6 +118,9 @@ def test_a_training_and_the_command_measure_the_same(tmp_path):
     asked, *wrong = in_forks([("history", [f"--workdir={workdir}", *given]) for given in options])
     assert asked.returncode == 0, asked.stderr
     assert asked.stdout.startswith("| rows of history left | loss | change |")
+    swapped = measured["swapped"]
+    values = " | ".join(f"{swapped[name]:.4f}" for name in ("loss", "change", "affected_change"))
+    assert f"| another text's | {values} |" in asked.stdout
     written = json.loads((tmp_path / "out" / "history.json").read_text())
     assert (written["step"], written["split"], written["samples"]) == (2, "validation", 64)
     assert written["losses"]["all"] == pytest.approx(measured["losses"]["all"], abs=1e-4)

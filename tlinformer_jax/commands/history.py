@@ -1,8 +1,9 @@
 """Measures what the history contributes to a trained model: `python -m tlinformer_jax history --workdir=DIR`.
 
-Reports attention to the history by distance, the change in loss if history beyond a distance is cut, and the loss by
-length of the history; `tlinformer_jax.evaluation.history` defines them. Nothing is trained. Writes history.json, and a
-CSV file and a figure of each measure, to --out=DIR. `--then=history` measures the same directly after a training.
+Reports the change in loss if history beyond a distance is cut or if the history is another text's, the loss by length
+of the history, and attention to it by distance; `tlinformer_jax.evaluation.history` defines them. Nothing is trained.
+Writes history.json, and a CSV file and a figure of each measure, to --out=DIR. `--then=history` measures the same
+directly after a training.
 """
 
 import pathlib
@@ -51,16 +52,21 @@ def main() -> None:
 
 
 def lines(measured: dict[str, Any]) -> list[str]:
-    """Formats the cuts and shares; '-' if no token counts."""
+    """Formats the cuts, the swap and the shares; '-' if no token counts."""
     from tlinformer_jax.files import markdown
 
+    measures = [(f"{cut['distance']:,}", cut) for cut in measured["cuts"]]
+    if measured["swapped"]:
+        measures.append(("another text's", measured["swapped"]))
     rows = []
-    for cut in measured["cuts"]:
-        values = (cut[name] for name in ("loss", "change", "affected_change"))
-        rows.append((f"{cut['distance']:,}", *("-" if value is None else f"{value:.4f}" for value in values)))
+    for name, found in measures:
+        values = (found[value] for value in ("loss", "change", "affected_change"))
+        rows.append((name, *("-" if value is None else f"{value:.4f}" for value in values)))
     text = markdown(("rows of history left", "loss", "change", "change of tokens with more"), rows)
-    shares = ", ".join(f"{share:.3f}" for share in measured["share"])
-    return [*text, f"share of the history in what x reads, by block: {shares or 'x does not read it'}"]
+    if measured["share"]:
+        shares = ", ".join(f"{share:.3f}" for share in measured["share"])
+        text.append(f"share of the history in what x reads, by block: {shares}")
+    return text
 
 
 def _write(report: dict[str, Any], out: pathlib.Path) -> None:

@@ -1,46 +1,56 @@
 """Measures what the history contributes to a trained model, without any training.
 
+A sample is measured in windows of W_og tokens; for a model without generation windows these are just blocks of tokens.
 n is the position of a window's first row, counting the `model.window_overlap` rows before its own; d is a distance.
 
 - *Cut at d*: the window's history is rows max(0, n - d) .. n - 1 of the sequence, at their positions; the observation
-  window is the last W_oh of these rows.
-- *Change at d*: mean loss with the cut minus mean loss without, over all tokens, and over tokens in windows with n > d.
-- *Loss by history*: mean loss of the windows that start at n, without a cut. Different n are different tokens.
+  window is the last W_oh of these rows. A model without generation windows runs only these rows and the window.
+- *Swapped*: the window's history is rows 0 .. n - 1 of another text, the sample half of the split further on. The loss
+  of a model that uses what its history says then rises about as much as without a history, or more.
+- *Change*: mean loss with the cut or the swap minus mean loss without, over all tokens, and over tokens in windows with
+  n > d, or n > 0 if swapped, as with a cut at 0.
+- *Loss by history*: mean loss of the windows that start at n, with all of their own history. Different n are different
+  tokens.
 - *Loss of the same tokens*: over the windows whose history is at least as long as the largest distance.
 - *Mass*: the part of the `compress` layers' softmax, for the window's tokens ('x', not in TConstFormer) and for the
   observation window ('z'), on rows n - r with r in a bin: the mean over queries, heads, windows and samples.
 - *Share*: the mean over tokens of |O a| / (|O a| + |O b|): a is what x reads from the history, b what it reads from its
   own window, O the output projection of the `compress` layer without its bias.
+
+With `model.token_shift` the first row after a cut still has the token before it in its key, as in the whole sequence;
+without generation windows it does not.
 """
 
 import collections
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Int
 
 from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.data.batches import num_samples, take_samples
 from tlinformer_jax.data.documents import DocumentStream
 from tlinformer_jax.data.tasks import Split
 from tlinformer_jax.errors import UserError
-from tlinformer_jax.models.attention import attend, head_multiple
-from tlinformer_jax.models.block import BlockParams, dual_window_block
-from tlinformer_jax.models.layers import Embedded, LayerParams, layer_norm, prepare_layers
-from tlinformer_jax.models.model import ModelParams, embed
+from tlinformer_jax.models.attention import attend
+from tlinformer_jax.models.block import dual_window_block
+from tlinformer_jax.models.layers import LayerParams, layer_norm
+from tlinformer_jax.models.model import ModelParams, embed, hidden_states, prepare_params
 from tlinformer_jax.models.rope import rope_table
 from tlinformer_jax.models.streams import History, PlacedWindow, Stream, observed_stream, place_window
-from tlinformer_jax.models.tlinformer import window_states
 from tlinformer_jax.models.windows import WindowFrame, num_windows
 from tlinformer_jax.training.loss import LOSS_CHUNK, token_losses_and_hits
 from tlinformer_jax.training.setup import TrainedRun
 
 SAMPLES = 64
+ALL, SWAPPED = "all", "swapped"
 MASKED = "history: data.document_masking = True: must be False, because the history must be that of one text"
 Sums = dict[str, jax.Array]
+T = TypeVar("T")
 
 
 def measure_history(
@@ -57,9 +67,10 @@ def measure_history(
     `distances` are where the history is cut, ascending; default: 0 and the powers of 4 from 16 that cut something.
 
     Returns:
-      JSON: length, samples; starts, the first position of each window, and its tokens; losses: distance, or 'all' if
-      nothing is cut, -> mean loss of each window, None without tokens; cuts and same_tokens, see `_losses`; mass:
-      edges of bins, bin i being edges[i] .. edges[i + 1] - 1, each block's masses for x and z; share: of each block.
+      JSON: length, samples; starts, the first position of each window, and its tokens; losses: distance, 'all' if
+      nothing is cut, or 'swapped' -> mean loss of each window, None without tokens; cuts, swapped and same_tokens, see
+      `_losses`; mass: edges of bins, bin i being edges[i] .. edges[i + 1] - 1, each block's masses for x and z; share:
+      of each block. The last two are empty without generation windows, and `swapped` is None if a split has one sample.
     """
     config = trained.run.config.model
     if isinstance(stream, DocumentStream):
@@ -71,24 +82,27 @@ def measure_history(
     distances = tuple(distance for distance in distances if distance < last)
     local = jax.tree.map(jnp.asarray, jax.device_get(trained.params))
     params: Any = trained.run.model.apply({"params": local}, method=trained.run.model.parameters)
-    cuts = {"all": None} | {str(distance): distance for distance in distances}
+    cuts = {ALL: None} | {str(distance): distance for distance in distances}
     measures = {name: jax.jit(functools.partial(_sums, config=config, cut=cut)) for name, cut in cuts.items()}
-    totals: dict[str, dict[str, Any]] = {name: collections.defaultdict(float) for name in cuts}
     count = num_samples(stream, length)
+    if count > 1:
+        measures[SWAPPED] = measures[ALL]
+    totals: dict[str, dict[str, Any]] = {name: collections.defaultdict(float) for name in measures}
     wanted = min(count, samples)
     indices = np.arange(wanted) * count // wanted
     for start in range(0, wanted, batch_size):
-        batch = take_samples(stream, length, indices[start : start + batch_size])
+        chosen = indices[start : start + batch_size]
+        batch = take_samples(stream, length, chosen)
+        other = take_samples(stream, length, (chosen + count // 2) % count)["inputs"]
         for name, measure in measures.items():
-            for part, value in measure(params, batch).items():
+            given = batch | {"before": other if name == SWAPPED else batch["inputs"]}
+            for part, value in measure(params, given).items():
                 totals[name][part] += np.asarray(value, np.float64)
-    return {"length": length, "samples": wanted} | _losses(config, distances, totals) | _masses(config, totals["all"])
+    return {"length": length, "samples": wanted} | _losses(config, distances, totals) | _masses(config, totals[ALL])
 
 
 def check_measurable(config: ModelConfig, length: int) -> None:
-    """Checks that the model has windows, and samples a history; raises a UserError if not."""
-    if not config.windowed:
-        raise UserError(f"history: model.architecture = {config.architecture!r}: must have generation windows")
+    """Checks that samples have a history; raises a UserError if not."""
     if num_windows(config, length) < 2:
         allowed = f"must be longer than model.generation_window = {config.generation_window}"
         raise UserError(f"history: samples of {length} tokens: {allowed}")
@@ -100,82 +114,89 @@ def window_starts(config: ModelConfig, windows: int) -> np.ndarray:
 
 
 def _sums(params: ModelParams, batch: dict[str, Any], *, config: ModelConfig, cut: int | None) -> Sums:
-    """Returns losses and tokens of each window; without a cut, also the sums of `_probe`."""
-    dtype = config.compute_dtype
-    blocks = prepare_layers(params.blocks, dtype, head_multiple(dtype, config.attention))
+    """Returns losses and tokens of each window; without a cut, also the sums of `_probe`.
+
+    `batch["before"]` has the tokens that windows read as their history.
+    """
+    params = prepare_params(params, config)
     size, length = config.generation_window, batch["inputs"].shape[1]
     windows = num_windows(config, length)
-    embedded = embed(params, config, batch["inputs"])
-    width = max(config.observed_rows(int(start)) for start in window_starts(config, windows))
+    width, hidden_of = 0, _block_hidden
+    if config.windowed:
+        width = max(config.observed_rows(int(start)) for start in window_starts(config, windows))
+        hidden_of = functools.partial(_window_hidden, width=width, length=length)
     # Pad such that any slice stays inside.
-    missing = ((0, 0), (0, windows * size - length + width), (0, 0))
-    embedded = jax.tree.map(lambda rows: jnp.pad(rows, missing), embedded)
-    labels, weights = (jnp.pad(batch[name], ((0, 0), (0, windows * size - length))) for name in ("labels", "weights"))
+    padded = {name: jnp.pad(rows, ((0, 0), (0, windows * size - length + width))) for name, rows in batch.items()}
 
-    def losses_of(window: jax.Array | int, states: jax.Array) -> Sums:
-        hidden = layer_norm(states, params.norm_scale, params.norm_bias)
-        own = [jax.lax.dynamic_slice_in_dim(rows, window * size, size, axis=1) for rows in (labels, weights)]
-        losses = token_losses_and_hits(hidden, params.embedding, own[0], LOSS_CHUNK)[0] * own[1]
-        return {"losses": jnp.sum(losses), "tokens": jnp.sum(own[1])}
+    def losses_of(window: jax.Array | int, hidden: jax.Array) -> Sums:
+        labels, weights = (rows_of(padded[name], window * size, size) for name in ("labels", "weights"))
+        losses = token_losses_and_hits(hidden, params.embedding, labels, LOSS_CHUNK)[0] * weights
+        return {"losses": jnp.sum(losses), "tokens": jnp.sum(weights)}
 
     def one(window: jax.Array) -> Sums:
-        states, probed = _window_states(blocks, config, embedded, window, cut, width, length)
-        return losses_of(window, states) | probed
+        begin = window * size - config.window_overlap
+        own = jnp.arange(windows * size + width) >= begin
+        tokens = jnp.where(own, padded["inputs"], padded["before"])
+        hidden, probed = hidden_of(params, config, tokens, begin, cut)
+        return losses_of(window, hidden) | probed
 
-    first = losses_of(0, _first_states(blocks, config, rows_of(embedded, 0, size)))
+    first = losses_of(0, hidden_states(params, config, embed(params, config, batch["inputs"][:, :size])))
     later = jax.lax.map(one, jnp.arange(1, windows))
     return later | {name: jnp.concatenate([value[None], later[name]]) for name, value in first.items()}
 
 
-def _first_states(blocks: tuple[BlockParams, ...], config: ModelConfig, x: Embedded) -> jax.Array:
-    """Computes a window without history."""
-    rope = rope_table(jnp.arange(x.rows.shape[1]), config.head_dim, config.longest_wavelength)
-    no_rows = History.whole(blocks[0].compress, x.rows[:, :0], rope)
-    window = Stream.of(blocks[0].compress, x.rows, rope, key_rows=x.key_rows)
-    return window_states(blocks, config, no_rows, window, WindowFrame(0, 0, 0, 0))
-
-
-def _window_states(
-    blocks: tuple[BlockParams, ...],
+def _block_hidden(
+    params: ModelParams,
     config: ModelConfig,
-    embedded: Embedded,
-    window: jax.Array,
+    tokens: Int[Array, "batch padded"],
+    begin: Int[Array, ""],
+    cut: int | None,
+) -> tuple[Float[Array, "batch W_og D"], Sums]:
+    """Computes the rows from `begin` on of a model without generation windows, on the sequence that the cut leaves."""
+    size = config.generation_window
+    start, rows = (0, tokens.shape[1]) if cut is None else (jnp.maximum(begin - cut, 0), cut + size)
+    hidden = hidden_states(params, config, embed(params, config, rows_of(tokens, start, rows)))
+    return rows_of(hidden, begin - start, size), {}
+
+
+def _window_hidden(
+    params: ModelParams,
+    config: ModelConfig,
+    tokens: Int[Array, "batch padded"],
+    begin: Int[Array, ""],
     cut: int | None,
     width: int,
     length: int,
-) -> tuple[jax.Array, Sums]:
-    """Computes a window with history, [batch, W_og, D]; without a cut, also returns the sums of `_probe`."""
-    overlap = config.window_overlap
-    begin, size = window * config.generation_window - overlap, overlap + config.generation_window
+) -> tuple[Float[Array, "batch W_og D"], Sums]:
+    """Computes the window whose first row is at `begin` > 0; without a cut, also returns the sums of `_probe`."""
+    overlap, padded = config.window_overlap, tokens.shape[1]
+    embedded, size = embed(params, config, tokens), overlap + config.generation_window
     x = rows_of(embedded, begin, size)
-    if cut == 0:
-        return _first_states(blocks, config, x)[:, overlap:], {}
-    padded = embedded.rows.shape[1]
     reach = padded if cut is None else cut
     start, rows = jnp.maximum(begin - reach, 0), min(reach + width, padded)
     # Rows and rotations are counted from the first row that is not cut, whose position is `start`.
     history = rows_of(embedded, start, rows)
     rope = rope_table(start + jnp.arange(max(rows, size) + size), config.head_dim, config.longest_wavelength)
     observed = jnp.asarray([config.observed_rows(n) for n in range(reach + 1)], jnp.int32)[begin - start]
-    layer = blocks[0].compress
+    layer = params.blocks[0].compress
     C = History.whole(layer, history.rows, rope, begin - start, history.key_rows)
     own = Stream.of(layer, x.rows, rope.rows(begin - start, size), key_rows=x.key_rows)
-    frame = WindowFrame(begin - start, begin - start - observed, observed, width)
+    frame = WindowFrame(begin - start, begin - start - observed, observed, width, never_empty=False)
     real = (jnp.arange(size) >= overlap) & (begin + jnp.arange(size) < length)
     placed, probed = place_window(frame, rope, size), Sums()
-    for index, block in enumerate(blocks):
+    for index, block in enumerate(params.blocks):
         if cut is None:
             probed |= _probe(config, block.compress, index, C, own, placed, real)
-        later = blocks[index + 1 :]
+        later = params.blocks[index + 1 :]
         restored, states = dual_window_block(block, config, C, own, placed, later)
         if restored is not None:
             C, own = restored, Stream.of(later[0].compress, states, placed.x_rope)
-    return states[:, overlap:], probed
+    return layer_norm(states[:, overlap:], params.norm_scale, params.norm_bias), probed
 
 
-def rows_of(embedded: Embedded, start: jax.Array | int, count: int) -> Embedded:
-    """Returns rows start .. start + count - 1."""
-    return jax.tree.map(lambda rows: jax.lax.dynamic_slice_in_dim(rows, start, count, axis=1), embedded)
+def rows_of(arrays: T, start: jax.Array | int, count: int) -> T:
+    """Returns rows start .. start + count - 1 of each array [batch, rows, ...]."""
+    return jax.tree.map(lambda rows: jax.lax.dynamic_slice_in_dim(rows, start, count, axis=1), arrays)
 
 
 def _probe(
@@ -213,17 +234,16 @@ def distance_edges(rows: int) -> np.ndarray:
 
 
 def _losses(config: ModelConfig, distances: Sequence[int], totals: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Returns starts, tokens, losses, cuts and same_tokens of `measure_history`."""
-    tokens: np.ndarray = totals["all"]["tokens"]
+    """Returns starts, tokens, losses, cuts, swapped and same_tokens of `measure_history`."""
+    tokens: np.ndarray = totals[ALL]["tokens"]
     starts = window_starts(config, len(tokens))
     losses: dict[str, np.ndarray] = {name: sums["losses"] for name, sums in totals.items()}
-    names = [*map(str, distances), "all"]
+    names = [*map(str, distances), ALL]
 
-    def of_cut(distance: int) -> dict[str, Any]:
-        lost, affected = losses[str(distance)] - losses["all"], starts > distance
+    def compared(name: str, affected: np.ndarray) -> dict[str, Any]:
+        lost = losses[name] - losses[ALL]
         return {
-            "distance": distance,
-            "loss": _mean(losses[str(distance)], tokens),
+            "loss": _mean(losses[name], tokens),
             "change": _mean(lost, tokens),
             "affected_tokens": int(tokens[affected].sum()),
             "affected_change": _mean(lost[affected], tokens[affected]),
@@ -233,8 +253,9 @@ def _losses(config: ModelConfig, distances: Sequence[int], totals: dict[str, dic
     return {
         "starts": starts.tolist(),
         "tokens": [int(count) for count in tokens],
-        "losses": {name: [_mean(*pair) for pair in zip(losses[name], tokens)] for name in names},
-        "cuts": [of_cut(distance) for distance in distances],
+        "losses": {name: [_mean(*pair) for pair in zip(sums, tokens)] for name, sums in losses.items()},
+        "cuts": [{"distance": distance} | compared(str(distance), starts > distance) for distance in distances],
+        "swapped": compared(SWAPPED, starts > 0) if SWAPPED in losses else None,
         "same_tokens": {
             "tokens": int(tokens[same].sum()),
             "distances": [*distances, None],
@@ -246,7 +267,7 @@ def _losses(config: ModelConfig, distances: Sequence[int], totals: dict[str, dic
 def _masses(config: ModelConfig, sums: dict[str, Any]) -> dict[str, Any]:
     """Returns mass and share of `measure_history`."""
     totals = {name: value.sum(0) for name, value in sums.items()}
-    used = max(int(np.flatnonzero(value).max()) + 1 for name, value in totals.items() if "mass" in name)
+    used = max((int(np.flatnonzero(value).max()) + 1 for name, value in totals.items() if "mass" in name), default=0)
 
     def by_block(name: str, queries: str) -> list[Any]:
         found = [block for block in range(config.num_blocks) if f"{name}_{block}" in totals]

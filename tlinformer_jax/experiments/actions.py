@@ -11,7 +11,6 @@ from tlinformer_jax.errors import UserError
 
 if TYPE_CHECKING:
     from tlinformer_jax.config.data import DataConfig
-    from tlinformer_jax.config.model import ModelConfig
     from tlinformer_jax.config.run import RunConfig
     from tlinformer_jax.training.setup import TrainedRun
 
@@ -89,9 +88,15 @@ def checked_actions(names: Sequence[str], where: str = "--then") -> tuple[str, .
     return tuple(dict.fromkeys(names))
 
 
-def possible_actions(names: Sequence[str], model: "ModelConfig") -> tuple[str, ...]:
-    """Returns the actions without `history` if the model has no windows: the models of a sweep may differ."""
-    return tuple(name for name in names if model.windowed or name.partition("@")[0] != "history")
+def possible_actions(names: Sequence[str], config: "RunConfig") -> tuple[str, ...]:
+    """Returns the actions without `history` of samples that fit into a window: the runs of a sweep may differ."""
+
+    def possible(name: str) -> bool:
+        kind, *lengths = name.split("@")
+        length = int(lengths[0]) if lengths else config.data.sequence_length
+        return kind != "history" or length > config.model.generation_window
+
+    return tuple(filter(possible, names))
 
 
 def check_possible(names: Sequence[str], config: "RunConfig") -> None:

@@ -17,6 +17,7 @@ HISTORY = {
     "history_length": ("history before the window, tokens", "loss, nats per token"),
     "history_same_tokens": ("rows of history left, the last: all", "loss of the same tokens, nats per token"),
 }
+SWAPPED = "another text's"  # rows of history; see `evaluation.history`
 READERS = {"x": "read by the window", "z": "read by the observation window"}
 PLACES = 4  # depths at which a heat map has a tick
 
@@ -130,6 +131,8 @@ def history_tables(measured: Mapping[str, Any]) -> dict[str, pd.DataFrame]:
     cuts = [cut for cut in measured["cuts"] if cut["affected_tokens"]]
     changes = [("all tokens", cut["distance"], cut["change"]) for cut in cuts]
     changes += [("tokens with more history", cut["distance"], cut["affected_change"]) for cut in cuts]
+    if swapped := measured.get("swapped"):  # records of other versions have none
+        changes += [(f"{SWAPPED} history", cut["distance"], swapped["affected_change"]) for cut in cuts]
     losses = [("loss", start, loss) for start, loss in zip(starts, measured["losses"]["all"])]
     # A history that is not cut is drawn at the longest history's length.
     distances = [starts[-1] if distance is None else distance for distance in same["distances"]]
@@ -143,11 +146,12 @@ def history_tables(measured: Mapping[str, Any]) -> dict[str, pd.DataFrame]:
 def plot_history(
     runs: Sequence[tuple[str, Mapping[str, Any]]], folder: pathlib.Path, prefix: str = ""
 ) -> list[pathlib.Path]:
-    """Draws each figure of HISTORY, with a panel for each run, under the run's title."""
+    """Draws each figure of HISTORY, with a panel for each run that has its values, under the run's title."""
     tables = {title: history_tables(measured) for title, measured in runs}
     files = []
     for name, (x_name, y_name) in HISTORY.items():
-        files.append(folder / f"{prefix}{name}.png")
-        panels = {title: (table[name], y_name) for title, table in tables.items()}
-        plot_lines(panels, x_name, files[-1], "symlog")
+        panels = {title: (table[name], y_name) for title, table in tables.items() if len(table[name])}
+        if panels:
+            files.append(folder / f"{prefix}{name}.png")
+            plot_lines(panels, x_name, files[-1], "symlog")
     return files

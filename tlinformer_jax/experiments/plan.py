@@ -34,7 +34,7 @@ class Sweep:
     # own seeds.
     points: Mapping[str, Mapping[str, Any]]
     seeds: Sequence[int] = (0,)  # for all other points; each point is trained once with every seed
-    # Names of `experiments.actions` to perform after each training; `history` if the model has windows.
+    # Names of `experiments.actions` to perform after each training; `history` where samples have one.
     then: Sequence[str] = ()
     study: str = "windows"
 
@@ -77,7 +77,7 @@ def plan_points(sweep: Sweep, base: Mapping[str, Any] | None = None) -> list[Job
         except UserError as error:
             raise UserError(f"point {name}: {error}") from None
         for seed, config in zip(seeds, configs):
-            then = possible_actions(sweep.then, config.model)
+            then = possible_actions(sweep.then, config)
             points.append(Job(f"{name}-seed{seed}", config, then=then, study=sweep.study, point=name, overrides=fields))
     (name, times), *_ = collections.Counter(point.name for point in points).most_common(1)
     if times > 1:

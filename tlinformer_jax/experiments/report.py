@@ -7,11 +7,12 @@ import collections
 import pathlib
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from tlinformer_jax.experiments.figures import plot_history, plot_lines, plot_sweep, shown
+from tlinformer_jax.experiments.figures import SWAPPED, plot_history, plot_lines, plot_sweep, shown
 from tlinformer_jax.experiments.frame import (
     ARCHITECTURE,
     CACHE,
@@ -242,7 +243,8 @@ def history_lines(frame: pd.DataFrame, figures: pathlib.Path) -> list[str]:
     lines: list[str] = []
     measured = actions_of(frame, "history", "cuts").drop_duplicates(["group", "done.length"])
     for length, runs in measured.groupby("done.length") if len(measured) else ():
-        table = runs[["label", "done.share", "done.cuts"]].explode("done.cuts", ignore_index=True)
+        table = runs[["label", "done.share"]].assign(**{"done.cuts": runs["done"].map(_cuts_and_swap)})
+        table = table.explode("done.cuts", ignore_index=True)
         table = table.join(pd.json_normalize(table.pop("done.cuts")))
         for change in ("change", "affected_change"):
             table[change] = table[change].map("{:+.4f}".format, na_action="ignore")
@@ -254,6 +256,12 @@ def history_lines(frame: pd.DataFrame, figures: pathlib.Path) -> list[str]:
                 file, f"{titled(file.stem.removeprefix(f'results_{length}_'))}, samples of {length:,} tokens"
             )
     return under("## What the history contributes", lines)
+
+
+def _cuts_and_swap(measured: dict[str, Any]) -> list[dict[str, Any]]:
+    """Returns the rows of a run in the table of cuts; records of other versions have no swapped history."""
+    swapped = measured.get("swapped")
+    return [*measured["cuts"], *([{"distance": SWAPPED} | swapped] if swapped else [])]
 
 
 def sample_lines(frame: pd.DataFrame) -> list[str]:
