@@ -12,8 +12,8 @@ Variants:
 - plus: all nine settings with the token shift, and TLinFormer also without it; each architecture has 4 layers and one
   rate, and only the settings called grown start on shorter samples;
 - plus-grown: TLinFormer with the token shift in the other four settings, on shorter samples first. In 512-64 these are
-  samples of 64 tokens only, in 1024-128-tight of 512: after samples of 256 tokens, whose answers are all in the window
-  or in W_oh, two of five runs did not learn to read before W_oh (docs/quality.md);
+  samples of 64 tokens only, in 1024-128-tight of 512: with samples of 64, 128, 256 (and 512) tokens first, two of five
+  runs failed in each (docs/quality.md);
 - tiny: 2 cells of a minute each on a CPU.
 
 Controls are chance (H_P / P for P pairs, shown in the figures), attention, TConstFormer and sliding window. TLinFormer

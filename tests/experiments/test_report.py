@@ -173,10 +173,11 @@ def test_only_like_is_compared_with_like():
         made_result("tokens", 19.0, model=WINDOWED, tokens=1),
         made_result("dropout", 19.0, model=WINDOWED | {"dropout": 0.1}),
         made_result("width", 19.0, model=WINDOWED | {"d_model": 32}),
+        made_result("rate", 19.0, model=WINDOWED, train={"learning_rate": 0.25}),
     ]
     change = against_base(frame_of([base, better, *others]))
     assert change.dropna().tolist() == [pytest.approx(-5)]
-    assert len(change) == 4
+    assert len(change) == 5
 
 
 def test_baselines_alone_are_compared_with_nothing(tmp_path):

@@ -120,7 +120,7 @@ def _derived(record: Record) -> dict[str, Any]:
         },
         "at.data.num_items": _items(data),
         "at.model.history_window": model["history_window"],
-        "base": json.dumps([record["tokens"], text, shape, layers], sort_keys=True),
+        "base": json.dumps([record["tokens"], config["train"]["learning_rate"], text, shape, layers], sort_keys=True),
         "then": record["then"],
     }
 

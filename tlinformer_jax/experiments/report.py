@@ -162,7 +162,7 @@ def group_lines(frame: pd.DataFrame) -> list[str]:
 
 
 def against_base(frame: pd.DataFrame) -> pd.Series:
-    """Returns by how many percent a group's perplexity exceeds the Transformer's with equal N, text and shape."""
+    """Returns by how many percent a group's perplexity exceeds the Transformer's with equal rate, N, text and shape."""
     runs = counted(frame)
     means, base, ours = runs[PERPLEXITY].mean(), runs["base"].first(), runs["ours"].first()
     # astype: if all runs are Transformers, base[ours] is empty, and pandas would keep its dtype of text.
