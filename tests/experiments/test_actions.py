@@ -9,6 +9,7 @@ from tests.evaluation.runs import LENGTH, costs, trained
 from tests.evaluation.test_report import STREAM
 from tlinformer_jax.config.data import DataConfig
 from tlinformer_jax.config.run import RunConfig
+from tlinformer_jax.config.train import TrainConfig
 from tlinformer_jax.experiments.actions import evaluated_splits, possible_actions, run_action
 from tlinformer_jax.models import ModelConfig
 from tlinformer_jax.training.setup import Run
@@ -60,5 +61,5 @@ def test_splits_that_are_evaluated():
 )
 def test_history_is_for_samples_of_several_windows(length, window, left_out):
     names = ("evaluate", "history", "evaluate@64", "history@64", "samples")
-    config = RunConfig(model=ModelConfig(generation_window=window), data=DataConfig(sequence_length=length))
+    config = RunConfig(ModelConfig(generation_window=window), TrainConfig(), DataConfig(sequence_length=length))
     assert possible_actions(names, config) == tuple(name for name in names if name not in left_out)
