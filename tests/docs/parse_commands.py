@@ -65,7 +65,7 @@ def parse(command: str) -> None:
     elif name.startswith("tools.") and "config" not in flags.FLAGS:
         cli.define_config_flag()  # as those do that are run as scripts
     left = flags.FLAGS(sys.argv)[1:]
-    assert not left, f"takes no {left}"
+    assert len(left) == len(getattr(module, "ARGUMENTS", ())), f"takes no {left}"
     if "config" in flags.FLAGS and "sweep" not in flags.FLAGS:
         from tlinformer_jax.config.run import run_config
 

@@ -33,6 +33,7 @@ def test_two_processes_of_one_device_train_what_one_process_of_two_does(tmp_path
     one, two = tmp_path / "one", tmp_path / "two"
     steps = ("--config.train.steps=6", "--config.train.keep_checkpoints=9+1")
     steps += ("--config.train.checkpoint_every=0.000001s",)  # after every step
+    steps += ("--config.data.dataset=lines",)  # evaluated by document
     steps += ("--config.train.mesh=fsdp=2",)  # each saves parameters that the other does not hold
     run(start(MAIN, *SMALL, *steps, f"--workdir={one}", devices=2))
     told = run(*start_two(MAIN, *SMALL, *steps, f"--workdir={two}"))
@@ -54,6 +55,9 @@ def test_two_processes_of_one_device_train_what_one_process_of_two_does(tmp_path
     mine, other = json.loads(told.splitlines()[-1]), json.loads(alone.stdout)
     assert (mine["step"], mine["tokens"]) == (other["step"], other["tokens"])
     assert mine["loss"] == pytest.approx(other["loss"], rel=1e-6)
+    assert len(mine["by_document"]["loss"]) > 10
+    assert mine["by_document"]["tokens"] == other["by_document"]["tokens"]
+    assert mine["by_document"]["loss"] == pytest.approx(other["by_document"]["loss"], rel=1e-6)
     (mine,), (other,) = mine["by_length"], other["by_length"]
     assert mine["tokens"] == other["tokens"]
     assert mine["figures"] == pytest.approx(other["figures"], rel=1e-6)

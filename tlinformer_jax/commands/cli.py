@@ -1,6 +1,7 @@
 """Shared parts of all entry points: flags by absl; user errors as one line and exit status 2."""
 
 import contextlib
+import functools
 import logging as std_logging
 import os
 import pathlib
@@ -25,14 +26,15 @@ if TYPE_CHECKING:
 FLAG_OF_OPTION = {"stop_strings": "stop"}  # options whose flag has another name
 
 
-def run(main: Callable[[], None]) -> NoReturn:
-    """Parses the flags, runs `main()`, exits.
+def run(main: Callable[..., None], arguments: Sequence[str] = ()) -> NoReturn:
+    """Parses the flags, runs `main`, exits.
 
-    A `UserError` becomes one line on stderr, and its status the exit status. SIGTERM, SIGHUP and Ctrl-C, unless `main`
-    handles them, are raised as exceptions, so that half-written files are removed; status 143, 129 and 130.
+    `main` gets the arguments that are no flags; `arguments` names them, for messages. A `UserError` becomes one line on
+    stderr, and its status the exit status. SIGTERM, SIGHUP and Ctrl-C, unless `main` handles them, are raised as
+    exceptions, so that half-written files are removed; status 143, 129 and 130.
     """
 
-    def guarded(_: Sequence[str]) -> None:
+    def guarded(argv: Sequence[str]) -> None:
         for number in (signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
                 signal.signal(number, _terminate)
@@ -42,7 +44,7 @@ def run(main: Callable[[], None]) -> NoReturn:
             logging.get_absl_logger().addFilter(_not_reported_otherwise)
         std_logging.getLogger("asyncio").setLevel(std_logging.CRITICAL)  # its errors are reported as one line
         try:
-            main()
+            main(*argv[1:])
         except SystemExit:
             raise
         except BaseException as error:
@@ -52,7 +54,7 @@ def run(main: Callable[[], None]) -> NoReturn:
             fail(message, status)
 
     environment.settle()
-    app.run(guarded, flags_parser=_parse_flags)
+    app.run(guarded, flags_parser=functools.partial(_parse_flags, arguments=arguments))
     raise AssertionError("app.run returns through sys.exit")
 
 
@@ -228,7 +230,7 @@ def config_values() -> Any:
     return flags.FLAGS.config
 
 
-def _parse_flags(argv: Sequence[str]) -> list[str]:
+def _parse_flags(argv: Sequence[str], arguments: Sequence[str]) -> list[str]:
     logging.set_verbosity(logging.ERROR)  # config_flags also warns about errors that are reported below
     try:
         rest = flags.FLAGS(list(argv))
@@ -239,8 +241,11 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
         fail(text)
     except Exception as error:
         fail(str(_user_error(error) or describe(error, argv)))
-    if len(rest) > 1:
-        fail(f"{rest[1]}: unexpected argument; flags are written --name=value")
+    given = rest[1:]
+    if len(given) > len(arguments):
+        fail(f"{given[len(arguments)]}: unexpected argument; flags are written --name=value")
+    if len(given) < len(arguments):
+        fail(f"{arguments[len(given)]}: must be given; the arguments are {' '.join(arguments)}")
     return rest
 
 

@@ -33,7 +33,7 @@ OUT = flags.DEFINE_string("out", None, "File to write the whole result to as JSO
 # Parts of a report that --json prints before its figures, and after them.
 JSON_PARTS = (
     ("step", "split", "text_file", "tokens"),
-    ("expert_load", "answers", "by_position", "by_window_position", "accuracy_by_position", "by_length"),
+    ("by_document", "expert_load", "answers", "by_position", "by_window_position", "accuracy_by_position", "by_length"),
 )
 
 

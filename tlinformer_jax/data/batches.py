@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from tlinformer_jax.config.data import Stage, stage_at
-from tlinformer_jax.data.documents import DocumentStream
+from tlinformer_jax.data.documents import DocumentStream, document_numbers
 from tlinformer_jax.data.streams import RowStream, TokenStream, in_order, in_threads
 from tlinformer_jax.data.tasks import Split, TaskSplit, take_task_samples
 from tlinformer_jax.errors import DataError
@@ -268,3 +268,21 @@ def evaluation_batches(
     count = num_samples(stream, sequence_length, rest)
     for indices in in_order(count, batch_size, rows):
         yield take_samples(stream, sequence_length, indices)
+
+
+def label_documents(
+    stream: Split, end_of_text: int, sequence_length: int, batch_size: int, rest: bool = False
+) -> Iterator[np.ndarray | None]:
+    """Yields the document of every label in all rows of each of `evaluation_batches`, int32 [batch, N]; -1 for padding.
+
+    Yields None for every batch if `document_numbers` does not know the documents, and for a task.
+    """
+    numbers = None if isinstance(stream, TaskSplit) else document_numbers(stream, end_of_text)
+    if isinstance(stream, TaskSplit) or numbers is None:
+        yield from itertools.repeat(None)
+        return
+    num_samples(stream, sequence_length, rest)  # packs documents by their tokens; the stream of numbers shares this
+    for batch in evaluation_batches(
+        dataclasses.replace(stream, tokens=numbers), sequence_length, batch_size, rest=rest
+    ):
+        yield np.where(batch["weights"] > 0, batch["labels"], -1)

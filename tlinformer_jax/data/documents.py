@@ -1,4 +1,4 @@
-"""Packs documents into samples in which they do not see each other: `data.document_masking`.
+"""The documents of a split, and `data.document_masking`: samples packed from documents that do not see each other.
 
 A document starts with the preceding end-of-text, and predicts all of its own tokens and the end-of-text after it: as in
 one long row, every token but the first is predicted once. A document of more than N tokens is cut into pieces of N and
@@ -15,7 +15,23 @@ from typing import Any
 
 import numpy as np
 
-from tlinformer_jax.data.streams import TokenStream, parts_of
+from tlinformer_jax.data.streams import TokenStream, places_of
+
+MOST_DOCUMENTS = 200  # of a split whose losses are summed by document
+
+
+def document_numbers(stream: TokenStream, end_of_text: int) -> np.ndarray | None:
+    """Returns the number of each token's document, uint8 [length]; an end-of-text belongs to the document before it.
+
+    Returns None if the split has one document or more than MOST_DOCUMENTS, or if it is not known where they end: the
+    row must hold one end-of-text for each of `num_documents`, the last one at its end.
+    """
+    if not 2 <= stream.num_documents <= MOST_DOCUMENTS:
+        return None
+    ends = places_of(end_of_text, stream.tokens)
+    if len(ends) != stream.num_documents or ends[-1] + 1 != len(stream.tokens):
+        return None
+    return np.repeat(np.arange(len(ends), dtype=np.uint8), np.diff(ends, prepend=-1))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,8 +110,7 @@ class DocumentStream(TokenStream):
     def _pieces(self, length: int) -> tuple[np.ndarray, np.ndarray]:
         """Returns first inputs and sizes of the documents; those longer than `length` are cut."""
         inputs = max(0, len(self.tokens) - 1)  # the last token is only a label
-        found = [start + np.flatnonzero(part == self.end_of_text) for start, part in parts_of(self.tokens)]
-        begins = np.unique(np.concatenate([np.zeros(1, np.int64), *found]))
+        begins = np.unique(np.append(0, places_of(self.end_of_text, self.tokens)))
         begins = begins[begins < inputs]
         sizes = np.diff(begins, append=inputs)
         counts = -(-sizes // length)

@@ -163,7 +163,8 @@ def _collected(items: Items, shape: Shape) -> TokenStream:
     if batches and documents:
         raise DataError(f"{shape.name}: must hold documents or batches, not both")
     if not batches:
-        return array_stream(np.concatenate([np.empty(0, np.int32), *documents]).astype(np.int32), shape.name)
+        joined = array_stream(np.concatenate([np.empty(0, np.int32), *documents]).astype(np.int32), shape.name)
+        return dataclasses.replace(joined, num_documents=len(documents))
     rows = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
     ids = np.append(rows["inputs"].reshape(-1), rows["labels"][-1, -1:])
     return RowStream(ids, 0, 0, sha256=hashlib.sha256(ids.tobytes()).hexdigest(), rows=rows)

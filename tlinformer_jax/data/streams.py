@@ -70,6 +70,12 @@ def parts_of(tokens: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
             mapping.madvise(mmap.MADV_DONTNEED)
 
 
+def places_of(token: int, tokens: np.ndarray) -> np.ndarray:
+    """Returns the positions of a token in a long row, ascending, int64."""
+    found = [start + np.flatnonzero(part == token) for start, part in parts_of(tokens)]
+    return np.concatenate([np.empty(0, np.int64), *found])
+
+
 def in_order(count: int, batch_size: int, rows: np.ndarray | slice) -> Iterator[np.ndarray]:
     """Yields the given rows of batches of the numbers below `count`, int [rows]; the last batch is filled with -1."""
     for start in range(0, count, batch_size):

@@ -19,13 +19,14 @@ from tlinformer_jax.data.streams import TokenStream, cut_documents, encode_piece
 from tlinformer_jax.data.tasks import Split, TaskSplit
 from tlinformer_jax.data.tokenizers import Tokenizer
 from tlinformer_jax.errors import ConfigError, DataError
+from tlinformer_jax.evaluation.bootstrap import mean_interval
 from tlinformer_jax.files import finite, write_text, writing
 from tlinformer_jax.models.feed_forward import with_tallies
 from tlinformer_jax.models.model import LanguageModel, embed, hidden_states, prepare_params
 from tlinformer_jax.parallel.sharding import EVALUATION_AXES, process_rows, put_batch, replicated
 from tlinformer_jax.training.checkpoint import load_run
 from tlinformer_jax.training.console import EVALUATION_ADVICE, memory_advice
-from tlinformer_jax.training.evaluation import Answers, Evaluation, summary
+from tlinformer_jax.training.evaluation import DIGITS, Answers, Evaluation, summary
 from tlinformer_jax.training.loss import weighted_loss
 from tlinformer_jax.training.setup import Run, TrainedRun
 from tlinformer_jax.training.window_loss import DeviceBatch
@@ -33,7 +34,6 @@ from tlinformer_jax.training.window_loss import DeviceBatch
 Report = dict[str, Any]
 LONGEST = 2**31 - 1  # positions are int32
 BINS = 64  # most bins of positions
-DIGITS = 6  # decimals of a mean; float32 losses have no more
 LABELS = {
     "loss": "loss, nats per token",
     "perplexity": "perplexity per token",
@@ -96,8 +96,10 @@ def evaluate_run(
 
     Returns:
       A JSON object: the entries of `describe`; split; length, batch_size, tokens (predicted), figures (see
-      `training.evaluation.summary`); on request by_position, by_window_position, and by_length, a list with the same
-      entries for each length; for a mixture of experts expert_load; for a task answers and accuracy_by_position.
+      `training.evaluation.summary`); by_document, for a split of 2 to 200 documents whose ends are known: the hash of
+      its tokens, and for each document, in the order of the split, the sum of losses and the tokens; on request
+      by_position, by_window_position, and by_length, a list with the same entries for each length; for a mixture of
+      experts expert_load; for a task answers and accuracy_by_position.
     """
     if stream is None:
         stream = trained.run.split(split, None if options.length is None else 1)
@@ -149,6 +151,9 @@ def _at_length(trained: TrainedRun, source: Source, length: int, rest: bool, opt
     window = run.config.model.generation_window
     figures = summary(result, source.counted, window)
     report: Report = {"length": length, "batch_size": batch_size, "tokens": result.tokens, "figures": figures}
+    if result.documents is not None:
+        assert isinstance(source.stream, TokenStream)
+        report["by_document"] = {"sha256": source.stream.sha256, **result.documents.sums()}
     if result.answers is not None:
         report["answers"] = result.answers.counts()
     if options.by_position:
@@ -213,6 +218,11 @@ def lines(report: Report) -> list[str]:
     name = report.get("text_file") or f"{report['split']} split"
     text = [f"{config['architecture']}, step {report['step']}, {name}, {report['tokens']:,} tokens"]
     text += [f"  {LABELS[name]:26} {_number(value)}" for name, value in report["figures"].items()]
+    if "by_document" in report:
+        documents = report["by_document"]
+        count, low, high = mean_interval(documents["loss"], documents["tokens"])
+        if np.isfinite(low):
+            text.append(f"  loss, 95% over {count} documents: {low:.5g} to {high:.5g}")
     for layer, shares in enumerate(report.get("expert_load", ())):
         spread = f"{min(shares):.1%} to {max(shares):.1%} of the rows each (even: {1 / len(shares):.1%})"
         text.append(f"  {f'experts of layer {layer}':26} {spread}")

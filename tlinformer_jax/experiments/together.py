@@ -216,6 +216,7 @@ def _evaluated(
     totals: dict[str, Any] = {}
     for batch in run.evaluation_batches(split, length, size, slice(None)):
         sums = evaluate(params, batch)
+        sums.pop("token_losses", None)
         totals = sums if not totals else jax.tree.map(jnp.add, totals, sums)
     found = {name: np.asarray(total, np.float64) for name, total in totals.items()}
     results = []

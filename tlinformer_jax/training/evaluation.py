@@ -1,4 +1,4 @@
-"""Evaluates a split: the loss by position, a task's correct answers, and the figures made from both."""
+"""Evaluates a split: the loss by position and by document, a task's correct answers, and the figures made from them."""
 
 import dataclasses
 import math
@@ -7,8 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
+from tlinformer_jax.data.documents import MOST_DOCUMENTS
 from tlinformer_jax.data.streams import TokenStream
 from tlinformer_jax.data.tasks import DEPTHS, REGIONS, Split
 from tlinformer_jax.models.model import LanguageModel
@@ -22,6 +23,7 @@ from tlinformer_jax.training.loss import (
 )
 from tlinformer_jax.training.step import DeviceBatch
 
+DIGITS = 6  # decimals of a loss; float32 losses have no more
 CELLS = len(REGIONS) * DEPTHS
 
 
@@ -31,7 +33,10 @@ CELLS = len(REGIONS) * DEPTHS
 def eval_step(
     params: Any, batch: DeviceBatch, *, model: LanguageModel, answers: AnswersOf | None = None
 ) -> dict[str, jax.Array]:
-    """Returns sums over a batch by position: losses and weights; for a task also `answer_sums`."""
+    """Returns sums over a batch by position: losses and weights.
+
+    For a task also `answer_sums`; for a text also token_losses, the loss of every token, float32 [batch, N].
+    """
     length = batch["labels"].shape[1]
     # A model trained on a task may also be evaluated on a text, where all labels count.
     known = answers(length) if answers is not None and "starts" in batch else None
@@ -53,7 +58,7 @@ def eval_step(
     losses = jnp.pad(losses, ((0, 0), (start, 0)))
     sums = {"losses": jnp.sum(losses * weights, axis=0), "weights": jnp.sum(weights, axis=0)}
     if "starts" not in batch:
-        return sums
+        return sums | {"token_losses": losses}
     hits = jnp.pad(hits, ((0, 0), (start, 0)), constant_values=True)
     return sums | answer_sums(hits, batch["starts"], batch["cells"])
 
@@ -84,6 +89,19 @@ def answer_sums(
 
 
 # ---- Sums over a split
+
+
+def document_sums(losses: Float[np.ndarray, "batch N"], documents: Int[np.ndarray, "batch N"]) -> dict[str, np.ndarray]:
+    """Sums a batch's losses and counts its labels by the document they belong to; -1 is padding.
+
+    The host does this, in float64: a device would add up all tokens of a document in float32, a GPU in any order.
+    """
+    real = documents >= 0
+    owners = documents[real]
+    return {
+        "document_losses": np.bincount(owners, losses[real], MOST_DOCUMENTS),
+        "document_tokens": np.bincount(owners, minlength=MOST_DOCUMENTS),
+    }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,12 +138,30 @@ class Answers:
 
 
 @dataclasses.dataclass(frozen=True)
+class Documents:
+    """Sums over each document of a split, in the order of the split, float64 [documents]."""
+
+    losses: np.ndarray  # cross-entropy in nats
+    tokens: np.ndarray  # predicted tokens; 0 for a document after the last whole sample
+
+    @classmethod
+    def of(cls, sums: dict[str, np.ndarray], count: int) -> "Documents":
+        """Takes the sums of a split's `count` documents from the summed `document_sums`."""
+        return cls(sums["document_losses"][:count], sums["document_tokens"][:count])
+
+    def sums(self) -> dict[str, Any]:
+        """Returns loss and tokens of each document, for JSON."""
+        return {"loss": self.losses.round(DIGITS).tolist(), "tokens": self.tokens.astype(int).tolist()}
+
+
+@dataclasses.dataclass(frozen=True)
 class Evaluation:
     """Sums over a split, by position in the sample."""
 
     losses: np.ndarray  # cross-entropy in nats, float64 [N]
     weights: np.ndarray  # tokens, float64 [N]
     answers: Answers | None = None  # None for a text
+    documents: Documents | None = None  # None where `data.documents.document_numbers` does not know them
 
     @property
     def loss(self) -> float:

@@ -23,13 +23,14 @@ from tlinformer_jax.data.batches import (
     TrainingBatches,
     check_holds_a_sample,
     evaluation_batches,
+    label_documents,
     num_samples,
 )
 from tlinformer_jax.data.documents import DocumentStream
 from tlinformer_jax.data.given import POSITIONS_FILE, TokenData, given_loader, with_given_files
 from tlinformer_jax.data.ordered import OrderedBatches, OrderedStream
 from tlinformer_jax.data.sources import answer_places, load_split
-from tlinformer_jax.data.streams import RowStream, check_token_ids
+from tlinformer_jax.data.streams import RowStream, TokenStream, check_token_ids
 from tlinformer_jax.data.tasks import AnswerPlaces, Split, TaskSplit, answer_batches
 from tlinformer_jax.data.tokenizers import Tokenizer, check_vocab
 from tlinformer_jax.errors import ConfigError
@@ -49,7 +50,7 @@ from tlinformer_jax.parallel.sharding import (
     tree_shardings,
     ways,
 )
-from tlinformer_jax.training.evaluation import Answers, Evaluation, eval_step
+from tlinformer_jax.training.evaluation import Answers, Documents, Evaluation, document_sums, eval_step
 from tlinformer_jax.training.optimizer import Horizon
 from tlinformer_jax.training.step import TrainState, compiler_options, init_state, jit_train_step
 
@@ -183,14 +184,21 @@ class Run:
         rows = process_rows(self.mesh, batch_size, EVALUATION_AXES)
         batches = self.evaluation_batches(stream, length, batch_size, rows, rest)
         chance = stream.task.chance(length) if isinstance(stream, TaskSplit) else None
+        owners = label_documents(stream, self.tokenizer.end_of_text, length, batch_size, rest)
         totals: dict[str, np.ndarray] = {}
         with jax.set_mesh(self.mesh):
-            for batch in watch(batches):
+            for batch, documents in zip(watch(batches), owners):
                 sums = self.eval_step(params, put_batch(batch, self.mesh, EVALUATION_AXES))
+                token_losses = sums.pop("token_losses", None)
+                if documents is not None:
+                    sums |= document_sums(np.asarray(token_losses), documents)
                 for name, part in sums.items():
                     totals[name] = totals.get(name, 0.0) + np.asarray(part, np.float64)
         answers = None if chance is None else Answers.of(totals, chance)
-        return Evaluation(totals["losses"], totals["weights"], answers)
+        found = None
+        if isinstance(stream, TokenStream) and "document_tokens" in totals:
+            found = Documents.of(totals, stream.num_documents)
+        return Evaluation(totals["losses"], totals["weights"], answers, found)
 
     def evaluation_batches(
         self, stream: Split, length: int, batch_size: int, rows: Rows, rest: bool = False
