@@ -246,7 +246,7 @@ def test_the_evidence_is_gathered_on_equal_terms():
         sizes = [parameters(point.config.model) for point in points]
         assert sizes == pytest.approx([124e6 if variant == "large" else 41e6] * len(points), rel=0.01)
     for point in evidence("books") + evidence("long"):
-        assert ("history" in point.then) == (point.config.model.architecture in ("tlinformer", "tconstformer"))
+        assert ("history" in point.then) == (point.point.split("-lr")[0] != "1k-no-history")
         assert "evaluate" in point.then
     with pytest.raises(UserError, match="variant = 'huge': must be one of rates, books, long, large, knee, tiny"):
         evidence("huge")
