@@ -57,7 +57,7 @@ def test_splits_that_are_evaluated():
 
 
 @pytest.mark.parametrize(
-    "length, window, left_out", [(64, 32, ()), (64, 64, ("history", "history@64")), (65, 64, ("history@64",))]
+    ("length", "window", "left_out"), [(64, 32, ()), (64, 64, ("history", "history@64")), (65, 64, ("history@64",))]
 )
 def test_history_is_for_samples_of_several_windows(length, window, left_out):
     names = ("evaluate", "history", "evaluate@64", "history@64", "samples")
