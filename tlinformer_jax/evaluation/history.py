@@ -33,6 +33,7 @@ from tlinformer_jax.models.layers import Embedded, LayerParams, layer_norm, prep
 from tlinformer_jax.models.model import ModelParams, embed
 from tlinformer_jax.models.rope import rope_table
 from tlinformer_jax.models.streams import History, PlacedWindow, Stream, observed_stream, place_window
+from tlinformer_jax.models.taps import tapped
 from tlinformer_jax.models.tlinformer import window_states
 from tlinformer_jax.models.windows import WindowFrame, num_windows
 from tlinformer_jax.training.loss import LOSS_CHUNK, token_losses_and_hits
@@ -110,6 +111,8 @@ def _sums(params: ModelParams, batch: dict[str, Any], *, config: ModelConfig, cu
     # Pad such that any slice stays inside.
     missing = ((0, 0), (0, windows * size - length + width), (0, 0))
     embedded = jax.tree.map(lambda rows: jnp.pad(rows, missing), embedded)
+    if blocks[0].compress.taps:
+        embedded = Embedded(embedded.rows, tapped(blocks[0].compress, embedded.rows))
     labels, weights = (jnp.pad(batch[name], ((0, 0), (0, windows * size - length))) for name in ("labels", "weights"))
 
     def losses_of(window: jax.Array | int, states: jax.Array) -> Sums:
