@@ -7,7 +7,7 @@ import jax
 import pytest
 
 from tests.test_configs import VARIANTS, from_flags, get_config
-from tlinformer_jax.config.data import DataConfig
+from tlinformer_jax.config.data import DataConfig, Stage
 from tlinformer_jax.config.run import SECTIONS, RunConfig, default_config_dict, run_config, save_config
 from tlinformer_jax.config.train import TrainConfig, seconds
 from tlinformer_jax.errors import ConfigError
@@ -103,7 +103,7 @@ def test_every_field_can_be_overridden_on_the_command_line(name, tmp_path, monke
 
 def test_a_curriculum_can_be_overridden_on_the_command_line():
     found = from_flags("passkey.py:tiny", "data.curriculum=128:5,256:6").data
-    assert found.stages == ((128, 5, 0), (256, 6, 0))
+    assert found.stages == (Stage(128, 5), Stage(256, 6))
 
 
 def test_documents_can_be_kept_apart_from_the_command_line():

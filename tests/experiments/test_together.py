@@ -51,8 +51,9 @@ def trained(monkeypatch):
 
 @pytest.mark.slow
 def test_each_is_what_it_would_be_alone(tmp_path, trained):
-    """Seeds, learning rates, stages, warm-up, decay and clipping are each run's own."""
-    jobs = [job(tmp_path, seed, rate) for seed, rate in ((0, 1e-2), (3, 1e-2), (0, 3e-2))]
+    """Seeds, learning rates, stages and their windows, warm-up, decay and clipping are each run's own."""
+    stages = {"data__curriculum": "8/2:2,8:1"}
+    jobs = [job(tmp_path, seed, rate, **stages) for seed, rate in ((0, 1e-2), (3, 1e-2), (0, 3e-2))]
     records = train_together(jobs)
     copies = trained[-1][0]
     for number, (one, record) in enumerate(zip(jobs, records)):

@@ -60,9 +60,10 @@ def test_the_short_update_of_a_paper_epoch_is_the_same_program(tmp_path, caplog)
     assert len(compilations(caplog, tmp_path / "run", TEXT | files, steps="1epochs", schedule="paper")) == 1
 
 
-def test_a_step_is_compiled_for_each_length_of_a_curriculum(tmp_path, caplog):
-    threads = compilations(caplog, tmp_path, RECALL | {"curriculum": "8:2"}, steps=4)
-    assert len(threads) == 2
+@pytest.mark.parametrize(("curriculum", "programs"), [("8:2", 2), ("8/2:1,8:1", 3)])
+def test_a_step_is_compiled_for_each_length_and_window_of_a_curriculum(curriculum, programs, tmp_path, caplog):
+    threads = compilations(caplog, tmp_path, RECALL | {"curriculum": curriculum}, steps=4)
+    assert len(threads) == programs
     assert all(thread.startswith("compilation") for thread in threads), "the main thread answers signals"
 
 

@@ -1,6 +1,7 @@
 """The section `data` of a run's configuration: dataset, tokenizer and samples."""
 
 import dataclasses
+import itertools
 import os
 import pathlib
 import re
@@ -28,18 +29,20 @@ SPLITS = ("train", "validation", "test")
 FILES = ("train_files", "validation_files", "test_files")
 PATHS = (*FILES, "tokenizer")
 MOST_NEEDLES = 100  # names of passkeys have two digits
-STAGE = re.compile(r"([0-9]+):([0-9]+)(?:@([0-9]*\.?[0-9]+))?")
+STAGE = re.compile(r"([0-9]+)(?:/([0-9]+))?:([0-9]+)(?:@([0-9]*\.?[0-9]+))?")
 
 
 class Stage(NamedTuple):
     """A stage of a curriculum: at most `updates` updates on samples of `length` tokens.
 
-    The stage ends early when training reaches `accuracy`; 0 means never early.
+    The stage ends early when training reaches `accuracy`; 0 means never early. The model runs in generation windows of
+    `window` tokens; 0 means model.generation_window.
     """
 
     length: int
     updates: int
     accuracy: float = 0.0
+    window: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +85,10 @@ class DataConfig:
       curriculum: [tasks] "LENGTH:UPDATES,..." runs the first UPDATES updates on samples of LENGTH tokens (and more
         samples, so that an update has the same number of tokens), and so on; the rest use sequence_length.
         "LENGTH:UPDATES@ACCURACY" ends a stage as soon as this share of the answers' tokens was right in the mean of 20
-        updates, after UPDATES at the latest; see `data.batches`. Evaluation always uses sequence_length.
+        updates, after UPDATES at the latest; see `data.batches`. "LENGTH/WINDOW:UPDATES" trains with generation windows
+        of WINDOW tokens, which divide model.generation_window, and with model.history_window in the same proportion:
+        shorter samples then have a history, too. Architectures without windows ignore WINDOW, except 'sliding_window'.
+        Evaluation always uses sequence_length and the model's own windows.
       document_masking: whether to pack short documents whole into samples, in which a document does not see the others,
         in training and in evaluation; see `data.documents`. Not for tasks, nor for architectures with Gated DeltaNet.
         On NVIDIA GPUs attention then uses model.attention = 'xla'.
@@ -171,18 +177,24 @@ class DataConfig:
     def stages(self) -> tuple[Stage, ...]:
         """The stages of `curriculum`, all before the last one, which uses sequence_length."""
         allowed = (
-            "must be LENGTH:UPDATES or LENGTH:UPDATES@ACCURACY, separated by commas: lengths that divide "
-            "data.sequence_length and rise, updates above 0, accuracies above 0 and at most 1"
+            "must be LENGTH:UPDATES, LENGTH/WINDOW:UPDATES or either with @ACCURACY, separated by commas: lengths that "
+            "divide data.sequence_length and rise, or stay where the window changes, windows and updates above 0, "
+            "accuracies above 0 and at most 1"
         )
         stages = []
         for part in self.curriculum.split(",") if self.curriculum else ():
             match = STAGE.fullmatch(part.strip())
-            stage = Stage(int(match[1]), int(match[2]), float(match[3] or 0)) if match else Stage(0, 0)
-            if not (match and stage.length and stage.updates and (match[3] is None or 0 < stage.accuracy <= 1)):
+            length, window, updates, accuracy = match.groups() if match else ("0", None, "0", None)
+            stage = Stage(int(length), int(updates), float(accuracy or 0), int(window or 0))
+            given = stage.length and stage.updates and (window is None or stage.window)
+            if not given or not (accuracy is None or 0 < stage.accuracy <= 1):
                 raise ConfigError("data.curriculum", self.curriculum, allowed)
             stages.append(stage)
-        lengths = [stage.length for stage in stages]
-        if lengths != sorted(set(lengths)) or any(self.sequence_length % length for length in lengths):
+        rise = all(
+            one.length < other.length or (one.length == other.length and one.window != other.window)
+            for one, other in itertools.pairwise(stages)
+        )
+        if not rise or any(self.sequence_length % stage.length for stage in stages):
             raise ConfigError("data.curriculum", self.curriculum, allowed)
         return tuple(stages)
 
@@ -221,14 +233,17 @@ def split_tokenizer(name: str) -> tuple[str, str]:
 
 
 def stage_at(stages: tuple[Stage, ...], sequence_length: int, batch_size: int, update: int) -> tuple[int, int]:
-    """Returns the tokens per sample in update `update` (from 0), and the number of samples in all updates before."""
+    """Returns the index of the stage of update `update` (from 0), and the number of samples in all updates before.
+
+    After the last stage the index is their number.
+    """
     before = 0
-    for length, updates, _ in stages:
-        size = batch_size * (sequence_length // length)
-        if update < updates:
-            return length, before + update * size
-        before, update = before + updates * size, update - updates
-    return sequence_length, before + update * batch_size
+    for number, stage in enumerate(stages):
+        size = batch_size * (sequence_length // stage.length)
+        if update < stage.updates:
+            return number, before + update * size
+        before, update = before + stage.updates * size, update - stage.updates
+    return len(stages), before + update * batch_size
 
 
 def _path_fault(name: str, value: str) -> str | None:

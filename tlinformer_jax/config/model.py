@@ -310,6 +310,16 @@ class ModelConfig:
         whole = isinstance(self.history_window, int) and self.history_window <= self.generation_window
         return self.windowed and whole and not self.window_overlap
 
+    def with_window(self, window: int) -> "ModelConfig":
+        """Returns this model with generation windows of `window` tokens, and W_oh in the same proportion, at least 1.
+
+        It has the same parameters. 'auto' stays, since it depends on the history alone.
+        """
+        observed = self.history_window
+        if observed != "auto":
+            observed = max(1, int(observed) * window // self.generation_window)
+        return dataclasses.replace(self, history_window=observed, generation_window=window)
+
     @property
     def always_observes(self) -> bool:
         """Whether z has a row if there is any history; with 'auto' it has none for a history of one token."""

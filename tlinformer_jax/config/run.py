@@ -72,6 +72,7 @@ class RunConfig:
     def _check_curriculum(self) -> None:
         train, stages, allowed = self.train, self.data.stages, None
         updates = sum(stage.updates for stage in stages)
+        whole, overlap = self.model.generation_window, self.model.window_overlap
         if train.sampled_windows:
             allowed = f"must be '' for train.sampled_windows = {train.sampled_windows}"
         elif not train.equal_updates:
@@ -80,6 +81,9 @@ class RunConfig:
             allowed = f"must end before train.steps = {train.steps}, but has {updates} updates"
         elif train.epochs and any(stage.accuracy for stage in stages):
             allowed = "must have no @ACCURACY if train.steps is in epochs, because their updates would be unknown"
+        elif any(stage.window and (whole % stage.window or stage.window <= overlap) for stage in stages):
+            divide = f"must have windows that divide model.generation_window = {whole}"
+            allowed = f"{divide} and are longer than model.window_overlap = {overlap}"
         if allowed:
             raise ConfigError("data.curriculum", self.data.curriculum, allowed)
 

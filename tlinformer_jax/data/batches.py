@@ -121,15 +121,20 @@ class TrainingBatches:
         if not self.equal_updates:
             return epochs * -(-self.samples_per_epoch // self.batch_size)
         updates, samples = 0, epochs * self.samples_per_epoch
-        for length, count, _ in self.stages:
-            size = self.batch_size * (self.sequence_length // length)
-            here = min(count, -(-samples // size))
+        for stage in self.stages:
+            size = self.batch_size * (self.sequence_length // stage.length)
+            here = min(stage.updates, -(-samples // size))
             updates, samples = updates + here, samples - here * size
         return updates + max(0, -(-samples // self.batch_size))
 
+    def stage(self, step: int) -> int:
+        """Returns the index of the stage of update `step`; the number of stages after the last."""
+        return self._stage(step)[0]
+
     def length(self, step: int) -> int:
         """Returns the tokens per sample of update `step`."""
-        return self._stage(step)[0]
+        number = self.stage(step)
+        return self.stages[number].length if number < len(self.stages) else self.sequence_length
 
     def _stage(self, step: int) -> tuple[int, int]:
         return stage_at(self.stages, self.sequence_length, self.batch_size, step)
@@ -139,8 +144,9 @@ class TrainingBatches:
         count = self.samples_per_epoch
         # Positions in the concatenation of all epochs; the paper's epochs are padded to whole updates.
         length = count if self.equal_updates else self.updates_for_epochs(1) * self.batch_size
-        size, first = self._stage(step)
-        positions = first + np.arange(self.batch_size * (self.sequence_length // size), dtype=np.int64)
+        _, first = self._stage(step)
+        rows = self.batch_size * (self.sequence_length // self.length(step))
+        positions = first + np.arange(rows, dtype=np.int64)
         epochs, offsets = np.divmod(positions, length)
         chosen = np.full_like(positions, -1)
         for epoch in np.unique(epochs):

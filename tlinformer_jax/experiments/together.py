@@ -158,7 +158,6 @@ def _trained(
     The speed is without compilation and evaluations; None if there are no other updates.
     """
     train, options = run.config.train, compiler_options(run.config.train)
-    update = jax.jit(functools.partial(update_copies, run=run), donate_argnums=0, compiler_options=options)
     end = jax.jit(end_copies, donate_argnums=0)
     sums_of = functools.partial(eval_step, model=run.model, answers=run.answers)
     evaluate = jax.jit(jax.vmap(sums_of, in_axes=(0, None)), compiler_options=options)
@@ -174,8 +173,13 @@ def _trained(
             steps = range(first, min(first + every, last))
             started, timed = time.perf_counter(), len(steps)
             for step in steps:
+                number = batches[0].stage(step)
+                compiled = step == 0 or number != batches[0].stage(step - 1)
+                if compiled:
+                    of_stage = functools.partial(update_copies, run=run.in_stage(number))
+                    update = jax.jit(of_stage, donate_argnums=0, compiler_options=options)
                 copies, losses = update(copies, next(reader), np.int32(step))
-                if step == 0 or batches[0].length(step) != batches[0].length(step - 1):  # it was compiled
+                if compiled:
                     jax.block_until_ready(losses)
                     started, timed = time.perf_counter(), steps[-1] - step
             jax.block_until_ready(losses)

@@ -202,7 +202,8 @@ def split_line(name: str, split: Split | None, length: int) -> str:
 
 def describe_stage(stage: Stage, step: int, competence: Competence | None) -> str:
     """Says which curriculum stage ended after update `step`, and why."""
-    text = f"step {step}: the stage on samples of {stage.length} tokens ends after {stage.updates:,} updates"
+    windows = f" in windows of {stage.window}" if stage.window else ""
+    text = f"step {step}: the stage on samples of {stage.length} tokens{windows} ends after {stage.updates:,} updates"
     if not stage.accuracy or competence is None:
         return f"{text}, as configured"
     if step in competence.ends.tolist():

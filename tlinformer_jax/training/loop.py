@@ -225,14 +225,15 @@ def train_steps(
             break
 
         # ---- The update
-        length = reader.batches.length(step - 1)
-        compiled = step == first + 1 or length != reader.batches.length(step - 2)
+        number, length = reader.batches.stage(step - 1), reader.batches.length(step - 1)
+        compiled = step == first + 1 or number != reader.batches.stage(step - 2)
         with throughput.spent_on("input"):
             batch = put_batch(next(reader), run.mesh)
         with console.compilation(step, length) if compiled else contextlib.nullcontext():
             if compiled:  # in a thread, since Python answers no signal while its main thread compiles
-                session.compiler.submit(run.compiled_train_step, length).result()
-            state, outputs = run.train_step(state, batch)
+                stage = run.in_stage(number)
+                session.compiler.submit(stage.compiled_train_step, length).result()
+            state, outputs = stage.train_step(state, batch)
             if compiled:
                 jax.block_until_ready(outputs)
         throughput.count(config.train.batch_size * predicted)
@@ -253,7 +254,7 @@ def train_steps(
                 timer.restart()
         if compiled:  # compilation time does not count as training
             throughput.restart()
-            throughput.flops_per_token = flops_per_token(run, length)
+            throughput.flops_per_token = flops_per_token(stage, length)
         if ended:
             break
     return view

@@ -62,7 +62,10 @@ COMPILATION_CACHE = "~/.cache/tlinformer_jax/xla"
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """The fixed parts of a run; `load_split` loads its splits."""
+    """The fixed parts of a run; `load_split` loads its splits.
+
+    `stage` is the index of the curriculum's stage that is trained, None after the last; `model` has its windows.
+    """
 
     config: RunConfig
     tokenizer: Tokenizer
@@ -70,6 +73,15 @@ class Run:
     model: LanguageModel
     horizon: Horizon
     load_split: LoadSplit = load_split
+    stage: int | None = None
+
+    def in_stage(self, number: int) -> "Run":
+        """Returns the run that trains stage `number` of the curriculum; this one if there are no more stages."""
+        stages, model = self.config.data.stages, self.config.model
+        if number >= len(stages):
+            return self
+        window = stages[number].window or model.generation_window
+        return dataclasses.replace(self, model=build_model(model.with_window(window)), stage=number)
 
     @functools.cached_property
     def abstract_state(self) -> TrainState:
@@ -135,6 +147,7 @@ class Run:
             horizon=self.horizon,
             answers=self.answers,
             stages=self.config.data.stages,
+            stage=self.stage,
         )
 
     def compiled_train_step(self, length: int | None = None) -> jax.stages.Compiled:
@@ -273,7 +286,7 @@ def training_batches(config: RunConfig, train: Split) -> TrainingBatches:
 
 def flops_per_token(run: Run, length: int) -> float:
     """Returns the model FLOPs per trained token in samples of `length` tokens."""
-    model, sampled = run.config.model, run.config.train.sampled_windows
+    model, sampled = run.model.config, run.config.train.sampled_windows
     places = run.answers(length)
     read, first = (None, 0) if places is None else (places.most, places.first)
     flops = training_flops(model, length, sampled_windows=sampled, read=read, first=first)

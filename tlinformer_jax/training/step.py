@@ -157,6 +157,7 @@ def train_step(
     horizon: Horizon,
     answers: AnswersOf | None = None,
     stages: tuple[Stage, ...] = (),
+    stage: int | None = None,
 ) -> tuple[TrainState, dict[str, Any]]:
     """Makes one update of the state.
 
@@ -168,6 +169,7 @@ def train_step(
       batch: inputs and labels int32 [batch, N], weights float32 [batch, N].
       answers: gives the positions whose labels have weights, for a task; None for a text.
       stages: of the curriculum.
+      stage: the index of the one that the batch belongs to; None after the last.
 
     Returns:
       the new state, and the metrics: loss (nats; an estimate if windows are sampled), grad_norm (before clipping),
@@ -176,9 +178,6 @@ def train_step(
     tokens = jnp.maximum(jnp.sum(batch["weights"]), 1.0)
     divisor = tokens if config.equal_updates else jnp.float32(batch["weights"].size)
     split = BatchSplit.of(jax.sharding.get_abstract_mesh())
-    length = batch["inputs"].shape[1]
-    # The index of the stage that this batch belongs to; None if that stage does not end by accuracy.
-    stage = next((number for number, one in enumerate(stages) if one.length == length and one.accuracy), None)
     gradient = functools.partial(batch_gradient, model=model, config=config, split=split, answers=answers)
     loss, right, grads = split.over_devices(gradient)(batch, state.params, divisor, state.step)
     updates, opt_state = build_optimizer(config, horizon).update(grads, state.opt_state, state.params)
@@ -199,7 +198,7 @@ def train_step(
         (state.params, state.opt_state, state.ema),
     )
     competence = state.competence
-    if stage is not None and competence is not None:
+    if stage is not None and stages[stage].accuracy and competence is not None:
         metrics["accuracy"] = right / tokens
         recorded = record_accuracy(competence, stage, stages[stage].accuracy, metrics["accuracy"], state.step)
         competence = jax.tree.map(lambda new, old: jnp.where(stopped, old, new), recorded, competence)
