@@ -113,8 +113,8 @@ def test_single_evaluations_may_have_other_lengths(tmp_path):
     several = a | {"by_length": [part(MEANS * TOKENS, length=16)]}
     with pytest.raises(
         ValueError,
-        match="^A, B: must have evaluations of the same split at the same length; "
-        "they have validation 12, validation 16 and validation 1024$",
+        match=r"^A, B: must have evaluations of the same split at the same length; "
+        r"they have validation 12, validation 16 and validation 1024$",
     ):
         compared(tmp_path, several, b)
 
