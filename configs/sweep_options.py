@@ -12,8 +12,8 @@ runs of 30 M tokens: three learning rates for each architecture, to choose --con
 --points=4`, K = 0 to 3, runs those of TLinFormer, Base, sliding window and no-history.
 
 All see the same text once, in updates of 65,536 tokens without dropout, under a cosine that ends at the last update.
---config.train.learning_rate sets another rate than 0.001. `--point=K --then=evaluate,history`, K = 0 to 2 and 8 to 13,
-measures what the history contributes to TLinFormer; --then=evaluate is the default.
+--config.train.learning_rate sets another rate than 0.001. `--then=evaluate,history` also measures what the history
+contributes, except to no-history, whose samples fit into one window.
 
 Needs: the same as configs/books.py. Result: docs/quality.md, "Options and windows, one epoch of books": 0.001 is the
 best of the three rates for all four architectures, one seed each, and after 100 M tokens the losses of all runs are

@@ -3,7 +3,7 @@
 Each file is a record of a sweep with the action `evaluate`, or a report of `evaluate --out`. Prints both mean losses
 and the difference of B and A, each with its 95% interval by bootstrap over the documents. The difference is paired: a
 document is drawn with both runs' losses, so what makes it hard for both of them cancels. If the files have evaluations
-at the same lengths of samples, each length is compared.
+of the same splits at the same lengths of samples, each is compared: of a text with `data.test_files`, both splits.
 """
 
 import json
@@ -14,13 +14,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tlinformer_jax.commands import cli
+from tlinformer_jax.data.documents import MOST_DOCUMENTS
 from tlinformer_jax.errors import DataError, file_errors_as
 from tlinformer_jax.evaluation.bootstrap import mean_interval
 from tlinformer_jax.files import local_path
 
 ARGUMENTS = ("A.json", "B.json")
 ABSENT = (
-    "must have losses by document (by_document), as this version's evaluations have for a split of 2 to 200 documents"
+    "must have losses by document (by_document), as this version's evaluations have for a split of "
+    f"2 to {MOST_DOCUMENTS} documents"
 )
 
 
@@ -34,8 +36,11 @@ class Losses(NamedTuple):
     tokens: np.ndarray  # int64 [documents]
 
 
-def read_losses(path: pathlib.Path) -> dict[int, Losses]:
-    """Reads the evaluations of a record or a report, by the length of their samples (DataError)."""
+Evaluations = dict[tuple[str, int], Losses]  # by split and length
+
+
+def read_losses(path: pathlib.Path) -> Evaluations:
+    """Reads the evaluations of a record or a report (DataError)."""
     with file_errors_as(f"{path}: cannot be read"):
         text = path.read_text(encoding="utf-8")
     try:
@@ -45,13 +50,17 @@ def read_losses(path: pathlib.Path) -> dict[int, Losses]:
         raise DataError(f"{path}: must be a record of a sweep or a report of an evaluation ({reason})") from None
     if not found:
         raise DataError(f"{path}: {ABSENT}")
-    return {losses.length: losses for losses in found}
+    return {(losses.split, losses.length): losses for losses in found}
 
 
 def _evaluations(content: Any) -> Iterator[dict[str, Any]]:
-    """Yields the evaluations with losses by document: of a record's actions, or of a report at each length."""
+    """Yields the evaluations with losses by document: of a record's actions, or of a report at each length.
+
+    An action's evaluation of a text's own test split is its entry `test`.
+    """
     if "then" in content:
-        parts = [part for name, part in content["then"].items() if name.partition("@")[0] == "evaluate"]
+        actions = [part for name, part in content["then"].items() if name.partition("@")[0] == "evaluate"]
+        parts = [*actions, *(part["test"] for part in actions if "test" in part)]
     else:
         parts = [content, *({"split": content.get("split")} | part for part in content.get("by_length", ()))]
     yield from (part for part in parts if "by_document" in part)
@@ -84,14 +93,14 @@ def check_comparable(a: Losses, b: Losses, names: str) -> None:
         raise DataError(f"{names}: must have tokens of at least two documents")
 
 
-def pairs_of(a: dict[int, Losses], b: dict[int, Losses], names: str) -> list[tuple[Losses, Losses]]:
-    """Returns the evaluations to compare: at every length that both have, or the only one of each."""
-    if common := sorted(a.keys() & b.keys()):
-        return [(a[length], b[length]) for length in common]
+def pairs_of(a: Evaluations, b: Evaluations, names: str) -> list[tuple[Losses, Losses]]:
+    """Returns the evaluations to compare: of every split and length that both have, or the only one of each."""
+    if common := sorted((key for key in a if key in b), key=lambda key: key[1]):
+        return [(a[key], b[key]) for key in common]
     if len(a) == len(b) == 1:
         return list(zip(a.values(), b.values()))
-    lengths = [", ".join(map(str, sorted(found))) for found in (a, b)]
-    raise DataError(f"{names}: must have evaluations at the same length; they have {' and '.join(lengths)}")
+    have = " and ".join(", ".join(f"{split} {length}" for split, length in sorted(found)) for found in (a, b))
+    raise DataError(f"{names}: must have evaluations of the same split at the same length; they have {have}")
 
 
 def comparison(a: Losses, b: Losses) -> list[str]:

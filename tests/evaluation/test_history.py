@@ -14,6 +14,8 @@ from tlinformer_jax.errors import UserError
 from tlinformer_jax.evaluation.history import distance_edges, measure_history
 
 DEEP = dataclasses.replace(MODEL, hidden_depth=1, history_window=3)
+# Each distance and each size of a batch compiles programs: only the slow cases have a smaller last batch.
+FEW = {"samples": 2, "distances": (0, 9), "batch_size": 2}
 OPTIONS = {"samples": 3, "distances": (0, 5, 9), "batch_size": 2}
 
 
@@ -52,12 +54,12 @@ SHORT = dataclasses.replace(MODEL, architecture="transformer", num_blocks=1)
 
 
 @pytest.mark.parametrize(
-    "model",
+    ("model", "options"),
     [
-        MODEL,
-        SHORT,
+        (MODEL, FEW),
+        (SHORT, FEW),
         *(
-            pytest.param(dataclasses.replace(MODEL, **changes), marks=pytest.mark.slow)
+            pytest.param(dataclasses.replace(MODEL, **changes), OPTIONS, marks=pytest.mark.slow)
             for changes in (
                 {"architecture": "sliding_window", "token_shift": True},
                 {"architecture": "gated_deltanet"},
@@ -65,7 +67,7 @@ SHORT = dataclasses.replace(MODEL, architecture="transformer", num_blocks=1)
             )
         ),
         *(
-            pytest.param(dataclasses.replace(DEEP, **changes), marks=pytest.mark.slow)
+            pytest.param(dataclasses.replace(DEEP, **changes), OPTIONS, marks=pytest.mark.slow)
             for changes in (
                 {"architecture": "tconstformer"},
                 {"token_shift": True, "longest_wavelength": 20, "window_overlap": 3},
@@ -74,23 +76,25 @@ SHORT = dataclasses.replace(MODEL, architecture="transformer", num_blocks=1)
         ),
     ],
 )
-def test_losses_with_cuts_or_swapped_and_masses_are_those_of_the_reference(model):
-    run = trained(model)
+def test_losses_with_cuts_or_swapped_and_masses_are_those_of_the_reference(model, options):
+    run, wanted = trained(model), options["samples"]
     stream = run.run.split("validation")
-    found = json.loads(json.dumps(measure_history(run, stream, 22, **OPTIONS)))
+    found = json.loads(json.dumps(measure_history(run, stream, 22, **options)))
     count = (len(stream.tokens) - 1) // 22
-    batch = take_samples(stream, 22, np.arange(3) * count // 3)
+    chosen = np.arange(wanted) * count // wanted
+    batch = take_samples(stream, 22, chosen)
     firsts = list(range(0, 22, 4))
     starts = [max(0, first - model.window_overlap) for first in firsts]
-    assert (found["starts"], found["samples"], found["length"]) == (starts, 3, 22)
-    assert found["tokens"] == [12, 12, 12, 12, 12, 6]
-    for name, cut in (("0", 0), ("5", 5), ("9", 9), ("all", None)):
+    assert (found["starts"], found["samples"], found["length"]) == (starts, wanted, 22)
+    assert found["tokens"] == [4 * wanted] * 5 + [2 * wanted]
+    cuts = {str(distance): distance for distance in options["distances"]} | {"all": None}
+    for name, cut in cuts.items():
         expected = [
             np.mean([window_costs(model, *pair, first, cut) for pair in zip(batch["inputs"], batch["labels"])])
             for first in firsts
         ]
         np.testing.assert_allclose(found["losses"][name], expected, atol=2e-5)
-    others = take_samples(stream, 22, (np.arange(3) * count // 3 + count // 2) % count)["inputs"]
+    others = take_samples(stream, 22, (chosen + count // 2) % count)["inputs"]
     samples = list(zip(batch["inputs"], batch["labels"], others))
     expected = [np.mean([swapped_costs(model, *sample, first) for sample in samples]) for first in firsts]
     np.testing.assert_allclose(found["losses"]["swapped"], expected, atol=2e-5)
@@ -109,7 +113,7 @@ def test_losses_with_cuts_or_swapped_and_masses_are_those_of_the_reference(model
     assert found["same_tokens"]["tokens"] == tokens[late].sum()
     np.testing.assert_allclose(
         found["same_tokens"]["losses"],
-        [(losses[name] * tokens)[late].sum() / tokens[late].sum() for name in ("0", "5", "9", "all")],
+        [(losses[name] * tokens)[late].sum() / tokens[late].sum() for name in cuts],
         atol=1e-6,
     )
     if model.windowed:

@@ -104,10 +104,13 @@ def test_a_length_that_the_test_text_cannot_fill_is_refused_before_the_training(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_test_split_without_a_sample_is_refused_before_the_training(tmp_path, own_cache):
-    """Training does not read it."""
+def test_a_split_without_a_sample_of_the_actions_length_is_refused_before_the_training(tmp_path, own_cache):
+    """Training does not read the test split, and needs no longer samples of the validation split than its own."""
+    short = tmp_path / "short.txt"
+    short.write_text("of 14 bytes. \n")
     for then, files, says in (
-        ("evaluate@1048576", TEXT_FILE, "^evaluate@1048576: data.sequence_length = 1048576: the test split has only"),
+        ("evaluate@1048576", "", "^evaluate@1048576: data.sequence_length = 1048576: the validation split has only"),
+        ("evaluate@64", short, "^evaluate@64: data.sequence_length = 64: the test split has only"),
         ("evaluate", tmp_path / "none.txt", "^data.test_files: no file matches"),
     ):
         config = dataclasses.replace(CONFIG, data=dataclasses.replace(CONFIG.data, test_files=str(files)))

@@ -91,12 +91,30 @@ def test_a_report_and_a_record_of_real_evaluations(tmp_path, monkeypatch):
     )
 
 
+def test_a_test_split_of_the_text_is_compared_too(tmp_path):
+    """In records it is the entry `test` of an evaluation of the validation split at the same length."""
+
+    def record(more):
+        tested = part((MEANS + 1 + more)[:3] * TOKENS[:3], TOKENS[:3], split="test", sha256="b2")
+        return {"then": {"evaluate": part((MEANS + more / 2) * TOKENS) | {"test": tested}, "history": {"cuts": []}}}
+
+    lines = compared(tmp_path, record(0), record(0.2))
+    assert [line.partition(" ")[0] for line in lines[::4]] == ["validation", "test"]
+    assert lines[4] == "test split, 600 tokens of 3 documents, samples of 12 tokens"
+    assert [numbers(lines[line])[0] for line in (3, 7)] == pytest.approx([0.1, 0.2], abs=1e-4)
+    other = record(0)
+    del other["then"]["evaluate"]["test"]
+    assert len(compared(tmp_path, record(0), other)) == 4
+
+
 def test_single_evaluations_may_have_other_lengths(tmp_path):
     a, b = part(MEANS * TOKENS), part(MEANS * TOKENS, length=1024)
     assert "samples of 12 (A) and 1,024 (B) tokens" in compared(tmp_path, a, b)[0]
     several = a | {"by_length": [part(MEANS * TOKENS, length=16)]}
     with pytest.raises(
-        ValueError, match=r"^A, B: must have evaluations at the same length; they have 12, 16 and 1024$"
+        ValueError,
+        match=r"^A, B: must have evaluations of the same split at the same length; "
+        r"they have validation 12, validation 16 and validation 1024$",
     ):
         compared(tmp_path, several, b)
 

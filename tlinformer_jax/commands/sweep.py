@@ -60,7 +60,8 @@ RETRIES = flags.DEFINE_integer("retries", 1, "How often a failed point is tried 
 THEN = flags.DEFINE_list(
     "then",
     None,
-    "Actions after each training: evaluate, evaluate@LENGTH, samples, history, history@LENGTH (if there are windows).",
+    "Actions after each training: evaluate, evaluate@LENGTH, samples, history, history@LENGTH; history is left out "
+    "where samples fit into one window.",
 )
 RESULTS = flags.DEFINE_string("results", "", "Directory that also gets the record of each finished point, NAME.json.")
 CHECK = flags.DEFINE_bool(

@@ -105,15 +105,10 @@ def check_possible(names: Sequence[str], config: "RunConfig") -> None:
     for name in names:
         kind, *lengths = name.split("@")
         length = int(lengths[0]) if lengths else data.sequence_length
-        if kind == "evaluate" and "test" in evaluated_splits(data):
-            split = load_split(data, "test", build_tokenizer(tokenizer))  # which training does not read
-            try:
-                if isinstance(split, TaskSplit):
-                    split.task.check(length)
-                else:  # masked documents are packed into samples of any length
-                    check_holds_a_sample(split, length, "test split", rest=data.document_masking)
-            except UserError as error:
-                raise UserError(f"{name}: {error}") from None
+        if kind == "evaluate":
+            for split in evaluated_splits(data):
+                if lengths or split != "validation":  # training checks that one for samples of its own length
+                    _check_split(data, split, length, name)
         if kind == "history":
             from tlinformer_jax.evaluation.history import MASKED, check_measurable
 
@@ -122,3 +117,15 @@ def check_possible(names: Sequence[str], config: "RunConfig") -> None:
             check_measurable(config.model, length)
         if kind == "samples" and tokenizer.startswith(NUMBERS):
             raise UserError(f"samples: data.tokenizer = {tokenizer!r}: must be one of texts")
+
+
+def _check_split(data: "DataConfig", name: str, length: int, action: str) -> None:
+    """Checks that a split has samples of `length` tokens for the action; raises a UserError if not."""
+    split = load_split(data, name, build_tokenizer(data.tokenizer))
+    try:
+        if isinstance(split, TaskSplit):
+            split.task.check(length)
+        else:  # masked documents are packed into samples of any length
+            check_holds_a_sample(split, length, f"{name} split", rest=data.document_masking)
+    except UserError as error:
+        raise UserError(f"{action}: {error}") from None

@@ -216,7 +216,7 @@ def position_lines(frame: pd.DataFrame, figures: pathlib.Path) -> list[str]:
     if table["split"].eq("validation").all():
         table = table.drop(columns="split")
     lines = [*SECTIONS["## Loss by position"], *table_of(table), ""]
-    for (length, split), members in parts.groupby(["done.length", "done.split"]):
+    for (length, split), members in parts.groupby(["done.length", "done.split"], sort=False):
         members = members.assign(label=legends(members))
         points, title = _binned(members, "done.by_position", "loss"), f"samples of {length:,} tokens"
         name = f"{length}_test" if split == "test" else f"{length}"
