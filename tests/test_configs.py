@@ -99,7 +99,7 @@ def test_every_config_file_is_tested():
         f"sweep_{name}"
         for name in (
             *("windows", "architectures", "options", "comparators", "recall"),
-            *("copy", "passkey", "capacity", "niah", "state"),
+            *("copy", "passkey", "capacity", "niah", "state", "evidence"),
         )
     }
     assert {path.stem for path in CONFIGS.glob("*.py")} == {name for name, _ in VARIANTS} | sweeps
