@@ -24,9 +24,9 @@ shift.
 
 Needs: the same as configs/books.py. Result: docs/quality.md, "Five models and experts", for books and experts, one seed
 each, 3 to 11 minutes a run on an H200 that it shared with others; "Recall" for all cells, three seeds each; "Passkeys"
-for the first seed of each model. Not measured: the other seeds of passkey. On an NVIDIA GPU install the extra linear-
-attention: without it Gated DeltaNet is plain JAX, with three times as many kernels (docs/performance.md, "Several seeds
-in one program").
+for the first seed of each model. Not measured: the other seeds of passkey. On an NVIDIA GPU install the extra
+linear-attention: without it Gated DeltaNet is plain JAX, with three times as many kernels (docs/performance.md,
+"Several seeds in one program").
 """
 
 from tlinformer_jax.config.train import TrainConfig

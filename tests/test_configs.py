@@ -94,7 +94,7 @@ def expected_parameters(config: ModelConfig) -> int:
 
 
 def test_every_config_file_is_tested():
-    """Sweep files are loaded by tests/experiments/test_plan.py."""
+    """Sweep files are loaded by tests/experiments/test_shipped_sweeps.py."""
     sweeps = {
         f"sweep_{name}"
         for name in (
