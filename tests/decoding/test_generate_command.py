@@ -1,11 +1,13 @@
 """The command that generates: what it prints where, how it ends, and one line for every mistake."""
 
 import dataclasses
+import io
 import json
 import pathlib
 import re
 import signal
 import subprocess
+import sys
 
 import jax.numpy as jnp
 import pytest
@@ -23,6 +25,7 @@ from tlinformer_jax.data.tokenizers import ByteTokenizer, save_tokenizer
 from tlinformer_jax.decoding import Generator, stream
 from tlinformer_jax.decoding.decoder import Decoder
 from tlinformer_jax.decoding.stream import Call, TextStream
+from tlinformer_jax.environment import PatientStream
 from tlinformer_jax.errors import UserError
 from tlinformer_jax.interop import params_from_reference
 from tlinformer_jax.training.saving import Checkpoints
@@ -241,6 +244,14 @@ def test_a_reader_that_goes_away_ends_it_quietly(workdir):
     assert process.returncode == 130, figures
     assert "Traceback" not in figures
     assert " hits, " in figures
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_a_text_that_a_full_disk_loses_is_an_error_after_the_figures(options, workdir, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdout", PatientStream(io.FileIO("/dev/full", "w")))
+    with pytest.raises(UserError, match=r"^stdout: .*\(No space left"):
+        run(capsys, f"--workdir={workdir}", f"--prompt={PROMPT}", *DRAW, *options)
+    assert " hits, " in capsys.readouterr().err
 
 
 MISTAKES = {

@@ -88,11 +88,16 @@ def fail(message: str, status: int = 2) -> NoReturn:
 
 
 def print_result(text: str) -> None:
-    """Prints what a command is run for; a UserError if it is lost on a full disk, unlike a lost message of a training.
+    """Prints what a command is run for; see `check_printed`. A training's messages may be lost."""
+    print(text, flush=True)
+    check_printed()
+
+
+def check_printed() -> None:
+    """Raises a UserError if part of a result was lost on a full disk.
 
     A reader that has ended, such as `head` or a closed terminal, wants no more: that is no error.
     """
-    print(text, flush=True)
     lost = getattr(sys.stdout, "lost", "")
     if lost and not getattr(sys.stdout, "unread", False):
         raise UserError(f"stdout: the result cannot be written ({lost})")

@@ -1,7 +1,8 @@
 """Generates text: `python -m tlinformer_jax generate --workdir=DIR --prompt=TEXT | --prompt_file=FILE [...]`.
 
 Prints the continuation on stdout as it is generated, and figures on stderr. Ctrl-C, or a closed stdout, ends the
-generation: the text so far stays, the figures follow, and the status is 130.
+generation: the text so far stays, the figures follow, and the status is 130. A full disk behind stdout ends it with an
+error.
 """
 
 import json
@@ -68,6 +69,7 @@ def main() -> None:
         interrupted = _generate()
     except KeyboardInterrupt:  # before any text was generated
         interrupted = True
+    cli.check_printed()
     if interrupted:
         sys.exit(environment.INTERRUPTED)
 
