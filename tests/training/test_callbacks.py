@@ -85,6 +85,9 @@ def test_a_run_that_ends_while_it_is_traced_keeps_the_trace(tmp_path, capfd):
         train_run(config, tmp_path / f"run-{last}", profile=folder, callbacks=[stop])
         assert list(folder.rglob("*.xplane.pb"))
         assert f"traced {traced} into" in capfd.readouterr().err
+    with pytest.raises(ZeroDivisionError):
+        train_run(config, tmp_path / "fails", profile=tmp_path / "trace", callbacks=[lambda view: 1 / (view.step - 5)])
+    assert list((tmp_path / "trace").rglob("*.xplane.pb"))
 
 
 @pytest.mark.parametrize("result", [True, np.float32(1) < 2, jax.numpy.float32(1) < 2], ids=["Python", "NumPy", "JAX"])

@@ -332,7 +332,10 @@ class Evaluate(Callback):
 
 
 class Trace(Callback):
-    """A callback that traces TRACED updates for xprof, from WARMUP updates after `first`, or earlier in a short run."""
+    """A callback that traces TRACED updates for xprof, from WARMUP updates after `first`, or earlier in a short run.
+
+    As a context manager it also stops a trace that an exception has interrupted: JAX would refuse the next one.
+    """
 
     every = 0
 
@@ -341,6 +344,13 @@ class Trace(Callback):
         self._begin = first + 1 + max(0, min(WARMUP, last - first - 1 - TRACED))
         self._end = min(last, self._begin + TRACED)
         self._tracing = False
+
+    def __enter__(self) -> "Trace":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._tracing:
+            jax.profiler.stop_trace()
 
     def is_due(self, step: int) -> bool:
         return self._begin < self._end and step in (self._begin, self._end)
@@ -363,15 +373,15 @@ class Trace(Callback):
 
 
 def builtin_callbacks(
-    session: Session, first: int, last: int, trace: pathlib.Path | None
+    session: Session, first: int, last: int, trace: pathlib.Path | None, stack: contextlib.ExitStack
 ) -> tuple[list[Callback], Evaluate]:
     """Returns the callbacks of every run from update `first` to `last`, in the order of their calls; and `Evaluate`.
 
-    An update is logged, and so known to be finite, before its state is saved.
+    An update is logged, and so known to be finite, before its state is saved. `stack` ends with the training.
     """
     train = session.run.config.train
     save = Save(train.checkpoint_every, session)
     evaluate = Evaluate(train.eval_every, session, save)
     logging = Log(train.log_every, session, (save, evaluate))
-    tracing = [Trace(trace, first, last, session.throughput)] if trace else []
+    tracing = [stack.enter_context(Trace(trace, first, last, session.throughput))] if trace else []
     return [logging, *tracing, save, evaluate], evaluate

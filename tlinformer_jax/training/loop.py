@@ -136,7 +136,7 @@ def train_run(
         ends = None if state.competence is None else state.competence.ends
         reader = stack.enter_context(StagedReader(batches, ends, first, rows))
         session = Session(run, compiler, splits["validation"], reader, checkpoints, log, Throughput.of(run), stop)
-        builtin, evaluate = builtin_callbacks(session, first, last, trace)
+        builtin, evaluate = builtin_callbacks(session, first, last, trace, stack)
         every = [*builtin, *asked]
         view = TrainingView(config, workdir, first, last, state)
         if evaluated or not evaluate.is_due(first) or not evaluate(view):
