@@ -339,6 +339,7 @@ def test_tokens_outside_the_vocabulary_never_pass_silently():
     ("inputs", "message"),
     [
         ({"tokens": jnp.zeros((1, 0), jnp.int32)}, "at least one token"),
+        ({"inputs_embeds": jnp.zeros((0, 3, 16))}, "batch of 0 sequences: must hold at least one"),
         ({"tokens": jnp.zeros((1, 3))}, "must be integers"),
         ({"tokens": jnp.zeros((3,), jnp.int32)}, "must be integers"),
         ({}, "either tokens or inputs_embeds"),

@@ -106,7 +106,7 @@ class LanguageModel(nn.Module):
         """Returns the logits of the next token at every position.
 
         Args:
-          tokens: integer [batch, length], length >= 1, in [0, vocab_size); other ids give NaN.
+          tokens: integer [batch, length], both >= 1, in [0, vocab_size); other ids give NaN.
           train: whether to apply dropout.
           inputs_embeds: embeddings [batch, length, D], instead of tokens. `config.token_shift` applies to them as it
             does to embedded tokens.
@@ -117,7 +117,7 @@ class LanguageModel(nn.Module):
           float32 [batch, length, vocab_size].
 
         Raises:
-          DataError: if an input has the wrong shape or type, or the sequence is empty.
+          DataError: if an input has the wrong shape or type, or is empty.
         """
         hidden = self.hidden_states(tokens, train=train, inputs_embeds=inputs_embeds, documents=documents)
         return output_logits(hidden, self.embedding)
@@ -281,6 +281,8 @@ def check_inputs(config: ModelConfig, tokens: Any, inputs_embeds: Any, documents
     batch, length = (tokens if tokens is not None else inputs_embeds).shape[:2]
     if length < 1:
         raise DataError(f"sequence of length {length}: must hold at least one token")
+    if batch < 1:
+        raise DataError(f"batch of {batch} sequences: must hold at least one")
     if not 0 <= start < length:
         raise DataError(f"start = {start}: must be a position of the sequence, 0 .. {length - 1}")
     if documents is None:
