@@ -50,7 +50,7 @@ PROFILE = flags.DEFINE_string(
 )
 OUT = flags.DEFINE_string("out", "", "Directory for the results; none: print only.")
 
-GROUP = 5
+GROUP = 5  # most steps that are dispatched before they are waited for
 # Fields that a row sets, and the flag that chooses their values.
 BY_ROW = {
     ("model", "architecture"): "--architectures",
@@ -210,7 +210,7 @@ def _timed(config: RunConfig, timing: Timing) -> dict[str, Any]:
         compiled = lowered.compile()
         figures: dict[str, Any] = {"compile_seconds": time.perf_counter() - started, "step_bytes": _bytes(compiled)}
         outputs, groups = [], []
-        for count in (timing.warmup, *(min(GROUP, timing.steps),) * max(1, timing.steps // GROUP)):
+        for count in (timing.warmup, *group_sizes(timing.steps)):
             started = time.perf_counter()
             for _ in range(count):
                 state, metrics = compiled(state, batch)
@@ -226,6 +226,12 @@ def _timed(config: RunConfig, timing: Timing) -> dict[str, Any]:
         "last_loss": float(outputs[-1]["loss"]),
         "peak_bytes": peak_bytes(),
     }
+
+
+def group_sizes(steps: int) -> list[int]:
+    """Returns the sizes of groups of at most GROUP steps, `steps` in all, as equal as possible."""
+    groups = -(-steps // GROUP)
+    return [(steps + number) // groups for number in range(groups)]
 
 
 def _three_steps(compiled: Any, state: Any, batch: Mapping[str, Any]) -> Any:

@@ -52,6 +52,10 @@ def test_rows_results_and_best_settings(tmp_path):
     assert done.stdout.count("no kernel table") == 2
 
 
+def test_as_many_steps_are_timed_as_asked():
+    assert [training.group_sizes(steps) for steps in (1, 5, 7, 50)] == [[1], [5], [3, 4], [5] * 10]
+
+
 @pytest.mark.slow
 def test_memory_that_does_not_suffice_is_a_row_not_an_end(monkeypatch):
     import jax
