@@ -35,6 +35,8 @@ def test_dry_runs_of_one_box_and_slurm():
     assert line.startswith("env JAX_PLATFORMS=cuda ")
     assert r"CUDA_VISIBLE_DEVICES=0\,2" in line
     assert line.endswith(rf"{module}.main --num_processes=1 --config=configs/tiny.py --workdir=runs/a\ b")
+    (line,) = shown("gpu.sh", "--config=configs/tiny.py", "--check")
+    assert line.endswith(f"{module}.main --num_processes=1 --config=configs/tiny.py --check")
     (line,) = shown("slurm/train.sbatch", *TRAIN)
     assert line == rf"srun --kill-on-bad-exit=1 {module}.main --config=configs/tiny.py --workdir=runs/a\ b"
     (line,) = shown("slurm/sweep.sbatch", "--sweep=a.py", "--out=b")
