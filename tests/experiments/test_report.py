@@ -1,12 +1,13 @@
 """The report: its lines are those of the records, and the document that is committed is the one they give."""
 
 import pathlib
+import re
 
 import numpy as np
 import pytest
 
 from tests.support.figures import check_lines
-from tests.support.results import made_result, save, windows_result
+from tests.support.results import MEASURED, made_result, save, windows_result
 from tlinformer_jax.errors import DataError
 from tlinformer_jax.experiments.frame import frame_of, read_records
 from tlinformer_jax.experiments.report import against_base, fenced, write_report, write_tables
@@ -239,6 +240,17 @@ def test_what_is_no_record_is_named(tmp_path):
     save(tmp_path, made_result("x", 1.0) | {"validation": None})
     with pytest.raises(DataError, match=r"x.json: 'validation' must be dict"):
         read_records(tmp_path)
+    whole = evaluation(1024, 3.0)
+    for action, done, says in (
+        ("evaluate", whole | {"figures": []}, "'then.evaluate.figures' must be dict"),
+        ("evaluate@256", whole | {"figures": {"loss": "low"}}, "'then.evaluate@256.figures.loss' must be int | float"),
+        ("evaluate", whole | {"test": {"length": 1024}}, "'then.evaluate.test.tokens' is missing"),
+        ("history", MEASURED | {"cuts": [MEASURED["cuts"][0], 7]}, "'then.history.cuts[1]' must be dict"),
+        ("dance", [], "'then.dance' must be dict"),
+    ):
+        save(tmp_path, made_result("x", 1.0, then={action: done}))
+        with pytest.raises(DataError, match=re.escape(f"x.json: {says}")):
+            read_records(tmp_path)
 
 
 @pytest.mark.skipif(not (DOCS / "results").is_dir(), reason="no results are committed yet")

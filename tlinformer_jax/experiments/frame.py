@@ -18,6 +18,7 @@ from tlinformer_jax.config.model import RECURRENT, ModelConfig
 from tlinformer_jax.data.tasks import chance_by_elimination
 from tlinformer_jax.errors import DataError, file_errors_as
 from tlinformer_jax.experiments.job import RESULT_FILE, Record, completed, essence, read_result
+from tlinformer_jax.experiments.schema import ACTIONS, misfit
 from tlinformer_jax.files import markdown
 
 N, ARCHITECTURE, DEPTH = "config.data.sequence_length", "config.model.architecture", "depth"
@@ -50,7 +51,15 @@ def read_records(folder: pathlib.Path) -> list[Record]:
         paths = [own] if own.exists() else sorted(folder.glob("*.json"))
     if not paths:
         raise DataError(f"{folder}: must be a directory that holds at least one record of a run, NAME.json")
-    return [read_result(path) for path in paths]
+    return [_with_whole_actions(path, read_result(path)) for path in paths]
+
+
+def _with_whole_actions(path: pathlib.Path, record: Record) -> Record:
+    """Returns the record; a DataError names its file and the first damaged part of an action's result."""
+    for name, done in record["then"].items():
+        if wrong := misfit(done, ACTIONS.get(name.partition("@")[0], {}), f"then.{name}"):
+            raise DataError(f"{path}: {wrong}")
+    return record
 
 
 def frame_of(records: Sequence[Record]) -> pd.DataFrame:
