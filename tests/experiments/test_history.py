@@ -93,6 +93,7 @@ def test_swapped_histories_and_models_without_windows_are_beside_the_cuts(tmp_pa
     masses, cuts = (drawn[f"results_12_history_{kind}.png"] for kind in ("mass", "cuts"))
     assert (len(masses), len(cuts)) == (1, 2)
     assert [panel.lines["another text's history"] for panel in cuts] == [[(0, 1.25), (4, 1.25)]] * 2
+    assert list(history_tables(no_windows)) == ["history_cuts", "history_length", "history_same_tokens"]
     figures = plot_history([("full", no_windows)], tmp_path)
     assert [file.name for file in figures] == [f"history_{kind}.png" for kind in ("cuts", "length", "same_tokens")]
 

@@ -2,8 +2,8 @@
 
 Reports the change in loss if history beyond a distance is cut or if the history is another text's, the loss by length
 of the history, and attention to it by distance; `tlinformer_jax.evaluation.history` defines them. Nothing is trained.
-Writes history.json, and a CSV file and a figure of each measure, to --out=DIR. `--then=history` measures the same
-directly after a training.
+Writes history.json, and a CSV file and a figure of each measure that the model has, to --out=DIR. `--then=history`
+measures the same directly after a training.
 """
 
 import pathlib

@@ -120,7 +120,10 @@ def plot_sweep(frame: pd.DataFrame, folder: pathlib.Path, prefix: str = "") -> l
 
 
 def history_tables(measured: Mapping[str, Any]) -> dict[str, pd.DataFrame]:
-    """Converts the result of `evaluation.history` to a table with columns label, x and y for each of HISTORY."""
+    """Converts the result of `evaluation.history` to a table with columns label, x and y for each of HISTORY.
+
+    A table without rows is left out: models without windows have no masses.
+    """
     edges, same, starts = measured["mass"], measured["same_tokens"], measured["starts"]
     masses = [
         (f"block {block}, {words}", edge, mass)
@@ -137,10 +140,11 @@ def history_tables(measured: Mapping[str, Any]) -> dict[str, pd.DataFrame]:
     # A history that is not cut is drawn at the longest history's length.
     distances = [starts[-1] if distance is None else distance for distance in same["distances"]]
     cut_losses = [("loss", distance, loss) for distance, loss in zip(distances, same["losses"])]
-    tables = {}
-    for name, rows in zip(HISTORY, (masses, changes, losses, cut_losses)):
-        tables[name] = pd.DataFrame(rows, columns=["label", "x", "y"]).dropna()
-    return tables
+    tables = {
+        name: pd.DataFrame(rows, columns=["label", "x", "y"]).dropna()
+        for name, rows in zip(HISTORY, (masses, changes, losses, cut_losses))
+    }
+    return {name: table for name, table in tables.items() if len(table)}
 
 
 def plot_history(
@@ -150,7 +154,7 @@ def plot_history(
     tables = {title: history_tables(measured) for title, measured in runs}
     files = []
     for name, (x_name, y_name) in HISTORY.items():
-        panels = {title: (table[name], y_name) for title, table in tables.items() if len(table[name])}
+        panels = {title: (table[name], y_name) for title, table in tables.items() if name in table}
         if panels:
             files.append(folder / f"{prefix}{name}.png")
             plot_lines(panels, x_name, files[-1], "symlog")
