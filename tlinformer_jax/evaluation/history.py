@@ -87,6 +87,8 @@ def measure_history(
     count = num_samples(stream, length)
     if count > 1:
         measures[SWAPPED] = measures[ALL]
+    if not config.windowed:
+        measures[ALL] = jax.jit(functools.partial(_whole_sums, config=config))
     totals: dict[str, dict[str, Any]] = {name: collections.defaultdict(float) for name in measures}
     wanted = min(count, samples)
     indices = np.arange(wanted) * count // wanted
@@ -143,6 +145,20 @@ def _sums(params: ModelParams, batch: dict[str, Any], *, config: ModelConfig, cu
     first = losses_of(0, hidden_states(params, config, embed(params, config, batch["inputs"][:, :size])))
     later = jax.lax.map(one, jnp.arange(1, windows))
     return later | {name: jnp.concatenate([value[None], later[name]]) for name, value in first.items()}
+
+
+def _whole_sums(params: ModelParams, batch: dict[str, Any], *, config: ModelConfig) -> Sums:
+    """Returns what `_sums` does without a cut or a swap, for a model without generation windows: in one pass."""
+    size, length = config.generation_window, batch["inputs"].shape[1]
+    params, windows = prepare_params(params, config), num_windows(config, length)
+    hidden = hidden_states(params, config, embed(params, config, batch["inputs"]))
+    losses = token_losses_and_hits(hidden, params.embedding, batch["labels"], LOSS_CHUNK)[0] * batch["weights"]
+
+    def by_window(rows: Float[Array, "batch length"]) -> Float[Array, " windows"]:
+        padded = jnp.pad(rows, ((0, 0), (0, windows * size - length)))
+        return jnp.sum(padded.reshape(-1, windows, size), axis=(0, 2))
+
+    return {"losses": by_window(losses), "tokens": by_window(batch["weights"])}
 
 
 def _block_hidden(
