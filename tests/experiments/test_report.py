@@ -10,7 +10,7 @@ from tests.support.figures import check_lines
 from tests.support.results import MEASURED, made_result, save, windows_result
 from tlinformer_jax.errors import DataError
 from tlinformer_jax.experiments.frame import frame_of, read_records
-from tlinformer_jax.experiments.report import against_base, fenced, write_report, write_tables
+from tlinformer_jax.experiments.report import against_base, fenced, report_lines, write_report, write_tables
 
 pytest.importorskip("matplotlib")
 
@@ -166,6 +166,17 @@ def test_windows_with_their_knee(tmp_path, drawn):
     (panel,) = drawn["results_sweep_windows_perplexity_share.png"]
     assert panel.lines["both windows 512 rows"] == [(size / 512, value) for size, value in shares.items()]
     assert not any("Architectures" in line or "Samples" in line or "position" in line for line in lines)
+
+
+def test_a_point_of_two_sweeps_of_windows_is_in_the_tables_of_both(tmp_path):
+    results = [windows_result(size, 512 - size, 20.0) for size in (128, 256)]
+    results.append(windows_result(256, 256, 30.0) | {"name": "x", "point": "x", "sweep": "sweep_x"})
+    lines = report_lines(frame_of(results), tmp_path)
+    tables = "\n".join(lines[: lines.index("## Runs")]).split("## Windows (sweep_")[1:]
+    assert [[table.count(f"| {name} |") for name in ("x", "256-256", "128-384")] for table in tables] == [
+        [0, 1, 1],
+        [1, 0, 0],
+    ]
 
 
 def test_only_like_is_compared_with_like():

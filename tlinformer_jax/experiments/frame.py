@@ -69,8 +69,13 @@ def frame_of(records: Sequence[Record]) -> pd.DataFrame:
     frame = pd.concat([flat.drop(columns=["then", "overrides", "device"]), derived], axis=1)
     frame = frame.reindex(columns=list(dict.fromkeys([*frame, *NUMBERS, "sweep", "target.reached"])))
     frame[list(NUMBERS)] = frame[list(NUMBERS)].apply(pd.to_numeric)
-    frame["again"] = frame.duplicated(["group", "seed"])
+    frame["again"] = repeated(frame)
     return frame.sort_values(["tokens", N, "ours", "label", "seed"])
+
+
+def repeated(frame: pd.DataFrame) -> pd.Series:
+    """Returns whether each run repeats the seed of an earlier one with the same configuration, by the index."""
+    return frame.sort_index().duplicated(["group", "seed"])
 
 
 def _checked(record: Record) -> dict[str, Any]:

@@ -33,6 +33,7 @@ from tlinformer_jax.experiments.frame import (
     mean_and_deviation,
     points_of,
     read_records,
+    repeated,
     table_of,
 )
 from tlinformer_jax.experiments.job import Record
@@ -127,7 +128,7 @@ def report_lines(frame: pd.DataFrame, figures: pathlib.Path) -> list[str]:
     if "windows" in studies:
         for sweep, part in studies["windows"].groupby("sweep", dropna=False):
             tokens = ", ".join(f"{count / 1e6:,.1f} M" for count in part["tokens"].unique())
-            part = part.sort_values([N, DEPTH, "total", "share", "seed"])
+            part = part.assign(again=repeated(part)).sort_values([N, DEPTH, "total", "share", "seed"])
             lines += [f"## Windows ({sweep}), {tokens} training tokens a point", "", *group_lines(part), ""]
             for file in plot_sweep(part, figures, f"results_{sweep}_"):
                 lines += shown(file, titled(file.stem.removeprefix(f"results_{sweep}_")))
