@@ -36,7 +36,8 @@ def uncached_logits(params: DecoderParams, config: ModelConfig, tokens: jax.Arra
     size = config.generation_window + (config.window_overlap if history else 0)
     rows = embed(params, jnp.pad(tokens, (0, history + size - length))[None]).rows
     whole = embedded(params.shift, taps_of(params.blocks), rows)
-    past, new = (jax.tree.map(lambda rows: rows[:, part], whole) for part in (slice(history), slice(history, None)))
+    past = jax.tree.map(lambda rows: rows[:, :history], whole)
+    new = jax.tree.map(lambda rows: rows[:, history:], whole)
     rope = rope_table(jnp.arange(history + size, dtype=jnp.int32), config.head_dim, config.longest_wavelength)
     first, observed = params.blocks[0].compress, config.observed_rows(history)
     width = max(observed, min(history, 1))

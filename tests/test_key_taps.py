@@ -280,8 +280,12 @@ def test_only_zero_to_three_are_allowed(value):
 
 def test_what_can_have_none_says_so():
     for architecture in set(ARCHITECTURES) - set(WINDOWED):
-        allowed = rf"model\.key_taps = 3: must be 0 for model\.architecture = '{architecture}', whose rows read the rows"
+        allowed = (
+            rf"model\.key_taps = 3: must be 0 for model\.architecture = '{architecture}', whose rows read the rows"
+        )
         with pytest.raises(ConfigError, match=allowed):
             dataclasses.replace(TAPPED, architecture=architecture, d_ff=64)
-    with pytest.raises(ConfigError, match=r"model\.key_taps = 3: must be 0 for model\.num_blocks = 1, because only later"):
+    with pytest.raises(
+        ConfigError, match=r"model\.key_taps = 3: must be 0 for model\.num_blocks = 1, because only later"
+    ):
         dataclasses.replace(TAPPED, num_blocks=1)

@@ -138,6 +138,7 @@ class CachedHistory:
         """Returns C' for the next block, with its keys cached; rows are stored if that block restores C' again."""
         attend = functools.partial(attend_context, head_dim=self.at.config.head_dim)
         restore_rows = functools.partial(restore_rows, shared=shared, fixed=fixed, attend=attend)
+        taps = next_layer.taps
 
         def rows(start: Array) -> Array:
             before = self.rows(start)
@@ -147,10 +148,11 @@ class CachedHistory:
             return project(next_layer, rows, self.at.rope(start), "q")[0]
 
         def key_rows(start: Array, rows: Array) -> Array:
-            return plus(rows, self.at.tap_sum(next_layer.taps, start))
+            assert taps is not None
+            return plus(rows, self.at.tap_sum(taps, start))
 
         z = Stream.of(next_layer, restore_rows(self.z.rows, self.z.Q), self.z_rope, "q")
-        keyed = None if next_layer.taps is None else key_rows
+        keyed = None if taps is None else key_rows
         new = dataclasses.replace(self, layer=next_layer, z=z, rows=rows, queries=queries, key_rows=keyed)
         return new._fill(keep_rows="q" in parts)
 
@@ -180,9 +182,7 @@ class CachedHistory:
         return dataclasses.replace(new, rows=lambda start: jax.lax.dynamic_slice(kept, (0, start, 0), shape))
 
 
-def embedded_history(
-    at: SequenceRows, z_rows: Float[Array, "1 width D"], z_rope: Rope, fill: bool
-) -> CachedHistory:
+def embedded_history(at: SequenceRows, z_rows: Float[Array, "1 width D"], z_rope: Rope, fill: bool) -> CachedHistory:
     """Returns block 0's C, the embeddings; `fill` computes its keys, which the cache otherwise contains already."""
     params = at.params
     layer, vocabulary = params.blocks[0].compress, params.embedding[None]

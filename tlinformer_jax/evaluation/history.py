@@ -17,7 +17,7 @@ n is the position of a window's first row, counting the `model.window_overlap` r
 - *Share*: the mean over tokens of |O a| / (|O a| + |O b|): a is what x reads from the history, b what it reads from its
   own window, O the output projection of the `compress` layer without its bias.
 
-With `model.token_shift` and `model.key_taps` the first rows after a cut still have the tokens before them in their keys,
+With `model.token_shift` or `model.key_taps` the first rows after a cut still have the tokens before them in their keys,
 as in the whole sequence; without generation windows they do not.
 """
 

@@ -70,9 +70,7 @@ def begins(documents: Int[Array, "batch length"], back: int = 1) -> Bool[Array, 
     return documents != jnp.pad(documents, ((0, 0), (back, 0)), constant_values=-1)[:, : documents.shape[1]]
 
 
-def weighted_sum(
-    vectors: Float[Array, "K D"], before: Sequence[Float[Array, "*shape D"]]
-) -> Float[Array, "*shape D"]:
+def weighted_sum(vectors: Float[Array, "K D"], before: Sequence[Float[Array, "*shape D"]]) -> Float[Array, "*shape D"]:
     """Returns the sum over k = 1..K of s_k * before_k in float32, where s = SHIFT_SCALE * vectors."""
     scales = SHIFT_SCALE * vectors.astype(jnp.float32)
     return functools.reduce(jnp.add, [scale * rows.astype(jnp.float32) for scale, rows in zip(scales, before)])

@@ -179,7 +179,7 @@ def embed_rows(
     # Each device holds rows from all over the sequence, so the tokens before a row are usually on other devices.
     earlier = [tokens_before(inputs, documents, back) for back in range(1, shape.key_reach + 1)]
     padding = -inputs.shape[1] % sequences.row_parts
-    own, before = jax.tree.map(lambda ids: sequences.rows.take(pad_rows(ids, padding)), (inputs, earlier))
+    own, *before = [sequences.rows.take(pad_rows(ids, padding)) for ids in (inputs, *earlier)]
     return embed(typed, shape, own, before, documents)
 
 
