@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.decoding.cache import history_of
 from tlinformer_jax.decoding.params import DecoderParams, embed, logits_of
-from tlinformer_jax.models.model import forward_layers
+from tlinformer_jax.models.key_rows import embedded
+from tlinformer_jax.models.model import forward_layers, taps_of
 from tlinformer_jax.models.rope import rope_table
 from tlinformer_jax.models.streams import History, Stream
 from tlinformer_jax.models.tlinformer import window_states
@@ -33,13 +34,14 @@ def uncached_logits(params: DecoderParams, config: ModelConfig, tokens: jax.Arra
         return logits_of(params, forward_layers(params.wide_layers, config, embed(params, tokens[None]))[0, -1])
     history = history_of(config, length)
     size = config.generation_window + (config.window_overlap if history else 0)
-    embedded = embed(params, jnp.pad(tokens, (0, history + size - length))[None])
-    past = jax.tree.map(lambda rows: rows[:, :history], embedded)
-    new = jax.tree.map(lambda rows: rows[:, history:], embedded)
+    rows = embed(params, jnp.pad(tokens, (0, history + size - length))[None]).rows
+    whole = embedded(params.shift, taps_of(params.blocks), rows)
+    past = jax.tree.map(lambda rows: rows[:, :history], whole)
+    new = jax.tree.map(lambda rows: rows[:, history:], whole)
     rope = rope_table(jnp.arange(history + size, dtype=jnp.int32), config.head_dim, config.longest_wavelength)
     first, observed = params.blocks[0].compress, config.observed_rows(history)
     width = max(observed, min(history, 1))
-    C = History.whole(first, past.rows, rope, key_rows=past.key_rows)
+    C = History.whole(first, past.rows, rope, key_rows=past.key_rows, key_sums=past.key_sums)
     window = Stream.of(first, new.rows, rope.rows(history, size), key_rows=new.key_rows)
     frame = WindowFrame(history, history - width, observed, width)
     hidden = window_states(params.blocks, config, C, window, frame)

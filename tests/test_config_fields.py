@@ -30,6 +30,7 @@ OVERRIDES = {
         "window_overlap": 7,
         "longest_wavelength": 90,
         "token_shift": True,
+        "key_taps": 2,
         "dropout": 0.25,
         "dtype": "float32",
         "attention": "xla",

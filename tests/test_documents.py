@@ -23,7 +23,7 @@ from tlinformer_jax.data.tokenizers import ByteTokenizer
 from tlinformer_jax.errors import ConfigError, UserError
 from tlinformer_jax.evaluation.history import measure_history
 from tlinformer_jax.interop import params_from_reference
-from tlinformer_jax.models import attention, block, model, streams
+from tlinformer_jax.models import attention, block, key_rows, streams
 from tlinformer_jax.models.attention import attend
 from tlinformer_jax.models.layers import Dropout
 from tlinformer_jax.training.check import check_run
@@ -45,8 +45,8 @@ SHAPES = {
     "sliding_window": {"architecture": "sliding_window", "token_shift": True},
     "auto": {"history_window": "auto", "generation_window": 6},
     "overlap": {"window_overlap": 2, "hidden_depth": 0},
-    "shift": {"token_shift": True, "num_blocks": 3},
-    "options": {"longest_wavelength": 20, "token_shift": True, "window_overlap": 1},
+    "shift": {"token_shift": True, "key_taps": 2, "num_blocks": 3},
+    "options": {"longest_wavelength": 20, "token_shift": True, "key_taps": 3, "window_overlap": 1},
     "experts": {"num_experts": 3, "experts_per_token": 2},
 }
 PLANS = {
@@ -240,7 +240,7 @@ def seen_by_c_in_restore(monkeypatch):
 
 
 def seen_by_the_token_shift(monkeypatch):
-    monkeypatch.setattr(model, "begins", lambda documents: jnp.zeros(documents.shape, bool))
+    monkeypatch.setattr(key_rows, "begins", lambda documents, back: jnp.zeros(documents.shape, bool))
 
 
 MUTATIONS = [seen_in_hidden]
@@ -263,7 +263,7 @@ def test_a_read_without_the_mask_is_caught(mutate, monkeypatch, own_traces):
 
 @functools.cache
 def spread_gradient(axes: str | None):
-    config = dataclasses.replace(SPREAD, token_shift=True, window_overlap=1)
+    config = dataclasses.replace(SPREAD, token_shift=True, key_taps=3, window_overlap=1)
     data = spread_batch()
     ids = documents_of(*[[5, 14, 1, 23] if row % 2 else [17, 2, 24] for row in range(len(data["inputs"]))])
     return gradient(config, TrainConfig(), MESHES.get(axes), data | {"documents": jnp.asarray(ids)})

@@ -1,4 +1,4 @@
-"""The options for memory all at once: token shift, overlapping windows, no slow rotations."""
+"""The options for memory all at once: token shift, key taps, overlapping windows, no slow rotations."""
 
 import dataclasses
 
@@ -16,7 +16,7 @@ from tests.support.models import SMALL
 from tlinformer_jax import build_model
 from tlinformer_jax.interop import params_from_reference
 
-ALL = {"token_shift": True, "window_overlap": 2, "longest_wavelength": 20}
+ALL = {"token_shift": True, "key_taps": 3, "window_overlap": 2, "longest_wavelength": 20}
 CONFIG = dataclasses.replace(SMALL, hidden_depth=1, history_window=3, **ALL)
 PROMPTS = [3, 8, 9, 1, 12]  # before, at and after the edges of windows of 4
 FED = 27
@@ -29,7 +29,7 @@ def test_the_forward_pass_is_the_references(architecture):
     tokens, expected = truth(config, FED, 3)
     variables = params_from_reference(golden.random_weights(config), config)
     np.testing.assert_allclose(jax.jit(build_model(config).apply)(variables, tokens), expected, atol=TOLERANCE)
-    for name, value in (("token_shift", False), ("window_overlap", 0), ("longest_wavelength", 0)):
+    for name, value in (("token_shift", False), ("key_taps", 0), ("window_overlap", 0), ("longest_wavelength", 0)):
         without = reference.logits(golden.random_weights(config), dataclasses.replace(config, **{name: value}), tokens)
         assert np.abs(without - expected).max() > 0.1, f"{name} does nothing"
 

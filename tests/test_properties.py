@@ -91,6 +91,7 @@ def valid_configs(draw, architecture: str | None = None, blocks: int = 1, window
     }
     if architecture in model_config.WINDOWED:
         model["window_overlap"] = draw(st.integers(0, model["generation_window"] - 1))
+        model["key_taps"] = draw(st.integers(0, model_config.MOST_TAPS)) * (model["num_blocks"] > 1)
     least = (windows_of - 1) * model["generation_window"] + 1 if windows_of else 1
     length = draw(st.integers(least, max(24, least + 2)))
     number = -(-length // model["generation_window"])
@@ -200,7 +201,7 @@ def test_many_valid_configs_train_and_decode(architecture):
 NEVER = [None, (), {}, [1], b"x", 1 + 2j]
 LEAST = {
     "model": {"hidden_depth": 0, "d_ff": 1, "history_window": 1, "window_overlap": 0, "longest_wavelength": 0}
-    | {"num_experts": 0, "experts_per_token": 1}
+    | {"num_experts": 0, "experts_per_token": 1, "key_taps": 0}
     | dict.fromkeys(("vocab_size", "d_model", "num_heads", "num_blocks", "generation_window"), 1),
     "train": dict.fromkeys(("steps", "batch_size", "accumulation", "log_every"), 1)
     | dict.fromkeys(("sampled_windows", "seed", "warmup_steps", "eval_every"), 0)

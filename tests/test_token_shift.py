@@ -28,7 +28,8 @@ from tlinformer_jax.decoding.params import embed as decoded
 from tlinformer_jax.errors import ConfigError, DataError
 from tlinformer_jax.interop import params_from_reference, params_to_reference
 from tlinformer_jax.interop.files import read_weights, write_safetensors
-from tlinformer_jax.models.model import SHIFT_SCALE, embed, tokens_before
+from tlinformer_jax.models.key_rows import SHIFT_SCALE, tokens_before
+from tlinformer_jax.models.model import embed
 from tlinformer_jax.training import window_loss as loss_module
 from tlinformer_jax.training.optimizer import Horizon, build_optimizer, decay_mask
 
@@ -86,7 +87,7 @@ def test_a_wrong_id_makes_its_own_row_and_the_next_key_nan(wrong):
     model = build_model(SHIFTED)
     params = model.apply(golden_scale(SHIFTED), method=model.parameters)
     tokens = jnp.array([[1, wrong, 3, 4]])
-    for before in (None, tokens_before(tokens)):
+    for before in (None, [tokens_before(tokens)]):
         found = embed(params, SHIFTED, tokens, before)
         np.testing.assert_array_equal(np.isnan(found.rows).all(-1), [[False, True, False, False]])
         np.testing.assert_array_equal(np.isnan(found.key_rows).all(-1), [[False, True, True, False]])
@@ -250,7 +251,7 @@ def test_a_device_that_takes_its_own_row_before_is_noticed(monkeypatch):
     model = dataclasses.replace(TRAINED, token_shift=True)
     one = gradient(model, TRAIN)
     real = loss_module.tokens_before
-    monkeypatch.setattr(loss_module, "tokens_before", lambda tokens, documents: real(real(tokens)))
+    monkeypatch.setattr(loss_module, "tokens_before", lambda tokens, documents, back: real(real(tokens)))
     assert gradient_error(one, gradient(model, TRAIN, MESHES["data, window, context"])) > 0.01
     jax.clear_caches()
 

@@ -45,7 +45,7 @@ def loss_and_gradient(config):
     return jax.jit(jax.value_and_grad(loss))
 
 
-OPTIONS = {"token_shift": True, "window_overlap": 2, "longest_wavelength": 20}
+OPTIONS = {"token_shift": True, "key_taps": 2, "window_overlap": 2, "longest_wavelength": 20}
 
 
 @pytest.mark.slow

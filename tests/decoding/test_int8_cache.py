@@ -88,7 +88,11 @@ def test_rows_are_quantised_as_numpy_does(dtype):
     ("changes", "rows_per_token"),
     [
         ({}, 4),
-        pytest.param({"longest_wavelength": 20, "token_shift": True, "window_overlap": 2}, 0, marks=pytest.mark.slow),
+        pytest.param(
+            {"longest_wavelength": 20, "token_shift": True, "key_taps": 2, "window_overlap": 2},
+            0,
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_every_logit_is_that_of_a_history_quantised_in_numpy(changes, rows_per_token, monkeypatch, own_traces):

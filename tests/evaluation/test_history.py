@@ -70,7 +70,7 @@ SHORT = dataclasses.replace(MODEL, architecture="transformer", num_blocks=1)
             pytest.param(dataclasses.replace(DEEP, **changes), OPTIONS, marks=pytest.mark.slow)
             for changes in (
                 {"architecture": "tconstformer"},
-                {"token_shift": True, "longest_wavelength": 20, "window_overlap": 3},
+                {"token_shift": True, "key_taps": 3, "longest_wavelength": 20, "window_overlap": 3},
                 {"history_window": "auto", "num_blocks": 3},
             )
         ),

@@ -90,7 +90,7 @@ SHAPES = [
     ("tlinformer", 1, 3, 4, 22, "wavelength"),
     ("tconstformer", 0, 5, 4, 22, "wavelength"),
     ("transformer", 0, 5, 4, 22, "wavelength"),
-    ("tlinformer", 1, 3, 4, 22, "shift", "overlap"),
+    ("tlinformer", 1, 3, 4, 22, "shift", "overlap", "taps"),
     ("tconstformer", 0, "auto", 4, 22, "overlap"),
 ]
 
@@ -102,7 +102,7 @@ def test_every_architecture(shape, torch, tmp_path):
     config = ModelConfig(
         architecture=architecture, vocab_size=41, d_model=24, num_heads=2, num_blocks=2, hidden_depth=hidden_depth,
         d_ff=40, history_window=history_window, generation_window=generation_window, dtype="float32",
-        token_shift="shift" in options, window_overlap=3 * ("overlap" in options),
+        token_shift="shift" in options, key_taps=3 * ("taps" in options), window_overlap=3 * ("overlap" in options),
         longest_wavelength=20 * ("wavelength" in options),
     )  # fmt: skip
     weights = golden.random_weights(config, seed=length)
@@ -169,6 +169,7 @@ def test_a_new_model_begins_as_ours(torch):
     from tlinformer_jax.interop.pytorch import Config, LanguageModel
 
     fields = {"vocab_size": 500, "d_model": 96, "num_heads": 4, "num_blocks": 2, "hidden_depth": 2, "d_ff": 256}
+    fields |= {"key_taps": 2}
     config = Config("tlinformer", **fields, history_window=8, generation_window=8)
     ours = jax.jit(build_model(ModelConfig(**fields)).init)(jax.random.key(0), np.zeros((1, 1), np.int32))
     ours = params_to_reference(ours, ModelConfig(**fields))

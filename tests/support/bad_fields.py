@@ -16,6 +16,7 @@ MODELS = fields(
     ("model.generation_window=0", "zero"),
     ("model.longest_wavelength=6", "shorter than RoPE's shortest"),
     ("model.window_overlap=-1", "negative"),
+    ("model.key_taps=4", "more than three"),
     ("model.window_overlap=8", "as long as the window"),
     ("model.dropout=1.0", "1"),
     ("model.dropout=nan", "not a number"),
@@ -54,6 +55,18 @@ MODELS += [
         "train",
         ("--config.model.window_overlap=8", "--config.model.architecture=transformer"),
         "model.window_overlap = 8",
+    ),
+    Case(
+        "key taps for a model without windows",
+        "train",
+        ("--config.model.key_taps=3", "--config.model.architecture=transformer"),
+        "model.key_taps = 3",
+    ),
+    Case(
+        "key taps for a single block",
+        "train",
+        ("--config.model.key_taps=1", "--config.model.num_blocks=1"),
+        "model.key_taps = 1",
     ),
     Case(
         "token shift for a model with a convolution",

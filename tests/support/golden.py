@@ -77,7 +77,7 @@ def random_weights(config: ModelConfig, seed: int = 0) -> dict[str, np.ndarray]:
             value = 0.1 + 0.01 * rng.standard_normal(shape)
         elif name.endswith("dt_bias"):  # heads that forget at different rates, from half a row to a dozen rows
             value = rng.uniform(-2.5, 0.5, shape)
-        elif len(shape) == 1:
+        elif len(shape) == 1 or name.endswith("key_taps"):  # s of the order of 1, like the embeddings
             value = 0.1 * rng.standard_normal(shape)
         elif name == "embedding.weight":
             value = rng.standard_normal(shape) * 0.5

@@ -45,14 +45,17 @@ def places(ids: np.ndarray) -> np.ndarray:
 
 def key_rows(weights: Weights, config, rows: np.ndarray, ids: np.ndarray | None = None) -> np.ndarray:
     """What the first layer's keys are made of, of the embeddings from position 0 on."""
-    if not config.token_shift:
-        return rows
-    shifted = rows.copy()
-    for t in range(1, len(rows)):
-        if ids is not None and ids[t] != ids[t - 1]:
-            continue
-        shifted[t] += 10.0 * weights["token_shift"] * rows[t - 1]
-    return shifted
+    return rows + tokens_before(weights["token_shift"][None], rows, ids) if config.token_shift else rows
+
+
+def tokens_before(vectors: np.ndarray, rows: np.ndarray, ids: np.ndarray | None = None) -> np.ndarray:
+    """The sum over k of 10 * vectors[k - 1] * rows[t - k], over the rows of t's own document."""
+    total = np.zeros_like(rows)
+    for t in range(len(rows)):
+        for back, vector in enumerate(vectors, 1):
+            if t >= back and (ids is None or ids[t] == ids[t - back]):
+                total[t] += 10.0 * vector * rows[t - back]
+    return total
 
 
 def mean_loss(all_logits: np.ndarray, labels: np.ndarray) -> float:
@@ -99,6 +102,9 @@ def _window(
         if b == 0 and config.token_shift:
             keyed = key_rows(weights, config, embedded, ids)
             kc, kx = layer.project(keyed[first:n], past)[1], layer.project(keyed[n : n + m], new)[1]
+        if b > 0 and config.key_taps:
+            taps = tokens_before(layer.get("key_taps"), embedded, ids)
+            kc = layer.project(context + taps[first:n], past)[1]
         if kept is not None and len(context):
             kc, vc = kept(kc), kept(vc)
         if probe is not None:

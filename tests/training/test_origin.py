@@ -138,7 +138,7 @@ def test_another_architecture_of_equal_layers_starts_with_the_same_first_window(
     """Four layers here and there: of the one block with two hidden layers, or of two without; and back again."""
     config = run_config(tmp_path, steps=2, eval_every=0, checkpoint_every=0, keep_checkpoints=9)
     one = dataclasses.replace(config.model, architecture=architecture, num_blocks=blocks, hidden_depth=4 // blocks - 2)
-    other = dataclasses.replace(config.model, num_blocks=2, token_shift=shift)
+    other = dataclasses.replace(config.model, num_blocks=2, token_shift=shift, key_taps=2 * shift)
     if shift:
         run = setup.build_run(dataclasses.replace(config, model=other), ByteTokenizer(), loop.PENDING)
         assert not np.asarray(run.initial_state().params["shift"]).any()

@@ -44,6 +44,8 @@ MOST_LAYERS = 1000
 WHOLE_HISTORY, CHUNK = 1 << 20, 1 << 16
 # In the hybrid every fourth layer is an attention layer.
 HYBRID_PERIOD = 4
+# Key taps of a block; each costs a row of the history one multiplication by a vector.
+MOST_TAPS = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +104,7 @@ RULES = {
     "history_window": integer(1, pattern="auto", also=" or 'auto'"),
     "generation_window": integer(1, LONGEST_WINDOW),
     "token_shift": TRUE_OR_FALSE,
+    "key_taps": integer(0, MOST_TAPS),
     "dropout": number("must be a number in [0, 1)", lambda rate: 0 <= rate < 1),
 }
 
@@ -135,6 +138,10 @@ class ModelConfig:
       token_shift: whether the input of the first layer's keys is e_t + s * e_(t-1): each token's embedding plus a
         learned multiple of the previous token's, with a vector s of D numbers that starts at 0. Not in the paper. A
         query can then find a row by the token before it, so that recall takes one layer.
+      key_taps: K, how many tokens before its own a key of the history knows in the blocks after the first, whose
+        `compress` layers compute the keys of C' from C'_t + s_1 * e_(t-1) + ... + s_K * e_(t-K). Each block has its own
+        K vectors of D numbers, which start at 0. Only for 'tlinformer' and 'tconstformer': the rows of others read the
+        rows before them. 0 in the paper.
       longest_wavelength: longest wavelength of rotary positions, in tokens. Feature pairs with a longer one are not
         rotated (p-RoPE), so that longer distances than in training make no new angles. 0 rotates all, as in the paper.
       dropout: rate of dropout of attention weights and of the feed-forward's output, in training only.
@@ -159,6 +166,7 @@ class ModelConfig:
     generation_window: int = 256
     window_overlap: int = 0
     token_shift: bool = False
+    key_taps: int = 0
     longest_wavelength: int = 0
     dropout: float = 0.0
     dtype: str = "auto"
@@ -202,6 +210,12 @@ class ModelConfig:
         if self.recurrent and self.token_shift:
             allowed = f"must be False for architecture {self.architecture!r}, whose keys have a convolution"
             raise ConfigError("model.token_shift", True, allowed)
+        if self.key_taps and not self.windowed:
+            allowed = f"must be 0 for model.architecture = {self.architecture!r}, whose rows read the rows before them"
+            raise ConfigError("model.key_taps", self.key_taps, allowed)
+        if self.key_taps and self.num_blocks == 1:
+            allowed = "must be 0 for model.num_blocks = 1, because only later blocks have key taps"
+            raise ConfigError("model.key_taps", self.key_taps, allowed)
 
     @property
     def head_dim(self) -> int:
@@ -243,6 +257,11 @@ class ModelConfig:
     def place(self, layer: int) -> int:
         """Returns the index of a layer among the layers of its kind, attention or Gated DeltaNet."""
         return sum(self.attends(index) == self.attends(layer) for index in range(layer))
+
+    @property
+    def key_reach(self) -> int:
+        """How many tokens before its own a key of a `compress` layer, or of a baseline's first layer, is made of."""
+        return max(int(self.token_shift), self.key_taps)
 
     @property
     def attention_layers(self) -> int:

@@ -20,7 +20,7 @@ from tlinformer_jax.kernels.key_value import SCALE_DTYPE, KeyValue
 from tlinformer_jax.models.cached_attention import write_row
 from tlinformer_jax.models.cached_rows import CachedRows
 from tlinformer_jax.models.delta import DeltaState
-from tlinformer_jax.models.model import NO_TOKEN
+from tlinformer_jax.models.key_rows import NO_TOKEN
 from tlinformer_jax.parallel.mesh import platform
 from tlinformer_jax.parallel.sharding import SplitRows
 
@@ -81,9 +81,14 @@ class WindowedCache:
         """Number of tokens so far, which is the next token's position."""
         return self.history_length + self.window_length
 
-    def tokens_before(self, row: Int[Array, "..."], positions: Int[Array, " count"]) -> Int[Array, " count"]:
-        """Returns the ids before these positions of sequence `row`, or of sequences `row`; NO_TOKEN at position 0."""
-        return jnp.where(positions == 0, NO_TOKEN, self.tokens[row, positions - 1])
+    def tokens_before(
+        self, row: Int[Array, "..."], positions: Int[Array, " count"], back: int = 1
+    ) -> Int[Array, " count"]:
+        """Returns the ids `back` places before these positions of sequence `row`, or of sequences `row`.
+
+        NO_TOKEN where that is before position 0.
+        """
+        return jnp.where(positions < back, NO_TOKEN, self.tokens[row, positions - back])
 
     def last_token(self) -> Int[Array, " batch"]:
         """Returns each sequence's last token; NO_TOKEN if it has none."""

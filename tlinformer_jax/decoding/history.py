@@ -15,11 +15,12 @@ from jaxtyping import Array, Float, Int
 
 from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.decoding.cache import WindowedCache, chunk_rows, for_chunks
-from tlinformer_jax.decoding.params import DecoderParams, embed
+from tlinformer_jax.decoding.params import DecoderParams, embed, look_up_before
 from tlinformer_jax.kernels.common import merge_softmaxes
 from tlinformer_jax.kernels.key_value import KeyValue
 from tlinformer_jax.models.attention import attend_parts, merge_parts, no_parts
 from tlinformer_jax.models.cached_attention import TokenTable, attend_context, attend_history, write_rows, write_tokens
+from tlinformer_jax.models.key_rows import plus, tap_sum
 from tlinformer_jax.models.layers import Dropout, Embedded, LayerParams, project, projections
 from tlinformer_jax.models.rope import Rope, Rotations, rope_table, rotate
 from tlinformer_jax.models.streams import Stream
@@ -34,6 +35,7 @@ ROWS_PER_TOKEN = 4
 class SequenceRows:
     """The history of one sequence, its first `length` tokens; if rows are split, this device's rows."""
 
+    params: DecoderParams
     config: ModelConfig
     cache: WindowedCache
     row: Int[Array, ""]
@@ -73,12 +75,18 @@ class SequenceRows:
         ids = jax.lax.dynamic_slice(tokens, (self.row, start * split.parts), (1, count * split.parts))
         return split.take(ids)
 
-    def embed(self, params: DecoderParams, start: Int[Array, ""], count: int | None = None) -> Embedded:
+    def embed(self, start: Int[Array, ""], count: int | None = None) -> Embedded:
         """Returns these rows of block 0's C, the embeddings."""
         ids = self.ids(start, count)
-        if params.shift is None:
-            return embed(params, ids)
-        return embed(params, ids, self.cache.tokens_before(self.row, self.positions(start, count))[None])
+        if self.params.shift is None:
+            return embed(self.params, ids)
+        return embed(self.params, ids, self.cache.tokens_before(self.row, self.positions(start, count))[None])
+
+    def tap_sum(self, taps: Float[Array, "K D"], start: Int[Array, ""]) -> Float[Array, "1 chunk D"]:
+        """Returns what key taps add to the input of the keys of a chunk of rows of C'."""
+        positions, tokens_before = self.positions(start), self.cache.tokens_before
+        ids = [tokens_before(self.row, positions, back)[None] for back in range(1, len(taps) + 1)]
+        return tap_sum(taps, [look_up_before(self.params, each) for each in ids])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +101,7 @@ class CachedHistory:
       queries: function from a row index and the chunk's rows to the chunk's queries.
       keys: caches of keys and values that are not filled yet, of this and later blocks; empty for TConstFormer.
       filled: caches that are filled, of this block and those before; empty for TConstFormer.
-      key_rows: function like `rows` for the input of keys; None if that is `rows`.
+      key_rows: function like `queries` for the input of the chunk's keys; None if that is its rows.
     """
 
     at: SequenceRows
@@ -104,7 +112,7 @@ class CachedHistory:
     queries: Callable[[Array, Array], Float[Array, "1 chunk heads d_h"]]
     keys: tuple[KeyValue, ...]
     filled: tuple[KeyValue, ...] = ()
-    key_rows: Callable[[Array], Float[Array, "1 chunk D"]] | None = None
+    key_rows: Callable[[Array, Array], Float[Array, "1 chunk D"]] | None = None
 
     def read(self, query: Array, config: ModelConfig, dropout: Dropout | None, *readers: Stream) -> Array:
         """Returns attend(Q, Kc, Vc); keys come from the cache, or are computed chunk by chunk."""
@@ -114,8 +122,9 @@ class CachedHistory:
         else:
 
             def body(start: Array, parts: tuple[Array, Array]) -> tuple[Array, Array]:
-                keyed = self.key_rows and self.key_rows(start)
-                key, value = project(self.layer, self.rows(start), at.rope(start), "kv", keyed)
+                rows = self.rows(start)
+                keyed = self.key_rows and self.key_rows(start, rows)
+                key, value = project(self.layer, rows, at.rope(start), "kv", keyed)
                 return merge_parts(parts, attend_parts(query, key, value, at.held - start, scale, backend))
 
             parts = for_chunks(at.held, at.cache.room, body, no_parts(query))
@@ -129,6 +138,7 @@ class CachedHistory:
         """Returns C' for the next block, with its keys cached; rows are stored if that block restores C' again."""
         attend = functools.partial(attend_context, head_dim=self.at.config.head_dim)
         restore_rows = functools.partial(restore_rows, shared=shared, fixed=fixed, attend=attend)
+        taps = next_layer.taps
 
         def rows(start: Array) -> Array:
             before = self.rows(start)
@@ -137,8 +147,13 @@ class CachedHistory:
         def queries(start: Array, rows: Array) -> Array:
             return project(next_layer, rows, self.at.rope(start), "q")[0]
 
+        def key_rows(start: Array, rows: Array) -> Array:
+            assert taps is not None
+            return plus(rows, self.at.tap_sum(taps, start))
+
         z = Stream.of(next_layer, restore_rows(self.z.rows, self.z.Q), self.z_rope, "q")
-        new = dataclasses.replace(self, layer=next_layer, z=z, rows=rows, queries=queries, key_rows=None)
+        keyed = None if taps is None else key_rows
+        new = dataclasses.replace(self, layer=next_layer, z=z, rows=rows, queries=queries, key_rows=keyed)
         return new._fill(keep_rows="q" in parts)
 
     def _fill(self, keep_rows: bool) -> "CachedHistory":
@@ -154,7 +169,7 @@ class CachedHistory:
             if kept is not None:
                 kept = jax.lax.dynamic_update_slice(kept, rows, (0, start, 0))
             if keys is not None:
-                keyed = self.key_rows and self.key_rows(start)
+                keyed = self.key_rows and self.key_rows(start, rows)
                 rotations = at.rotations(start)
                 keys = write_rows(keys, at.row, start, self.layer, rows, rotations, backend, keyed, is_chunk=True)
             return keys, kept
@@ -167,19 +182,18 @@ class CachedHistory:
         return dataclasses.replace(new, rows=lambda start: jax.lax.dynamic_slice(kept, (0, start, 0), shape))
 
 
-def embedded_history(
-    params: DecoderParams, at: SequenceRows, z_rows: Float[Array, "1 width D"], z_rope: Rope, fill: bool
-) -> CachedHistory:
+def embedded_history(at: SequenceRows, z_rows: Float[Array, "1 width D"], z_rope: Rope, fill: bool) -> CachedHistory:
     """Returns block 0's C, the embeddings; `fill` computes its keys, which the cache otherwise contains already."""
+    params = at.params
     layer, vocabulary = params.blocks[0].compress, params.embedding[None]
     backend, caches = at.config.attention, at.cache.history
     first, later = caches[:1], caches[1:]
 
     def rows(start: Array) -> Array:
-        return at.embed(params, start).rows
+        return at.embed(start).rows
 
-    def key_rows(start: Array) -> Any:
-        return at.embed(params, start).key_rows
+    def key_rows(start: Array, rows: Array) -> Any:
+        return at.embed(start).key_rows
 
     def projected(start: Array, rows: Array) -> Array:
         return project(layer, rows, at.rope(start), "q")[0]

@@ -11,8 +11,9 @@ from tlinformer_jax.models.attention import head_multiple
 from tlinformer_jax.models.block import BlockParams
 from tlinformer_jax.models.cached_attention import TokenLayerParams
 from tlinformer_jax.models.delta import DeltaParams
+from tlinformer_jax.models.key_rows import NO_TOKEN, embedded
 from tlinformer_jax.models.layers import Embedded, LayerParams, layer_norm, prepare_layers
-from tlinformer_jax.models.model import NO_TOKEN, ModelParams, output_logits, shifted
+from tlinformer_jax.models.model import ModelParams, output_logits
 
 
 @flax.struct.dataclass
@@ -57,12 +58,18 @@ def decoder_params(params: ModelParams, config: ModelConfig) -> DecoderParams:
 
 
 def embed(params: DecoderParams, tokens: Int[Array, "*shape"], before: Int[Array, "*shape"] | None = None) -> Embedded:
-    """Embeds ids like `models.model.embed`; the caller has checked that they are in the vocabulary."""
-    rows = jnp.take(params.embedding, tokens, axis=0, mode="clip")
-    if params.shift is None or before is None:
-        return shifted(params.shift, rows)
-    previous = jnp.take(params.embedding, before, axis=0, mode="clip")
-    return shifted(params.shift, rows, jnp.where((before == NO_TOKEN)[..., None], 0, previous))
+    """Embeds ids like `models.model.embed`, without sums of key taps.
+
+    `before` has the id before each token, for the token shift. The caller has checked that ids are in the vocabulary.
+    """
+    earlier = None if before is None else [look_up_before(params, before)]
+    return embedded(params.shift, (), jnp.take(params.embedding, tokens, axis=0, mode="clip"), earlier)
+
+
+def look_up_before(params: DecoderParams, before: Int[Array, "*shape"]) -> Float[Array, "*shape D"]:
+    """Embeds ids from `WindowedCache.tokens_before`; zeros for NO_TOKEN."""
+    rows = jnp.take(params.embedding, before, axis=0, mode="clip")
+    return jnp.where((before == NO_TOKEN)[..., None], 0, rows)
 
 
 def logits_of(params: DecoderParams, hidden: Float[Array, "*shape D"]) -> Float[Array, "*shape V"]:

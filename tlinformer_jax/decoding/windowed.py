@@ -82,8 +82,8 @@ def slide(
             # row again, or one row that is not valid yet, which the next slide writes again.
             count = -(-count // split.parts)
             start = jnp.minimum(split.count(before), cache.room - count)
-        at = SequenceRows(config, cache, row, length)
-        new, layer = at.embed(params, start, count), params.blocks[0].compress
+        at = SequenceRows(params, config, cache, row, length)
+        new, layer = at.embed(start, count), params.blocks[0].compress
         keys, backend, rotations = cache.history[0], config.attention, at.rotations(start, count)
         first = write_rows(keys, row, start, layer, new.rows, rotations, backend, new.key_rows)
         cache = dataclasses.replace(cache, history=(first, *cache.history[1:]))
@@ -122,7 +122,7 @@ def _rebuild(
     x_before = cache.tokens_before(row, length + jnp.arange(m, dtype=jnp.int32))[None] if config.token_shift else None
     # z consists of rows and queries of C, which a token shift does not change.
     z_rows = embed(params, jax.lax.dynamic_slice(cache.tokens, (row, start), (1, width))).rows
-    C = embedded_history(params, SequenceRows(config, cache, row, length), z_rows, z_rope, fill)
+    C = embedded_history(SequenceRows(params, config, cache, row, length), z_rows, z_rope, fill)
     embedded, context, window = embed(params, window_tokens[None], x_before), [], []
     x_rows, key_rows = embedded.rows, embedded.key_rows
     for index, block in enumerate(params.blocks):

@@ -17,8 +17,8 @@ n is the position of a window's first row, counting the `model.window_overlap` r
 - *Share*: the mean over tokens of |O a| / (|O a| + |O b|): a is what x reads from the history, b what it reads from its
   own window, O the output projection of the `compress` layer without its bias.
 
-With `model.token_shift` the first row after a cut still has the token before it in its key, as in the whole sequence;
-without generation windows it does not.
+With `model.token_shift` or `model.key_taps` the first rows after a cut still have the tokens before them in their keys,
+as in the whole sequence; without generation windows they do not.
 """
 
 import collections
@@ -195,7 +195,7 @@ def _window_hidden(
     rope = rope_table(start + jnp.arange(max(rows, size) + size), config.head_dim, config.longest_wavelength)
     observed = jnp.asarray([config.observed_rows(n) for n in range(reach + 1)], jnp.int32)[begin - start]
     layer = params.blocks[0].compress
-    C = History.whole(layer, history.rows, rope, begin - start, history.key_rows)
+    C = History.whole(layer, history.rows, rope, begin - start, history.key_rows, history.key_sums)
     own = Stream.of(layer, x.rows, rope.rows(begin - start, size), key_rows=x.key_rows)
     frame = WindowFrame(begin - start, begin - start - observed, observed, width, never_empty=False)
     real = (jnp.arange(size) >= overlap) & (begin + jnp.arange(size) < length)

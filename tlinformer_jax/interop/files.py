@@ -23,7 +23,7 @@ SHAPE = (
     "generation_window", "dropout",
 )  # fmt: skip
 # Fields that are written only if they differ from the default.
-OPTIONAL, PLAIN = ("token_shift", "longest_wavelength", "window_overlap", "num_experts"), ModelConfig()
+OPTIONAL, PLAIN = ("token_shift", "key_taps", "longest_wavelength", "window_overlap", "num_experts"), ModelConfig()
 
 
 def read_weights(path: pathlib.Path) -> dict[str, np.ndarray]:

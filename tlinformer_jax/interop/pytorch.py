@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 ARCHITECTURES = ("tlinformer", "tconstformer", "transformer", "sliding_window")
-# The token shift's vector is its parameter times this factor, so that a small learning rate changes it enough.
+# The vectors of token shift and key taps are parameters times this factor: a small learning rate changes them enough.
 SHIFT_SCALE = 10.0
 
 
@@ -42,6 +42,7 @@ class Config:
     generation_window: int  # W_og, tokens per window
     dropout: float = 0.0  # in training, on attention weights and on the feed-forward's output
     token_shift: bool = False  # the first layer's keys add a multiple of the previous token's embedding
+    key_taps: int = 0  # K; later blocks' keys of the history add multiples of the K previous tokens' embeddings
     longest_wavelength: int = 0  # do not rotate feature pairs that need more positions for a full turn; 0: rotate all
     window_overlap: int = 0  # o; later windows also run the o tokens before them
 
@@ -130,10 +131,11 @@ class FeedForward(nn.Module):
 
 
 class Layer(nn.Module):
-    """The layer that all architectures use in every role, as two functions."""
+    """The layer that all architectures use in every role, as two functions; `taps` is the number of its key taps."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, taps: int = 0) -> None:
         super().__init__()
+        self.key_taps = nn.Parameter(torch.zeros(taps, config.d_model)) if taps else None
         self.heads = config.num_heads
         self.norm1 = nn.LayerNorm(config.d_model)
         self.qkv_proj = nn.Linear(config.d_model, 3 * config.d_model)
@@ -157,6 +159,13 @@ class Layer(nn.Module):
         return self.dropout.p if self.training else 0.0
 
 
+def tokens_before(vectors: Tensor, embedded: Tensor) -> Tensor:
+    """Returns the sum over k = 1, 2, ... of SHIFT_SCALE * vectors[k - 1] * e_(t-k) for each row of a sequence."""
+    length = embedded.shape[1]
+    before = [F.pad(embedded, (0, 0, back, 0))[:, :length] for back in range(1, len(vectors) + 1)]
+    return SHIFT_SCALE * (vectors[:, None, None] * torch.stack(before)).sum(0)
+
+
 def layers_of(module: nn.Module) -> list[Layer]:
     """Lists a module's layers in the order in which they run."""
     return [part for part in module.modules() if isinstance(part, Layer)]
@@ -175,10 +184,10 @@ def layers_of(module: nn.Module) -> list[Layer]:
 class Block(nn.Module):
     """A `compress` layer, H `hidden` layers, and a `restore` layer."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, index: int) -> None:
         super().__init__()
         self.config = config
-        self.compress_context_layer = Layer(config)
+        self.compress_context_layer = Layer(config, taps=config.key_taps if index else 0)
         self.hidden_layers = nn.ModuleList(Layer(config) for _ in range(config.hidden_depth))
         self.restore_context_shape_layer = Layer(config)
 
@@ -209,14 +218,17 @@ class LanguageModel(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         if config.token_shift:
             self.token_shift = nn.Parameter(torch.zeros(config.d_model))
-        kind, count = (Block, config.num_blocks) if config.windowed else (Layer, config.num_layers)
-        layers, norm = nn.ModuleList(kind(config) for _ in range(count)), nn.LayerNorm(config.d_model)
+        if config.windowed:
+            layers = nn.ModuleList(Block(config, index) for index in range(config.num_blocks))
+        else:
+            layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
+        norm = nn.LayerNorm(config.d_model)
         head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         head.weight = self.embedding.weight
         self.transformer = nn.ModuleDict({"transformer_layers": layers, "norm": norm, "lm_head": head})
         # As in the paper: normal with 0.02, less for what is added to the residual stream; biases 0.
         for name, parameter in self.named_parameters():
-            if parameter.ndim == 2:
+            if name.endswith("weight") and parameter.ndim == 2:
                 residual = name.endswith(("qkv_proj.weight", "out_proj.weight", "w2.weight"))
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.num_layers) if residual else 0.02)
             elif name.endswith("bias"):
@@ -243,15 +255,15 @@ class LanguageModel(nn.Module):
         read: list[KeyValue] = []
         blocks = [part for part in self.modules() if isinstance(part, Block)]
         for block in blocks:
+            if (taps := block.compress_context_layer.key_taps) is not None:
+                key_rows = C + tokens_before(taps, embedded)
             C, of_block = block.history(C, rope, key_rows, last=block is blocks[-1])
             read, key_rows = read + of_block, None
         return read
 
     def key_rows(self, embedded: Tensor) -> Tensor | None:
         """Returns the rows from which the first layer's keys are made with a token shift; None without one."""
-        if not self.config.token_shift:
-            return None
-        return embedded + SHIFT_SCALE * self.token_shift * F.pad(embedded, (0, 0, 1, 0))[:, :-1]
+        return embedded + tokens_before(self.token_shift[None], embedded) if self.config.token_shift else None
 
     def window(
         self, embedded: Tensor, start: int, read: list[KeyValue], own: list[KeyValue]

@@ -1,7 +1,7 @@
 """Converts between the published checkpoint's names and layouts and this library's parameters.
 
 Published matrices are [out, in]. The feed-forward's w1 and w3 are separate there, and one `gate_up_kernel` here. The
-tied table occurs twice there. No published model has the token shift, experts or Gated DeltaNet layers.
+tied table occurs twice there. No published model has the token shift, key taps, experts or Gated DeltaNet layers.
 """
 
 import functools
@@ -20,8 +20,9 @@ from tlinformer_jax.models.model import LanguageModel, build_model
 
 EMBEDDING, HEAD = "embedding.weight", "transformer.lm_head.weight"
 TOP = {"transformer.norm.weight": "norm_scale", "transformer.norm.bias": "norm_bias", "token_shift": "shift"}
+KEY_TAPS, TAPS = "key_taps", "taps"
 # A layer's published names -> our name, and how many of our array's axes are inputs of a matrix (0: it is a vector).
-# The feed-forward's matrices are not listed.
+# The feed-forward's matrices and the key taps are not listed.
 LAYER = {
     "norm1.weight": ("norm1_scale", 0),
     "norm1.bias": ("norm1_bias", 0),
@@ -98,6 +99,8 @@ def published_views(params: Mapping[str, Any], config: ModelConfig) -> dict[str,
             if ours in layer:
                 matrix = layer[ours].reshape(-1, np.prod(layer[ours].shape[inputs:]))
                 views[prefix + theirs] = matrix.T if inputs else matrix[0]
+        if TAPS in layer:  # one vector after another, not a matrix
+            views[prefix + KEY_TAPS] = layer[TAPS]
         name, experts = (EXPERTS, config.num_experts) if config.mixture else ("", 1)
         gate_up, down = (layer[name + kernel] for kernel in ("gate_up_kernel", "down_kernel"))
         gate_up, down = gate_up.reshape(experts, *gate_up.shape[-3:]), down.reshape(experts, *down.shape[-2:])

@@ -5,6 +5,7 @@ streams           C, z and x with their projections
 windows           positions of generation windows, and their rows
 layers            the layer of all architectures: parameters, dropout, `project`, `update`
 attention, rope   softmax attention, rotary positions
+key_rows          what keys know of the tokens before theirs: token shift and key taps
 feed_forward      the feed-forward of a layer, which may be a mixture of experts
 tlinformer        a window through all blocks; all windows of a sequence
 recompute         loops whose gradients need the memory of one step

@@ -226,8 +226,8 @@ class DualWindowBlock(nn.Module):
 
     The block maps a generation window x of m rows and its history C of n rows to the next x and C. Positions are
     0 .. n - 1 in the history and n .. n + m - 1 in the window. The block ignores `config.vocab_size`,
-    `config.generation_window`, `config.window_overlap` and `config.token_shift`; `config.num_blocks` only affects the
-    scale of the initial weights.
+    `config.generation_window`, `config.window_overlap`, `config.token_shift` and `config.key_taps`; `config.num_blocks`
+    only affects the scale of the initial weights. `taps` declares parameters that only the language model uses.
 
     Examples:
       >>> block = DualWindowBlock(ModelConfig(d_model=64, num_heads=4, history_window=32))
@@ -236,9 +236,10 @@ class DualWindowBlock(nn.Module):
     """
 
     config: ModelConfig
+    taps: int = 0
 
     def setup(self) -> None:
-        self.compress_layer = Layer(self.config, name="compress")
+        self.compress_layer = Layer(self.config, self.taps, name="compress")
         self.hidden_layers = [Layer(self.config, name=f"hidden_{i}") for i in range(self.config.hidden_depth)]
         self.restore_layer = Layer(self.config, name="restore")
 

@@ -51,12 +51,14 @@ class LayerParams(ResidualParams):
 
     qkv_kernel: Array  # [D, 3, h, d_h]. Queries, keys, values in this order
     qkv_bias: Array  # [3, h, d_h]
+    taps: Array | None = None  # [K, D], `compress` of later blocks with `config.key_taps`; see `models.key_rows`
 
 
 class Layer(nn.Module):
-    """Declares one layer's parameters."""
+    """Declares one layer's parameters, among them the vectors of `taps` key taps."""
 
     config: ModelConfig
+    taps: int = 0
 
     @nn.compact
     def __call__(self) -> LayerParams:
@@ -75,6 +77,7 @@ class Layer(nn.Module):
             norm2_scale=self.param("norm2_scale", ones, (width,), dtype),
             norm2_bias=self.param("norm2_bias", zeros, (width,), dtype),
             **feed_forward_params(self, config, inner),
+            taps=self.param("taps", zeros, (self.taps, width), dtype) if self.taps else None,
         )
 
 
@@ -169,11 +172,14 @@ class Embedded:
       key_rows: input of the first layer's keys with `config.token_shift`; None if that is `rows`.
       documents: the document of each row of the whole sequence, int32 [batch, length], counted from 0; a row sees only
         its own document. None if the sample is a single document.
+      key_sums: for each later block, what is added to the input of the keys of C', [batch, length, D]; empty without
+        `config.key_taps`.
     """
 
     rows: Array
     key_rows: Array | None = None
     documents: Array | None = None
+    key_sums: tuple[Array, ...] = ()
 
 
 def chain_layers(
@@ -206,13 +212,14 @@ def chain_layers(
 def prepare_layers(params: Any, dtype: jnp.dtype, head_multiple: int = 1) -> Any:
     """Converts a pytree of layer parameters to the form that the functions below take.
 
-    Called once per forward pass, outside all scans. Matrices are cast to the compute dtype; vectors stay as they are.
+    Called once per forward pass, outside all scans. Matrices are cast to the compute dtype; vectors stay as they are,
+    also those of `taps`.
     For attention, the features of queries and keys are reordered for `rotate`, and heads are padded with zero weights
     to a multiple of `head_multiple` features, so that projections come out in the layout that the kernel needs.
     """
 
     def prepare(layer: ResidualParams) -> ResidualParams:
-        router = layer.router  # stays float32
+        router, taps = layer.router, getattr(layer, "taps", None)  # stay float32
         layer = jax.tree.map(lambda array: array.astype(dtype) if array.ndim > 1 else array, layer)
         layer = dataclasses.replace(layer, router=router)
         if not isinstance(layer, LayerParams):
@@ -222,6 +229,7 @@ def prepare_layers(params: Any, dtype: jnp.dtype, head_multiple: int = 1) -> Any
             qkv_kernel=_pad_heads(_rotary_order(layer.qkv_kernel), -1, head_multiple),
             qkv_bias=_pad_heads(_rotary_order(layer.qkv_bias), -1, head_multiple),
             out_kernel=_pad_heads(layer.out_kernel, -2, head_multiple),
+            taps=taps,
         )
 
     return jax.tree.map(prepare, params, is_leaf=lambda node: isinstance(node, ResidualParams))

@@ -1,19 +1,21 @@
 """The language model: tied embedding, one of the architectures, final LayerNorm, head; and the baselines' layers."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from tlinformer_jax.config.model import HYBRID_PERIOD, ModelConfig
 from tlinformer_jax.errors import DataError
 from tlinformer_jax.models.attention import attend, head_multiple
 from tlinformer_jax.models.block import CAUSAL_ATTENTION, FEED_FORWARD, BlockParams, DualWindowBlock
 from tlinformer_jax.models.delta import DeltaLayer, DeltaParams, delta_mixer
+from tlinformer_jax.models.key_rows import NO_TOKEN, embedded
 from tlinformer_jax.models.layers import (
     INIT_STD,
     Dropout,
@@ -36,11 +38,6 @@ from tlinformer_jax.parallel.sharding import constrain_batch, gathered
 # In half precision the head's product pads the vocabulary to a multiple of this: loads of the matrix units are then
 # aligned, and XLA need not pad the logits by a copy.
 VOCABULARY_MULTIPLE = 128
-# Id for the token before position 0 and before the first token of a document: there is none.
-NO_TOKEN = -1
-# Factor from the token shift's parameter to s. An update of Adam changes a parameter by about the learning rate: at
-# 3e-4 and without this factor, s would hardly leave 0 in a run, but must reach the order of 1.
-SHIFT_SCALE = 10.0
 
 
 @flax.struct.dataclass
@@ -52,7 +49,7 @@ class ModelParams:
     layers: tuple[LayerParams | DeltaParams, ...]  # baselines only
     norm_scale: jax.Array  # [D]. Final LayerNorm
     norm_bias: jax.Array  # [D]
-    shift: jax.Array | None = None  # [D]; None without config.token_shift; see `shifted`
+    shift: jax.Array | None = None  # [D]; None without config.token_shift; see `models.key_rows`
 
 
 class LanguageModel(nn.Module):
@@ -74,7 +71,10 @@ class LanguageModel(nn.Module):
             "embedding", nn.initializers.normal(INIT_STD), (config.vocab_size, config.d_model), dtype
         )
         windowed = config.windowed
-        self.blocks = [DualWindowBlock(config) for _ in range(config.num_blocks if windowed else 0)]
+        self.blocks = [
+            DualWindowBlock(config, taps=config.key_taps if block else 0)
+            for block in range(config.num_blocks if windowed else 0)
+        ]
         kinds = [
             Layer if config.attends(index) else DeltaLayer for index in range(0 if windowed else config.num_layers)
         ]
@@ -108,8 +108,8 @@ class LanguageModel(nn.Module):
         Args:
           tokens: integer [batch, length], both >= 1, in [0, vocab_size); other ids give NaN.
           train: whether to apply dropout.
-          inputs_embeds: embeddings [batch, length, D], instead of tokens. `config.token_shift` applies to them as it
-            does to embedded tokens.
+          inputs_embeds: embeddings [batch, length, D], instead of tokens. `config.token_shift` and `config.key_taps`
+            apply to them as they do to embedded tokens.
           documents: each token's document in a packed sample, int32 [batch, length], counted from 0; a token sees only
             its own document. Not supported by architectures with Gated DeltaNet.
 
@@ -144,7 +144,7 @@ class LanguageModel(nn.Module):
             embeddings = embed(params, config, tokens, documents=documents)
         else:
             rows = constrain_batch(inputs_embeds.astype(config.compute_dtype))
-            embeddings = shifted(params.shift, rows, documents=documents)
+            embeddings = embedded(params.shift, taps_of(params.blocks), rows, documents=documents)
         if self.is_initializing():  # all parameters are declared by now; the forward pass is not needed
             return embeddings.rows
         dropout = Dropout.by_key(self.make_rng("dropout"), config.dropout) if train and config.dropout else None
@@ -167,14 +167,14 @@ def embed(
     params: ModelParams,
     config: ModelConfig,
     tokens: Int[Array, "batch length"],
-    before: Int[Array, "batch length"] | None = None,
+    before: Sequence[Int[Array, "batch length"]] | None = None,
     documents: Int[Array, "batch whole"] | None = None,
 ) -> Embedded:
     """Embeds tokens in the compute dtype; ids outside the vocabulary become NaN.
 
     Args:
-      before: the id before each token, NO_TOKEN at position 0 (see `tokens_before`), for the token shift; None if
-        `tokens` begin at position 0.
+      before: ids 1, 2, ..., `config.key_reach` places before each token (see `tokens_before`), for the token shift and
+        key taps; None if `tokens` begin at position 0.
       documents: see `Embedded`.
     """
 
@@ -186,51 +186,15 @@ def embed(
         return constrain_batch(rows.astype(config.compute_dtype))
 
     rows = look_up(tokens)
-    if params.shift is None or before is None:
-        return shifted(params.shift, rows, documents=documents)
-    previous = jnp.where((before == NO_TOKEN)[..., None], 0, look_up(before))
-    return shifted(params.shift, rows, previous, documents)
+    earlier = None
+    if before is not None:
+        earlier = [jnp.where((ids == NO_TOKEN)[..., None], 0, look_up(ids)) for ids in before]
+    return embedded(params.shift, taps_of(params.blocks), rows, earlier, documents)
 
 
-def tokens_before(
-    tokens: Int[Array, "batch length"], documents: Int[Array, "batch length"] | None = None
-) -> Int[Array, "batch length"]:
-    """Returns the id before each token; NO_TOKEN for the first token of a sequence and of each document."""
-    before = jnp.pad(tokens, ((0, 0), (1, 0)), constant_values=NO_TOKEN)[:, :-1]
-    return before if documents is None else jnp.where(begins(documents), NO_TOKEN, before)
-
-
-def begins(documents: Int[Array, "batch length"]) -> Bool[Array, "batch length"]:
-    """Returns whether each row is the first of a document."""
-    return jnp.diff(documents, axis=1, prepend=-1) != 0
-
-
-def shifted(
-    shift: Float[Array, " D"] | None,
-    rows: Float[Array, "*shape D"],
-    previous: Float[Array, "*shape D"] | None = None,
-    documents: Int[Array, "batch whole"] | None = None,
-) -> Embedded:
-    """Applies the token shift: the input of the first layer's keys is e_t + s * e_(t-1), with s = SHIFT_SCALE * shift.
-
-    A query can then find a row by the token before it, so that recall takes one layer. Otherwise an earlier layer would
-    have to copy that token to the row, which block 0 cannot do: rows of the history do not read each other there.
-
-    Args:
-      shift: the parameter; None without `config.token_shift`.
-      rows: e_t.
-      previous: e_(t-1), zeros at position 0; None if `rows` are sequences [batch, length, D] from position 0 on.
-      documents: see `Embedded`; the first row of a document has no previous row.
-    """
-    if shift is None:
-        return Embedded(rows, documents=documents)
-    if previous is None:
-        previous = jnp.pad(rows, ((0, 0), (1, 0), (0, 0)))[:, :-1]
-        if documents is not None:
-            previous = jnp.where(begins(documents)[..., None], 0, previous)
-    scale = SHIFT_SCALE * shift.astype(jnp.float32)
-    key_rows = (rows.astype(jnp.float32) + scale * previous.astype(jnp.float32)).astype(rows.dtype)
-    return Embedded(rows, key_rows, documents)
+def taps_of(blocks: Sequence[BlockParams]) -> tuple[Array, ...]:
+    """Returns the key taps' parameter of each later block; empty without `config.key_taps`."""
+    return tuple(block.compress.taps for block in blocks if block.compress.taps is not None)
 
 
 def hidden_states(

@@ -26,7 +26,7 @@ from jaxtyping import Array, Float
 from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.models.attention import attend
 from tlinformer_jax.models.layers import Dropout, LayerParams, part_of, project
-from tlinformer_jax.models.streams import History, Stream, attention_options
+from tlinformer_jax.models.streams import History, Stream, attention_options, keyed
 from tlinformer_jax.models.windows import PerWindow, slice_rows
 
 
@@ -106,11 +106,13 @@ class PairedHistory(History):
         documents = None
         if self.documents is not None:
             documents, read = blocks(self.both(self.documents)), choose(read, long)
-        rows = (self.rows, self.Q) if self.restored else (self.both(self.rows), self.both(self.Q))
+        rows, sums = (self.rows, self.Q), self.key_sums
+        if not self.restored:
+            rows, sums = jax.tree.map(self.both, (rows, sums))
         restored = restore_rows(*rows, shared, (None, read, dropout), documents, attend=attend_blocks)
-        projected = project(next_layer, restored, rope, parts)
+        projected = project(next_layer, restored, rope, parts, keyed(restored, sums))
         arrays: dict[str, Any] = {"rows": restored, "Q": None, **dict(zip(parts.upper(), projected))}
-        return dataclasses.replace(self, restored=True, **arrays)
+        return dataclasses.replace(self, restored=True, key_sums=sums[1:], **arrays)
 
 
 def _of_window(number: int, array: Any) -> Any:

@@ -15,6 +15,7 @@ from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.kernels.common import merge_softmaxes
 from tlinformer_jax.models.attention import Documents, attend
 from tlinformer_jax.models.feed_forward import split_router_losses
+from tlinformer_jax.models.key_rows import plus
 from tlinformer_jax.models.layers import Dropout, LayerParams, part_of, project
 from tlinformer_jax.models.recompute import map_steps
 from tlinformer_jax.models.rope import Rope
@@ -84,9 +85,11 @@ class History(Stream):
       rope: rotations of positions 0, 1, ...
       split: how the rows are split over devices; None if each device holds all rows.
       chunk: rows restored at a time; 0 for all at once.
+      key_sums: for each block from the next one on, what is added to the input of its keys, see `layers.Embedded`.
     """
 
     rope: Rope | None = None
+    key_sums: tuple[Any, ...] = ()
     split: SplitRows | None = flax.struct.field(pytree_node=False, default=None)
     chunk: int = flax.struct.field(pytree_node=False, default=0)
 
@@ -98,11 +101,12 @@ class History(Stream):
         rope: Rope,
         length: PerWindow = None,
         key_rows: Float[Array, "b n D"] | None = None,
+        key_sums: tuple[Array, ...] = (),
     ) -> "History":
         """Projects the rows to a history with `length` valid rows (None: all); `rope` begins at the first row."""
         valid = rows.shape[1] if length is None else length
         projected = cls.of(layer, rows, rope.rows(0, rows.shape[1]), key_rows=key_rows)
-        return dataclasses.replace(projected, length=valid, rope=rope)
+        return dataclasses.replace(projected, length=valid, rope=rope, key_sums=key_sums)
 
     def slice(self, array: Array, start: PerWindow, length: int, batch: int | None = None) -> Array:
         """Returns rows start .. start + length - 1 of a field's `array` on every device; see `slice_rows`."""
@@ -150,34 +154,44 @@ class History(Stream):
         rows = repeat_for_windows(self.rows, batch), repeat_for_windows(self.Q, batch)
         rope, length, (valid, read, dropout) = self.rope, self.length, fixed
         assert rope is not None
-        documents = jax.tree.map(lambda array: repeat_for_windows(array, batch), self.documents)
+        documents, sums = jax.tree.map(
+            lambda array: repeat_for_windows(array, batch), (self.documents, self.key_sums[:1])
+        )
         if self.split is not None:
             rope = Rope(self.split.take(rope.cos, axis=0), self.split.take(rope.sin, axis=0))
             dropout = part_of(dropout, self.split.index())
             length = self.split.count(length)
         if not self.chunk:
             restored = restore_rows(*rows, shared, (valid, read, dropout), documents)
-            projected = list(project(next_layer, restored, rope.rows(0, restored.shape[1]), parts))
+            here = rope.rows(0, restored.shape[1])
+            projected = list(project(next_layer, restored, here, parts, keyed(restored, sums)))
         else:
             # A plain number must not become an array: kernels are faster if they know that nothing is masked.
             known = None if isinstance(valid, jax.Array) else valid
 
             def restore_chunk(shared: Any, fixed: Any, item: tuple[Any, Array]) -> tuple[Array, ...]:
-                (shared, next_layer), (valid, read, documents, rope, dropout), (part, number) = shared, fixed, item
+                (shared, next_layer), (valid, read, documents, rope, dropout) = shared, fixed
+                (part, sums), number = item
                 if documents is not None:
                     documents = slice_rows(documents, number * self.chunk, self.chunk)
                 here = valid if known is None else known, read, part_of(dropout, number)
                 restored = restore_rows(*part, shared, here, documents)
-                return restored, *project(next_layer, restored, rope.rows(number * self.chunk, self.chunk), parts)
+                place = rope.rows(number * self.chunk, self.chunk)
+                return restored, *project(next_layer, restored, place, parts, keyed(restored, sums))
 
             fixed = (valid if known is None else None, read, documents, rope, dropout)
             filled = -(-jnp.max(jnp.asarray(length, jnp.int32)) // self.chunk)
             shared = split_router_losses(shared, filled)
-            chunks = jax.tree.map(lambda array: in_chunks(array, self.chunk), rows)
+            chunks = jax.tree.map(lambda array: in_chunks(array, self.chunk), (rows, sums))
             found = map_steps(restore_chunk, (shared, next_layer), chunks, fixed, filled)
             restored, *projected = map(joined, found)
         arrays: dict[str, Any] = {"rows": restored, "Q": None, **dict(zip(parts.upper(), projected))}
-        return dataclasses.replace(self, **arrays)
+        return dataclasses.replace(self, key_sums=self.key_sums[1:], **arrays)
+
+
+def keyed(rows: Array, sums: Sequence[Array]) -> Array | None:
+    """Returns the input of the keys of C', given its rows and at most one of `History.key_sums`; None if the rows."""
+    return plus(rows, sums[0]) if sums else None
 
 
 @flax.struct.dataclass

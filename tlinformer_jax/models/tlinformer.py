@@ -130,7 +130,7 @@ def prepare_sequence(
     rope = rope_table(jnp.arange(padded, dtype=jnp.int32), config.head_dim, config.longest_wavelength)
     rows_rope = jax.tree.map(lambda table: rows.take(table, axis=0), rope) if rows else rope
     history = History.of(blocks[0].compress, embeddings.rows, rows_rope, key_rows=embeddings.key_rows)
-    history = dataclasses.replace(history, split=rows)
+    history = dataclasses.replace(history, split=rows, key_sums=embeddings.key_sums)
     if not first and not (segments and segments[0].first == 0):
         segments = (FIRST_WINDOW, *segments)
     return PreparedSequence(history, (rope, dropout, documents), count, segments)
@@ -154,7 +154,7 @@ def place_in_segment(
     if isinstance(segment, PairedSegment):
         size = config.generation_window
         fields |= {"never_empty": segment.first > 0, "size": size, "longest_second": rows // size // 2 * size}
-        C = PairedHistory(C.rows, C.Q, C.K, C.V, **fields)
+        C = PairedHistory(C.rows, C.Q, C.K, C.V, key_sums=C.key_sums, **fields)
     else:
         C = dataclasses.replace(C, chunk=segment.history_chunk, **fields)
     return C, frame, part_of(dropout, windows if segment.together == 1 else windows[0])

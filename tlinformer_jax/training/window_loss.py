@@ -15,8 +15,9 @@ from jaxtyping import Array, Float, Int
 
 from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.models.feed_forward import with_router_losses
+from tlinformer_jax.models.key_rows import tokens_before
 from tlinformer_jax.models.layers import Embedded, layer_norm
-from tlinformer_jax.models.model import ModelParams, embed, tokens_before
+from tlinformer_jax.models.model import ModelParams, embed
 from tlinformer_jax.models.recompute import add_wide, rounded, wide_zeros
 from tlinformer_jax.models.streams import History, Stream
 from tlinformer_jax.models.tlinformer import PreparedSequence, place_in_segment, window_states
@@ -175,12 +176,11 @@ def embed_rows(
     """Returns the embeddings of a sequence; of this device's rows if devices split the rows."""
     if sequences.rows is None:
         return embed(typed, shape, inputs, documents=documents)
-    # Each device holds rows from all over the sequence, so the token before a row is usually on another device.
+    # Each device holds rows from all over the sequence, so the tokens before a row are usually on other devices.
+    earlier = [tokens_before(inputs, documents, back) for back in range(1, shape.key_reach + 1)]
     padding = -inputs.shape[1] % sequences.row_parts
-    before = None
-    if shape.token_shift:
-        before = sequences.rows.take(pad_rows(tokens_before(inputs, documents), padding))
-    return embed(typed, shape, sequences.rows.take(pad_rows(inputs, padding)), before, documents)
+    own, *before = [sequences.rows.take(pad_rows(ids, padding)) for ids in (inputs, *earlier)]
+    return embed(typed, shape, own, before, documents)
 
 
 def window_loss(

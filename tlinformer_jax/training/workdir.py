@@ -35,10 +35,10 @@ ORIGIN_FILE = "init_from.json"
 # The model's fields that decide names and shapes of parameters.
 SHAPES = (
     *("architecture", "vocab_size", "d_model", "num_heads", "num_blocks", "hidden_depth", "d_ff"),
-    *("num_experts", "token_shift"),
+    *("num_experts", "token_shift", "key_taps"),
 )
-# A parameter whose initial value has no effect, so the origin may lack it.
-NEUTRAL = "shift"
+# Parameters whose initial values have no effect, so the origin may lack them.
+NEUTRAL = ("shift", "taps")
 # The model's fields that decide only how it is computed.
 EXECUTION = ("dtype", "attention", "memory")
 # A run continues only with the same values of these fields, and not across a change to or from the paper's schedule.
@@ -188,7 +188,7 @@ def check_origin(origin: Origin, config: RunConfig) -> None:
     there = {_renamed(name, layers): shape for name, shape in _parameter_shapes(other).items()}
     here = _parameter_shapes(config)
     for name in [*here, *there]:
-        if there.get(name) == here.get(name) or (name == NEUTRAL and name not in there):
+        if there.get(name) == here.get(name) or (name.split("/")[-1] in NEUTRAL and name not in there):
             continue
         texts = [str(list(shapes[name])) if name in shapes else "missing" for shapes in (there, here)]
         fields = [f"model.{field}" for field in SHAPES]
