@@ -3,11 +3,13 @@
     python -m tlinformer_jax sweep --sweep=configs/sweep_niah.py:4k --out=runs/niah --results=docs/results \
         --config.data.train_files='DIR/train-*.jsonl.xz' --config.data.validation_files=DIR/valid.jsonl.xz
 
-Variants: 1k, 4k (the default) and 16k, the four tasks of configs/niah.py at that length (16 points each, three seeds);
-one setting of configs/niah.py, such as s1-4k; and tiny, two runs on a CPU. Each is evaluated at 1, 4 and 16 times its
-length for the heat maps of the report. A point is refused if the held-out text is shorter: then set --then.
+Variants: 1k, 4k (the default), 16k, 1k-plus, 4k-plus and 16k-plus, the four tasks of configs/niah.py at that length (16
+points each, three seeds); one setting of configs/niah.py, such as s1-4k; and tiny, two runs on a CPU. In plus all have
+the token shift and no slow rotations, and TLinFormer and TConstFormer also key taps. Each is evaluated at 1, 4 and 16
+times its length for the heat maps of the report. A point is refused if the held-out text is shorter: then set --then.
 
-Result: not yet measured.
+Result: docs/quality.md, "Memory suite": 1k with --config.model.token_shift=true --config.model.longest_wavelength=64,
+one or two seeds. Not measured: the sliding window in mk, 4k, 16k, and plus.
 """
 
 from tlinformer_jax.experiments.plan import Sweep
@@ -21,7 +23,8 @@ def get_sweep(variant: str = "4k") -> Sweep:
     if variant == "tiny":
         base, points = sweep_points(package_config("niah"), ("tiny",), MODELS[:2], (3e-3,))
         return Sweep(base, points, then=("evaluate", "evaluate@1024"), study="retrieval")
-    settings = [f"{kind}-{variant}" for kind in ("s1", "s2", "s3", "mk")] if "-" not in variant else [variant]
+    kinds = ("s1", "s2", "s3", "mk")
+    settings = [variant] if variant.startswith(kinds) else [f"{kind}-{variant}" for kind in kinds]
     base, points = sweep_points(package_config("niah"), settings, MODELS, (1e-3,))
     length = base.data.sequence_length
     then = tuple(f"evaluate@{part * length}" for part in (1, 4, 16))

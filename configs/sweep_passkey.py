@@ -4,9 +4,10 @@
         --config.data.train_files='DIR/train-*.jsonl.xz' --config.data.validation_files=DIR/valid.jsonl.xz
 
 Variants: 8k (the default, 12 cells: 4 architectures at 3 learning rates); tlin, only its TLinFormers; plus,
-configs/passkey.py:8k-plus on 400 M tokens without an early end, with five seeds, and with two seeds each without one of
-its options or with another; tiny, two cells on the embedded Python reference, minutes on a CPU. Attention is too slow
-at the two longest lengths of plus: `--point=K --then=evaluate@8192,evaluate@65536` trains it alone.
+configs/passkey.py:8k-plus with five seeds, and with two seeds each without one of its options, with another number of
+taps or other windows, as published, and for attention; tiny, two cells on the embedded Python reference, minutes on a
+CPU. Attention is too slow at the two longest lengths of plus: `--point=K --then=evaluate@8192,evaluate@65536` trains it
+alone.
 
 The task and windows are those of configs/passkey.py; all models have width 256, 4 heads and 4 layers. Each length has
 200 samples, 10 at each of 20 depths, with text from books that no training sample uses.
@@ -20,29 +21,25 @@ without a record). Not measured: 0.0003.
 
 from typing import Any
 
-from ml_collections import ConfigDict
-
-from tlinformer_jax.config.data import DataConfig
 from tlinformer_jax.experiments.plan import Sweep
 from tlinformer_jax.experiments.recipes import package_config, sweep_points
 
 MODELS = ("tlin-4", "tconst-4", "attention-4", "sliding-4")
 LENGTHS = (256, 1024, 4096, 8192, 16384, 32768, 65536)
 FAR = (8192, 65_536, 262_144, 1_048_576)
-TOKENS = 400_000_000  # of plus
-ROTATED, UNSHIFTED = {"model.longest_wavelength": 0}, {"model.token_shift": False}
-ATTENTION = {"model.architecture": "transformer"}
+WIDE = {"model.history_window": 256, "model.generation_window": 256}
+ROTATED, UNSHIFTED, UNTAPPED = {"model.longest_wavelength": 0}, {"model.token_shift": False}, {"model.key_taps": 0}
 # Fields that differ from 8k-plus.
 PLUS: dict[str, dict[str, Any]] = {
     "8k-plus": {"train.seed": (0, 1, 2, 3, 4)},
-    "8k-plus-wavelengths-32": {"model.longest_wavelength": 32},
-    "8k-plus-wavelengths-128": {"model.longest_wavelength": 128},
-    "8k-plus-rotated": ROTATED,
+    "8k-plus-taps-3": {"model.key_taps": 3},
+    "8k-plus-untapped": UNTAPPED,
     "8k-plus-unshifted": UNSHIFTED,
-    "8k-plus-neither": ROTATED | UNSHIFTED,
+    "8k-plus-rotated": ROTATED,
+    "8k-plus-windows-256": WIDE,
     "8k-plus-overlap-16": {"model.window_overlap": 16},
-    "8k-plus-attention": ATTENTION,
-    "8k-plus-attention-neither": ATTENTION | ROTATED | UNSHIFTED,
+    "8k-plus-none": UNTAPPED | UNSHIFTED | ROTATED,
+    "8k-plus-attention": UNTAPPED | {"model.architecture": "transformer"},
 }
 
 
@@ -53,17 +50,7 @@ def get_sweep(variant: str = "8k") -> Sweep:
         return Sweep(base, points, then=("evaluate@256", "evaluate@512", "evaluate@1024"), study="retrieval")
     if variant == "plus":
         then = tuple(f"evaluate@{length}" for length in FAR)
-        return Sweep(_longer(), PLUS, seeds=(0, 1), then=then, study="retrieval")
+        return Sweep(package_config("passkey")("8k-plus"), PLUS, seeds=(0, 1), then=then, study="retrieval")
     settings, models = ("8k", MODELS[:1]) if variant == "tlin" else (variant, MODELS)
     base, points = sweep_points(package_config("passkey"), (settings,), models, (3e-4, 1e-3, 3e-3))
     return Sweep(base, points, then=tuple(f"evaluate@{length}" for length in LENGTHS), study="retrieval")
-
-
-def _longer() -> ConfigDict:
-    """Returns 8k-plus on TOKENS tokens, without an early end: the rest of the schedule helps longer samples."""
-    config = package_config("passkey")("8k-plus")
-    train, data = config.train, config.data
-    updates = TOKENS // (train.batch_size * data.sequence_length)
-    train.update(steps=updates, warmup_steps=updates // 10, eval_every=updates // 8)
-    data.examples = DataConfig(**data).samples_before(updates, train.batch_size)
-    return config

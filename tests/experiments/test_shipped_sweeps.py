@@ -91,6 +91,7 @@ def test_the_options_are_compared_on_equal_terms():
     assert collections.Counter(point.point for point in points) == {
         **dict.fromkeys(("books-plain", "books-plus", "books-base", "books-base-plus"), 3),
         **dict.fromkeys(("books-overlap-16", "books-wavelengths-64", "books-all-options"), 1),
+        **dict.fromkeys(("books-overlap-32", "books-plus-taps"), 1),
         **dict.fromkeys(("books-sliding", "books-sliding-plus", "books-no-history"), 1),
     }
     options = {point.point: (point.config.model.token_shift, point.config.model.window_overlap) for point in points}

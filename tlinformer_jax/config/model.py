@@ -45,7 +45,7 @@ WHOLE_HISTORY, CHUNK = 1 << 20, 1 << 16
 # In the hybrid every fourth layer is an attention layer.
 HYBRID_PERIOD = 4
 # Key taps of a block; each costs a row of the history one multiplication by a vector.
-MOST_TAPS = 3
+MOST_TAPS = 8
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from tlinformer_jax.config.data import DataConfig
+from tlinformer_jax.config.model import WINDOWED
 from tlinformer_jax.config.named import load_python
 from tlinformer_jax.config.recipes import TOKENS_PER_UPDATE, set_books, set_own_recipe
 from tlinformer_jax.config.run import default_config_dict
@@ -47,6 +48,8 @@ MODELS = {
 COMPARATORS = {"delta-4": ("gated_deltanet", 2, 0), "hybrid-4": ("gated_deltanet_hybrid", 2, 0)}
 
 SHIFT: dict[str, Any] = {"model.token_shift": True}
+# Options of the windowed architectures for a long memory (docs/quality.md, "Passkeys").
+MEMORY: dict[str, Any] = {"token_shift": True, "longest_wavelength": 64, "key_taps": 5}
 # Language models: name -> fields that differ from a row N-T-r of `config.recipes`. Gated DeltaNet's short convolution
 # stands for the token shift that models named plus have.
 TEXT_MODELS: dict[str, dict[str, Any]] = {
@@ -64,10 +67,13 @@ TEXT_MODELS: dict[str, dict[str, Any]] = {
 def set_model(config: "ConfigDict", name: str) -> None:
     """Sets architecture and depth to an entry of MODELS or COMPARATORS; raises a ConfigError for an unknown name.
 
-    Gated DeltaNet has a short convolution in place of the token shift, and no rotary positions.
+    Only windowed architectures have key taps. Gated DeltaNet has a short convolution in place of the token shift, and
+    no rotary positions.
     """
     architecture, blocks, hidden = chosen(MODELS | COMPARATORS, name)
     config.model.update(architecture=architecture, num_blocks=blocks, hidden_depth=hidden)
+    if architecture not in WINDOWED:
+        config.model.key_taps = 0
     if name in COMPARATORS:
         config.model.token_shift = False
     if architecture == "gated_deltanet":
