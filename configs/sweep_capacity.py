@@ -14,7 +14,7 @@ window, that is, from 32 pairs on. A run ends at 99%, or after 200 M tokens.
 The report draws the median over seeds with its bootstrap interval. Result: docs/quality.md, "Memory suite", with at
 most 131 M tokens and shorter stages: --config.train.steps=4000@0.99 --config.train.warmup_steps=400
 --config.data.curriculum=64:700@0.8,128:700@0.8,256:700@0.8,512:700@0.8. One to three seeds; TLinFormer at 64 pairs only
-with W_oh = 1 and 16, TConstFormer in four cells.
+with W_oh = 1 and 16, attention not at 128 pairs, TConstFormer in four cells.
 """
 
 import re

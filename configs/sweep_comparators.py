@@ -11,9 +11,9 @@ shift.
 
 - recall (18 cells): Gated DeltaNet and the hybrid in the nine settings of configs/recall.py, shorter samples first only
   where the setting is named so. configs/sweep_recall.py:plus has the other models.
-- passkey (12 runs): configs/passkey.py:8k-plus, TLinFormer, attention, Gated DeltaNet and the hybrid, three seeds. No
-  run ends before its 200 M tokens. Attention and the hybrid compute much at the longest lengths:
-  `--point=K --then=...` trains one of them with others.
+- passkey (12 runs): configs/passkey.py:8k-plus, TLinFormer, attention, Gated DeltaNet and the hybrid, three seeds; only
+  TLinFormer has the key taps. No run ends before its 400 M tokens. Attention and the hybrid compute much at the longest
+  lengths: `--point=K --then=...` trains one of them with others.
 - books (5 runs): 41M models after 100 M tokens of books in samples of 1,024: Base, TLinFormer (256/256), sliding window
   of 512, Gated DeltaNet, the hybrid. Updates have 65,536 tokens, the rate is 0.001, and there is no dropout.
 - experts (4 runs): Base and TLinFormer of books, but with 8 experts in each layer, half as wide as its feed-forward,
@@ -24,9 +24,9 @@ shift.
 
 Needs: the same as configs/books.py. Result: docs/quality.md, "Five models and experts", for books and experts, one seed
 each, 3 to 11 minutes a run on an H200 that it shared with others; "Recall" for all cells, three seeds each; "Passkeys"
-for the first seed of each model. Not measured: the other seeds of passkey. On an NVIDIA GPU install the extra
-linear-attention: without it Gated DeltaNet is plain JAX, with three times as many kernels (docs/performance.md,
-"Several seeds in one program").
+for one seed of each model with an earlier 8k-plus (windows of 256, no key taps, 200 M tokens). Not measured: passkey
+with today's. On an NVIDIA GPU install the extra linear-attention: without it Gated DeltaNet is plain JAX, with three
+times as many kernels (docs/performance.md, "Several seeds in one program").
 """
 
 from tlinformer_jax.config.train import TrainConfig

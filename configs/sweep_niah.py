@@ -9,7 +9,7 @@ the token shift and no slow rotations, and TLinFormer and TConstFormer also key 
 times its length for the heat maps of the report. A point is refused if the held-out text is shorter: then set --then.
 
 Result: docs/quality.md, "Memory suite": 1k with --config.model.token_shift=true --config.model.longest_wavelength=64,
-one or two seeds. Not measured: the sliding window in mk, 4k, 16k, and plus.
+one or two seeds; mk-1k also with five key taps. Not measured: the sliding window in mk, 4k, 16k, and plus.
 """
 
 from tlinformer_jax.experiments.plan import Sweep

@@ -5,12 +5,12 @@
     python -m tlinformer_jax sweep --sweep=configs/sweep_options.py --out=runs/options --results=docs/results \
         --config.data.train_files=... --config.data.validation_files=...
 
-Variants: all (the default, 20 runs of 100 M tokens): TLinFormer as published, with each option, with token shift and key
-taps, and with token shift, overlap and without slow rotations; Base and sliding window, with and without the token
-shift; and no-history, a Transformer on samples of 256 tokens, which shows what a window of 256 can know without a
-history. plain, plus and both Bases have three seeds. rates, 12 runs of 30 M tokens: three learning rates for each
-architecture, to choose --config.train.learning_rate; `--point=K --points=4`, K = 0 to 3, runs those of TLinFormer,
-Base, sliding window and no-history.
+Variants: all (the default, 20 runs of 100 M tokens): TLinFormer as published, with token shift, without slow rotations,
+with an overlap of 16 and of 32, with the first two and the overlap of 16, and with token shift and key taps; Base and
+sliding window, with and without the token shift; and no-history, a Transformer on samples of 256 tokens, which shows
+what a window of 256 can know without a history. plain, plus and both Bases have three seeds. rates, 12 runs of 30 M
+tokens: three learning rates for each architecture, to choose --config.train.learning_rate; `--point=K --points=4`, K =
+0 to 3, runs those of TLinFormer, Base, sliding window and no-history.
 
 All see the same text once, in updates of 65,536 tokens without dropout, under a cosine that ends at the last update.
 --config.train.learning_rate sets another rate than 0.001. `--then=evaluate,history` also measures what the history
