@@ -272,9 +272,9 @@ def test_safetensors_there_and_back(tmp_path):
 # ---- Refusals
 
 
-@pytest.mark.parametrize("value", [-1, 4, True, "3"])
-def test_only_zero_to_three_are_allowed(value):
-    with pytest.raises(ConfigError, match=r"model\.key_taps = .*: must be an integer from 0 to 3"):
+@pytest.mark.parametrize("value", [-1, 9, True, "3"])
+def test_only_zero_to_eight_are_allowed(value):
+    with pytest.raises(ConfigError, match=r"model\.key_taps = .*: must be an integer from 0 to 8"):
         ModelConfig(key_taps=value)
 
 
