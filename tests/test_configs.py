@@ -89,8 +89,8 @@ def expected_parameters(config: ModelConfig) -> int:
     """Tied embedding, final LayerNorm; a layer's projections with biases, feed-forward and two LayerNorms."""
     width, hidden = config.d_model, 256 * math.ceil((8 * config.d_model // 3) / 256)
     layer = 4 * width * (width + 1) + 3 * width * hidden + 4 * width
-    shift = width * config.token_shift
-    return config.vocab_size * width + 2 * width + shift + config.num_layers * layer
+    before = width * (config.token_shift + (config.num_blocks - 1) * config.key_taps)
+    return config.vocab_size * width + 2 * width + before + config.num_layers * layer
 
 
 def test_every_config_file_is_tested():
