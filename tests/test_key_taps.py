@@ -24,11 +24,14 @@ from tlinformer_jax.analysis.flops import num_parameters, training_flops
 from tlinformer_jax.config.model import ARCHITECTURES, WINDOWED, ExecutionPlan
 from tlinformer_jax.decoding import history
 from tlinformer_jax.decoding.cache import WindowedCache
+from tlinformer_jax.decoding.decoder import Decoder
+from tlinformer_jax.decoding.history import SequenceRows
 from tlinformer_jax.errors import ConfigError, DataError
 from tlinformer_jax.interop import params_from_reference, params_to_reference
 from tlinformer_jax.interop.files import read_weights, write_safetensors
 from tlinformer_jax.models import paired, streams
 from tlinformer_jax.models.key_rows import SHIFT_SCALE
+from tlinformer_jax.models.model import embed
 from tlinformer_jax.models.tlinformer import PreparedSequence
 from tlinformer_jax.training.loss import summed_loss
 from tlinformer_jax.training.optimizer import Horizon, build_optimizer, decay_mask
@@ -213,6 +216,20 @@ def test_mistakes_in_training_are_caught(mutate, way, monkeypatch, own_traces):
 
 
 # ---- Generation
+
+
+def test_a_decoder_of_half_precision_adds_the_sums_of_the_forward_pass():
+    """Bit for bit: the vectors stay float32, and each sum is rounded once."""
+    config, tokens = dataclasses.replace(TAPPED, dtype="bfloat16"), jnp.asarray(batch_of()["inputs"])
+    model, variables = build_model(config), variables_of(config)
+    sums = embed(model.apply(variables, method=model.parameters), config, tokens).key_sums
+    decoder = Decoder(model, variables)
+    cache = decoder.init_cache(2, LENGTH)
+    cache = dataclasses.replace(cache, tokens=cache.tokens.at[:, :LENGTH].set(tokens))
+    at = SequenceRows(decoder.params, config, cache, jnp.int32(1), jnp.int32(LENGTH))
+    for block, expected in zip(decoder.params.blocks[1:], sums, strict=True):
+        found = at.tap_sum(block.compress.taps, jnp.int32(0))
+        np.testing.assert_array_equal(found[0, :LENGTH], expected[1])
 
 
 def rows_without_taps(monkeypatch):

@@ -25,10 +25,14 @@ BOTH = ["tlinformer", pytest.param("tconstformer", marks=pytest.mark.slow)]
 
 @pytest.mark.parametrize("architecture", BOTH)
 def test_the_forward_pass_is_the_references(architecture):
+    """Of tokens, and of their embeddings."""
     config = dataclasses.replace(CONFIG, architecture=architecture)
     tokens, expected = truth(config, FED, 3)
     variables = params_from_reference(golden.random_weights(config), config)
-    np.testing.assert_allclose(jax.jit(build_model(config).apply)(variables, tokens), expected, atol=TOLERANCE)
+    model, rows = build_model(config), variables["params"]["embedding"][tokens]
+    both = jax.jit(lambda *given: (model.apply(given[0], given[1]), model.apply(given[0], inputs_embeds=given[2])))
+    for logits in both(variables, tokens, rows):
+        np.testing.assert_allclose(logits, expected, atol=TOLERANCE)
     for name, value in (("token_shift", False), ("key_taps", 0), ("window_overlap", 0), ("longest_wavelength", 0)):
         without = reference.logits(golden.random_weights(config), dataclasses.replace(config, **{name: value}), tokens)
         assert np.abs(without - expected).max() > 0.1, f"{name} does nothing"

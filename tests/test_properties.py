@@ -304,7 +304,7 @@ def test_a_field_that_is_wrong_is_named_in_one_line_many_times(case):
 
 
 # Values that are allowed alone and not together; any of the fields may be the one that is named.
-PLAIN = {"model.longest_wavelength": 0, "model.window_overlap": 0}
+PLAIN = {"model.longest_wavelength": 0, "model.window_overlap": 0, "model.key_taps": 0}
 TOGETHER = [
     {"model.num_heads": 3, "model.d_model": 8},
     {"model.num_heads": 2, "model.d_model": 6},
@@ -316,7 +316,7 @@ TOGETHER = [
     PLAIN | {"model.architecture": "sliding_window", "model.history_window": "auto", "train.sampled_windows": 0},
     PLAIN | {"model.architecture": "transformer", "train.sampled_windows": 1},
     {"model.architecture": "gated_deltanet", "model.longest_wavelength": 20, "train.sampled_windows": 0}
-    | {"model.window_overlap": 0},
+    | {"model.window_overlap": 0, "model.key_taps": 0},
     {"train.sampled_windows": 9, "model.generation_window": 4, "data.sequence_length": 24},
 ]
 

@@ -26,8 +26,8 @@ ODD = dataclasses.replace(SMALL, history_window=7, generation_window=5, hidden_d
 CASES = {
     "odd windows, eight devices": ({"history_window": 7, "generation_window": 5, "hidden_depth": 0}, 8),
     "odd windows, two devices": ({"history_window": 7, "generation_window": 5, "hidden_depth": 0}, 2),
-    "one token a window": ({"history_window": 3, "generation_window": 1, "hidden_depth": 1}, 8),
-    "three blocks, three devices": ({"num_blocks": 3, "hidden_depth": 0}, 3),
+    "one token a window": ({"history_window": 3, "generation_window": 1, "hidden_depth": 1, "key_taps": 3}, 8),
+    "three blocks, three devices": ({"num_blocks": 3, "hidden_depth": 0, "key_taps": 1}, 3),
     "auto": ({"history_window": "auto", "generation_window": 5, "hidden_depth": 2}, 8),
     "tconstformer": ({"architecture": "tconstformer", "history_window": 7, "generation_window": 5}, 8),
 }

@@ -128,12 +128,14 @@ def test_prefill_step_and_slide_equal_the_reference(name):
 )
 def test_chunks_and_growing_caches_change_nothing(architecture, rows_per_token, blocks, monkeypatch, own_traces):
     """Histories of several chunks and rounds, caches that grow class by class from the smallest; block 0's rows
-    projected, or looked up by token. The Transformer with the token shift, whose last token its cache holds."""
+    projected, or looked up by token. The Transformer with the token shift, whose last token its cache holds, the others
+    with key taps."""
     monkeypatch.setattr(cache_module, "SMALLEST_CLASS", 16)
     monkeypatch.setattr(cache_module, "CHUNK_ROWS", 4)
     monkeypatch.setattr(cache_module, "ROUNDS", 2)
     monkeypatch.setattr(history, "ROWS_PER_TOKEN", rows_per_token)
     options = {"token_shift": architecture == "transformer", "hidden_depth": 0, "history_window": 5}
+    options |= {"key_taps": 0 if architecture == "transformer" else 2}
     config = dataclasses.replace(SMALL, architecture=architecture, num_blocks=blocks, **options)
     assert largest_error(make_decoder(config), [21, 2], 38, room=21) < TOLERANCE
 
@@ -155,6 +157,7 @@ def test_the_gpu_kernels_in_the_decoder(
     windows = {"history_window": 40, "generation_window": 64, "window_overlap": overlap}
     half = {"dtype": "float16", "attention": "auto", "d_model": 24, "hidden_depth": 0}
     options = {"longest_wavelength": wavelength, "token_shift": not rows_per_token}
+    options |= {"key_taps": 2 * (architecture == "tlinformer")}
     config = dataclasses.replace(SMALL, architecture=architecture, **options, **windows, **half)
     # float16 keeps 11 bits; the logits' largest is about 4.
     assert largest_error(make_decoder(config), [127, 64], 131) < 0.05

@@ -93,6 +93,9 @@ def test_positions_lengths_and_samples(tmp_path, drawn):
     assert "Drawn with temperature 0.8. The prompt is what stands before the bar." in lines
 
 
+OPTIONS = {"window_overlap": 4, "key_taps": 3}
+
+
 def test_a_test_split_has_columns_rows_and_figures_of_its_own(tmp_path, drawn):
     """Records without it, and earlier ones that do not name their split, are read beside it."""
     tested = {"split": "test", **evaluation(1024, 3.5)}
@@ -101,7 +104,7 @@ def test_a_test_split_has_columns_rows_and_figures_of_its_own(tmp_path, drawn):
     earlier = {"evaluate": evaluation(1024, 3.0)}
     results = [
         *(made_result(f"ours-seed{seed}", 21.0, seed, model=WINDOWED, point="ours", then=then) for seed in (0, 1)),
-        made_result("earlier-seed0", 20.0, model=WINDOWED | {"window_overlap": 4}, point="earlier", then=earlier),
+        made_result("earlier-seed0", 20.0, model=WINDOWED | OPTIONS, point="earlier", then=earlier),
     ]
     lines = written(tmp_path, *results)
     head, _, *rows = (
@@ -121,7 +124,9 @@ def test_a_test_split_has_columns_rows_and_figures_of_its_own(tmp_path, drawn):
     (panel,) = drawn["results_positions_1024_test.png"]
     assert panel.title == "samples of 1,024 tokens, test split"
     check_lines(panel.lines, {"TLinFormer, window 256, observation 256": [(255.5, 3.5), (767.5, 2.5)]})
-    assert len(drawn["results_positions_1024.png"][0].lines) == 2
+    models = [*drawn["results_positions_1024.png"][0].lines]
+    assert len(models) == 2
+    assert "TLinFormer, window 256, observation 256, 3 key taps, overlap 4" in models
     assert "results_window_positions_1024_test.png" in drawn
 
 

@@ -3,7 +3,7 @@
 import functools
 import operator
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Union, get_args, get_origin
 
 import beartype
@@ -35,4 +35,6 @@ def _numpy_too(hint: Any) -> Any:
         return hint.dtype[jax.Array | np.ndarray, hint.dim_str]
     if get_origin(hint) in (Union, types.UnionType):
         return functools.reduce(operator.or_, map(_numpy_too, get_args(hint)))
+    if get_origin(hint) is Sequence:
+        return Sequence[_numpy_too(get_args(hint)[0])]
     return hint
