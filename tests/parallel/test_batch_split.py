@@ -124,7 +124,6 @@ def test_loss_and_gradients_are_those_of_one_device(axes):
             {"window": 2, "context": 4},
         ),
         ({"memory": ExecutionPlan()}, {"window": 2, "context": 2}),
-        ({"memory": ExecutionPlan(checkpointing=True, paired=True), "history_window": 4}, {}),
         ({"memory": ExecutionPlan(checkpointing=True, paired=True), "history_window": 4}, {"fsdp": 2, "tensor": 2}),
         ({"memory": ExecutionPlan(2, checkpointing=True, paired=True), "history_window": 4}, {"window": 2}),
         # Without `gathered`, XLA aborts on the look-up in the embedding, and on that of the token shift.
