@@ -20,6 +20,9 @@ if not ON_GPU:
     # than threads none may be left to compute what they wait for.
     os.environ.setdefault("NPROC", "16")
 
+# PyTorch's and NumPy's threads wait for each other by spinning, which on cores that are shared takes most of the time.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # Programs are small, and many workers and commands compile the same ones: all are kept, in commands as well.
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 

@@ -188,7 +188,7 @@ def test_a_changed_document_changes_nothing_of_the_others(shape, plan, backend):
 @slow
 def test_neither_does_it_with_dropout_in_chunks_of_queries_nor_with_sampled_windows(monkeypatch):
     monkeypatch.setattr(attention, "DROPOUT_SCORES", 2 * 2 * LENGTH * 3)
-    assert leak(shaped("options", "checkpointing", dropout=0.2), jnp.array([1, 3, 6])) == 0
+    assert leak(shaped("options", "checkpointing", hidden_depth=0, dropout=0.2), jnp.array([1, 3, 6])) == 0
 
 
 @slow
@@ -308,7 +308,7 @@ def test_an_evaluation_is_the_references():
 
 @slow
 def test_a_run_trains_and_says_what_it_packs(tmp_path, capfd):
-    config = dataclasses.replace(WINDOWED, vocab_size=257, attention="auto")
+    config = dataclasses.replace(WINDOWED, vocab_size=257, hidden_depth=0, attention="auto")
     train = TrainConfig(steps=2, batch_size=8, learning_rate=1e-3, warmup_steps=1, log_every=1, eval_every=2)
     run = RunConfig(config, train, dataclasses.replace(DATA, sequence_length=64))
     figures = train_and_evaluate(run, tmp_path)

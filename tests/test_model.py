@@ -268,14 +268,14 @@ def test_checkpointing_changes_no_gradient():
 
 @pytest.mark.slow
 def test_compile_time_does_not_grow_with_the_number_of_windows():
-    """At 64 windows at most 1.5 times that at 16; least processor time of four, as others share the machine."""
-    config = dataclasses.replace(SMALL, memory=ExecutionPlan(4))
+    """At 64 windows at most 1.5 times that at 16; least processor time of three, as others share the machine."""
+    config = dataclasses.replace(SMALL, hidden_depth=0, memory=ExecutionPlan(4))
     model, variables = build_model(config), golden_scale(config)
 
     def seconds(windows):
         tokens = jnp.zeros((1, windows * config.generation_window), jnp.int32)
         times = []
-        for _ in range(4):
+        for _ in range(3):
             unique = time.time()  # a constant of its own keeps the program out of the persistent cache
             fresh = jax.jit(lambda variables, tokens, unique=unique: model.apply(variables, tokens) + unique)
             lowered = fresh.lower(variables, tokens)

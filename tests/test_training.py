@@ -132,9 +132,7 @@ def after_one_update(mesh, optimizer="adamw") -> tuple[TrainState, dict[str, jax
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("sizes", "optimizer"), [({}, "adamw"), ({"fsdp": 4}, "muon"), ({"fsdp": 2, "tensor": 2}, "muon")]
-)
+@pytest.mark.parametrize(("sizes", "optimizer"), [({}, "adamw"), ({"fsdp": 2, "tensor": 2}, "muon")])
 def test_eight_devices_equal_one(sizes, optimizer):
     """Loss within 1e-5, gradients (by the first moments) within 1e-4; every device holds its part of each array."""
     many, metrics, old = after_one_update(build_mesh(sizes), optimizer)

@@ -357,7 +357,7 @@ TRAINING_MUTATIONS = (overlap_read_out, overlap_is_history_too, window_misplaced
 @pytest.mark.parametrize("mutate", TRAINING_MUTATIONS, ids=lambda mutate: mutate.__name__)
 def test_mistakes_in_training_are_caught(mutate, monkeypatch, own_traces):
     mutate(monkeypatch)
-    config = overlapping(memory=PLANS["checkpointing"])
+    config = overlapping(memory=PLANS["chunks"])
     value, _ = loss_and_gradient(config)(golden_scale(config)["params"], None)
     assert float(value) != pytest.approx(reference_loss(golden.random_weights(config), config), rel=1e-3)
 
@@ -365,7 +365,7 @@ def test_mistakes_in_training_are_caught(mutate, monkeypatch, own_traces):
 @slow
 def test_devices_that_look_up_other_rows_are_noticed(monkeypatch, own_traces):
     """Rows split over devices: a window's are gathered from where they lie."""
-    model = dataclasses.replace(TRAINED, window_overlap=3)
+    model = dataclasses.replace(TRAINED, num_blocks=1, window_overlap=3)
     one = gradient(model, TRAIN)
     real = SplitRows.gather
     monkeypatch.setattr(

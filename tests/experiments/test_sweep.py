@@ -26,7 +26,7 @@ from tlinformer_jax.experiments.plan import Sweep
 def get_sweep(variant="four"):
     base = default_config_dict()
     base.model.update(vocab_size=257, d_model=16, num_heads=2, num_blocks=1, hidden_depth=0, d_ff=24)
-    base.model.update(generation_window=8)
+    base.model.update(generation_window=8, architecture="sliding_window")  # is soon compiled
     base.train.update(steps=4, batch_size=8, warmup_steps=1, log_every=50, checkpoint_every=50)
     base.data.update(dataset="text", train_files="TEXT", validation_files="TEXT")
     base.data.update(tokenizer="bytes", sequence_length=32)

@@ -94,7 +94,7 @@ def test_a_run_that_has_reached_its_goal_keeps_its_parameters(tmp_path, trained,
         return [figures | {"accuracy": accuracy} for figures, accuracy in zip(real(*given), (0.9, 0.1))]
 
     monkeypatch.setattr(together, "_evaluated", with_accuracy)
-    goal = {"train__steps": "6@0.5"}
+    goal = {"train__steps": "6@0.5", "data__curriculum": ""}
     first, second = train_together([job(tmp_path, seed, 1e-2, **goal) for seed in (0, 1)])
     assert (first["steps"], second["steps"]) == (3, 6)
     assert [step for step, *_ in first["history"]] == [3]
@@ -126,10 +126,13 @@ def test_the_speed_is_without_compilation(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_a_run_whose_loss_is_not_finite_harms_no_other(tmp_path, trained):
-    one = train_together([job(tmp_path / "a", seed, rate) for seed, rate in ((0, 1e-2), (1, 1e-2))])[0]
-    bad = dataclasses.replace(config(), train=dataclasses.replace(config().train, learning_rate=1e30, seed=1))
+    whole = {"data__curriculum": ""}
+    one = train_together([job(tmp_path / "a", seed, 1e-2, **whole) for seed in (0, 1)])[0]
+    bad = dataclasses.replace(
+        config(**whole), train=dataclasses.replace(config(**whole).train, learning_rate=1e30, seed=1)
+    )
     beside = Job("bad", bad, tmp_path / "b" / "bad", "command", study="retrieval")
-    again = train_together([job(tmp_path / "b", 0, 1e-2), beside])[0]
+    again = train_together([job(tmp_path / "b", 0, 1e-2, **whole), beside])[0]
     assert again["validation"]["loss"] == one["validation"]["loss"]
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(trained[-1][0].params)), "a bad update was made"
     losses = [np.abs(leaf[1]).max() for leaf in jax.tree.leaves(trained[-1][0].params)]
@@ -186,7 +189,7 @@ def get_sweep():
     base = default_config_dict()
     base.model.update({MODEL})
     base.train.update({TRAIN})
-    base.data.update({DATA})
+    base.data.update({DATA | {"curriculum": ""}})
     points = {{"one": {{}}, "two": {{"train.learning_rate": 0.01}}, "other": {{"train.steps": 3}}}}
     return Sweep(base, points, study="retrieval")
 """

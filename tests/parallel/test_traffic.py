@@ -16,7 +16,11 @@ from tlinformer_jax.training.step import batch_gradient
 from tools.collectives import collectives
 
 MODEL = dataclasses.replace(
-    SMALL, history_window=128, generation_window=256, memory=ExecutionPlan(segments=2, checkpointing=True)
+    SMALL,
+    hidden_depth=0,
+    history_window=128,
+    generation_window=256,
+    memory=ExecutionPlan(segments=2, checkpointing=True),
 )
 
 
