@@ -44,7 +44,7 @@ MOST_LAYERS = 1000
 WHOLE_HISTORY, CHUNK = 1 << 20, 1 << 16
 # In the hybrid every fourth layer is an attention layer.
 HYBRID_PERIOD = 4
-# Key taps of a block; each costs a row of the history one multiplication by a vector.
+# Most key taps of a block.
 MOST_TAPS = 8
 
 
