@@ -29,7 +29,6 @@ with today's. On an NVIDIA GPU install the extra linear-attention: without it Ga
 times as many kernels (docs/performance.md, "Several seeds in one program").
 """
 
-from tlinformer_jax.config.train import TrainConfig
 from tlinformer_jax.errors import ConfigError
 from tlinformer_jax.experiments.plan import Sweep
 from tlinformer_jax.experiments.recipes import (
@@ -70,7 +69,6 @@ def get_sweep(variant: str = "books") -> Sweep:
     if variant == "passkey":
         models = ("tlin-4", "attention-4", *COMPARATORS)
         base, points = sweep_points(package_config("passkey"), ("8k-plus",), models, (1e-3,))
-        base.train.steps = TrainConfig(**base.train).updates
         then = tuple(f"evaluate@{length}" for length in FAR)
         return Sweep(base, points, seeds=(0, 1, 2), then=then, study="retrieval")
     if variant == "tiny":

@@ -23,12 +23,11 @@ second seed of windows of 256, without all options, and of attention.
 from typing import Any
 
 from tlinformer_jax.experiments.plan import Sweep
-from tlinformer_jax.experiments.recipes import package_config, sweep_points
+from tlinformer_jax.experiments.recipes import package_config, sweep_points, window_fields
 
 MODELS = ("tlin-4", "tconst-4", "attention-4", "sliding-4")
 LENGTHS = (256, 1024, 4096, 8192, 16384, 32768, 65536)
 FAR = (8192, 65_536, 262_144, 1_048_576)
-WIDE = {"model.history_window": 256, "model.generation_window": 256}
 ROTATED, UNSHIFTED, UNTAPPED = {"model.longest_wavelength": 0}, {"model.token_shift": False}, {"model.key_taps": 0}
 # Fields that differ from 8k-plus.
 PLUS: dict[str, dict[str, Any]] = {
@@ -37,7 +36,7 @@ PLUS: dict[str, dict[str, Any]] = {
     "8k-plus-untapped": UNTAPPED,
     "8k-plus-unshifted": UNSHIFTED,
     "8k-plus-rotated": ROTATED,
-    "8k-plus-windows-256": WIDE,
+    "8k-plus-windows-256": window_fields(256, 256),
     "8k-plus-overlap-16": {"model.window_overlap": 16},
     "8k-plus-none": UNTAPPED | UNSHIFTED | ROTATED,
     "8k-plus-attention": UNTAPPED | {"model.architecture": "transformer"},

@@ -87,7 +87,7 @@ def measure_history(
     count = num_samples(stream, length)
     if count > 1:
         measures[SWAPPED] = measures[ALL]
-    if not config.windowed:
+    if not config.windowed:  # if nothing is cut or swapped, one pass gives the losses of all windows
         measures[ALL] = jax.jit(functools.partial(_whole_sums, config=config))
     totals: dict[str, dict[str, Any]] = {name: collections.defaultdict(float) for name in measures}
     wanted = min(count, samples)

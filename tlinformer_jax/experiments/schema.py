@@ -44,7 +44,7 @@ def misfit(value: Any, schema: Any, name: str) -> str:
         return f"{name!r} must be {getattr(kind, '__name__', kind)}"
     parts: list[tuple[Any, Any, str]] = []
     if isinstance(schema, list):
-        parts = [(part, schema[0], f"{name}[{place}]") for place, part in enumerate(value)]
+        parts = [(part, schema[0], f"{name}[{index}]") for index, part in enumerate(value)]
     elif isinstance(schema, dict):
         fields = dict.fromkeys(value, schema[...]) if ... in schema else schema
         for field, inner in fields.items():

@@ -159,7 +159,7 @@ class Layer(nn.Module):
         return self.dropout.p if self.training else 0.0
 
 
-def tokens_before(vectors: Tensor, embedded: Tensor) -> Tensor:
+def weighted_sum(vectors: Tensor, embedded: Tensor) -> Tensor:
     """Returns the sum over k = 1, 2, ... of SHIFT_SCALE * vectors[k - 1] * e_(t-k) for each row of a sequence."""
     length = embedded.shape[1]
     before = [F.pad(embedded, (0, 0, back, 0))[:, :length] for back in range(1, len(vectors) + 1)]
@@ -256,14 +256,14 @@ class LanguageModel(nn.Module):
         blocks = [part for part in self.modules() if isinstance(part, Block)]
         for block in blocks:
             if (taps := block.compress_context_layer.key_taps) is not None:
-                key_rows = C + tokens_before(taps, embedded)
+                key_rows = C + weighted_sum(taps, embedded)
             C, of_block = block.history(C, rope, key_rows, last=block is blocks[-1])
             read, key_rows = read + of_block, None
         return read
 
     def key_rows(self, embedded: Tensor) -> Tensor | None:
         """Returns the rows from which the first layer's keys are made with a token shift; None without one."""
-        return embedded + tokens_before(self.token_shift[None], embedded) if self.config.token_shift else None
+        return embedded + weighted_sum(self.token_shift[None], embedded) if self.config.token_shift else None
 
     def window(
         self, embedded: Tensor, start: int, read: list[KeyValue], own: list[KeyValue]

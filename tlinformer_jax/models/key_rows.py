@@ -43,7 +43,7 @@ def embedded(
       documents: see `Embedded`; tokens of another document count as none.
     """
     if before is None:
-        most = max([shift is not None, *map(len, taps)])
+        most = max([0 if shift is None else 1, *map(len, taps)])
         before = [rows_before(rows, back, documents) for back in range(1, most + 1)]
     key_rows = None if shift is None else plus(rows, weighted_sum(shift[None], before))
     return Embedded(rows, key_rows, documents, tuple(tap_sum(vectors, before) for vectors in taps))

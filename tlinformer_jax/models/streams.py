@@ -163,8 +163,8 @@ class History(Stream):
             length = self.split.count(length)
         if not self.chunk:
             restored = restore_rows(*rows, shared, (valid, read, dropout), documents)
-            here = rope.rows(0, restored.shape[1])
-            projected = list(project(next_layer, restored, here, parts, keyed(restored, sums)))
+            rotations = rope.rows(0, restored.shape[1])
+            projected = list(project(next_layer, restored, rotations, parts, keyed(restored, sums)))
         else:
             # A plain number must not become an array: kernels are faster if they know that nothing is masked.
             known = None if isinstance(valid, jax.Array) else valid
@@ -176,8 +176,8 @@ class History(Stream):
                     documents = slice_rows(documents, number * self.chunk, self.chunk)
                 here = valid if known is None else known, read, part_of(dropout, number)
                 restored = restore_rows(*part, shared, here, documents)
-                place = rope.rows(number * self.chunk, self.chunk)
-                return restored, *project(next_layer, restored, place, parts, keyed(restored, sums))
+                rotations = rope.rows(number * self.chunk, self.chunk)
+                return restored, *project(next_layer, restored, rotations, parts, keyed(restored, sums))
 
             fixed = (valid if known is None else None, read, documents, rope, dropout)
             filled = -(-jnp.max(jnp.asarray(length, jnp.int32)) // self.chunk)
@@ -190,7 +190,7 @@ class History(Stream):
 
 
 def keyed(rows: Array, sums: Sequence[Array]) -> Array | None:
-    """Returns the input of the keys of C', given its rows and at most one of `History.key_sums`; None if the rows."""
+    """Returns the input of the keys of C', given its rows and `History.key_sums`; None if that is the rows."""
     return plus(rows, sums[0]) if sums else None
 
 
