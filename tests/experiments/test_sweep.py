@@ -125,12 +125,13 @@ def test_a_sweep_that_is_killed_goes_on_where_it_was(sweep, tmp_path):
     assert drawn == [{"prompt": prompt, "text": text} for prompt, text in zip(PROMPTS, texts)]
 
 
-def test_a_directory_of_another_run_is_refused_before_a_job_of_an_array_trains(sweep, tmp_path):
-    """Its record would be refused after the training, when the tables of all points are written."""
-    (tmp_path / "out" / "last-seed0").mkdir(parents=True)
-    write_result(tmp_path / "out" / "last-seed0" / "result.json", made_result("last-seed0", 20.0))
-    done = command("sweep", *sweep, "--point=0", "--retries=0")
-    check_refusal(done, "out/last-seed0/result.json: belongs to another configuration")
+@pytest.mark.parametrize("record", ["out/last-seed0/result.json", "results/last-seed0.json"])
+def test_a_record_of_another_run_is_refused_before_a_job_of_an_array_trains(sweep, tmp_path, record):
+    """It would be refused, or replaced, only after the training, when the tables of all points are written."""
+    (tmp_path / record).parent.mkdir(parents=True)
+    write_result(tmp_path / record, made_result("last-seed0", 20.0))
+    done = command("sweep", *sweep, "--point=0", "--retries=0", f"--results={tmp_path}/results")
+    check_refusal(done, f"{record}: belongs to another configuration")
     assert not (tmp_path / "out" / "first-seed0").exists()
 
 

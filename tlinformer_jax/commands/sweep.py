@@ -31,7 +31,7 @@ from tlinformer_jax.config.named import add_defaults
 from tlinformer_jax.config.train import LARGEST_SEED
 from tlinformer_jax.errors import UserError
 from tlinformer_jax.experiments.actions import checked_actions
-from tlinformer_jax.experiments.job import STOPPED, Job, Record, finished_result, run_jobs, write_result
+from tlinformer_jax.experiments.job import STOPPED, Job, Record, finished_result, record_of_job, run_jobs, write_result
 from tlinformer_jax.experiments.plan import (
     SEED,
     Sweep,
@@ -106,6 +106,8 @@ def main() -> None:
     every = placed(points)
     for point in every:
         finished_result(point)  # raises now if a directory holds another run: the tables are of all points
+        if results is not None:
+            record_of_job(results / f"{point.name}.json", point)  # raises rather than replace another run's record
     write = functools.partial(_write, every, out, results)
     failures = run_jobs([placed(group) for group in chosen], RETRIES.value, finished=write)
     done = write()

@@ -126,7 +126,12 @@ def flat(sections: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 
 def finished_result(job: Job) -> Record | None:
     """Returns a job's record if training and all actions are done, else None; a UserError if it is another run's."""
-    path = job.workdir / RESULT_FILE
+    result = record_of_job(job.workdir / RESULT_FILE, job)
+    return result if result and set(job.actions) <= set(result["then"]) else None
+
+
+def record_of_job(path: pathlib.Path, job: Job) -> Record | None:
+    """Returns the record at `path`, None if there is none or it is damaged; a UserError if it is another run's."""
     if not path.exists():
         return None
     try:
@@ -138,7 +143,7 @@ def finished_result(job: Job) -> Record | None:
     if different:
         changed = "; ".join(f"{name}: {found.get(name)!r} -> {wanted.get(name)!r}" for name in different)
         raise UserError(f"{path}: belongs to another configuration ({changed}); use another directory")
-    return result if set(job.actions) <= set(result["then"]) else None
+    return result
 
 
 def run_jobs(
