@@ -4,6 +4,7 @@ The process imports once what commands import, which is most of the time that a 
 [command, arguments]; prints one of [status, stdout, stderr].
 """
 
+import gc
 import json
 import os
 import pathlib
@@ -60,6 +61,7 @@ def import_what_commands_import() -> None:
     import tlinformer_jax.training.loop  # noqa: F401
 
     assert not xla_bridge._backends, "a process that has used JAX must not be forked"
+    gc.freeze()  # or a fork's collections would copy all memory
 
 
 if __name__ == "__main__":
