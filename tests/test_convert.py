@@ -80,9 +80,9 @@ def test_golden_weights_there_and_back(name, tmp_path):
 
 @needs_golden
 @pytest.mark.slow
-def test_golden_weights_generate(tmp_path):
-    """All golden models: tests/decoding/test_generator.py."""
-    truth = golden.load("base_small")
+@pytest.mark.parametrize("name", ["tlin_asym", "base_small"])
+def test_golden_weights_generate(name, tmp_path):
+    truth = golden.load(name)
     tokenizer = word_tokenizer(tmp_path / "words.json", truth.config.vocab_size)
     safetensors.save_file(truth.params, tmp_path / "published.safetensors")
     weights_to_workdir(
