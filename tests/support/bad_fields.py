@@ -15,6 +15,7 @@ MODELS = fields(
     ("model.history_window=half", "not a number"),
     ("model.generation_window=0", "zero"),
     ("model.longest_wavelength=6", "shorter than RoPE's shortest"),
+    ("model.key_taps=4", "more than three"),
     ("model.window_overlap=-1", "negative"),
     ("model.window_overlap=8", "as long as the window"),
     ("model.dropout=1.0", "1"),

@@ -55,6 +55,16 @@ def key_rows(weights: Weights, config, rows: np.ndarray, ids: np.ndarray | None 
     return shifted
 
 
+def tapped(weights: Weights, block: int, rows: np.ndarray) -> np.ndarray:
+    """What the keys of a block's first layer are made of with key taps, of rows from position 0 on."""
+    keyed = rows.copy()
+    for t in range(len(rows)):
+        for back, tap in enumerate(weights["taps"][block], 1):
+            if t >= back:
+                keyed[t] += 10.0 * tap * rows[t - back]
+    return keyed
+
+
 def mean_loss(all_logits: np.ndarray, labels: np.ndarray) -> float:
     """Mean cross-entropy in nats over all positions."""
     shifted = all_logits - all_logits.max(-1, keepdims=True)
@@ -99,6 +109,11 @@ def _window(
         if b == 0 and config.token_shift:
             keyed = key_rows(weights, config, embedded, ids)
             kc, kx = layer.project(keyed[first:n], past)[1], layer.project(keyed[n : n + m], new)[1]
+        if config.key_taps and b == 0 and not config.token_shift:
+            keyed = tapped(weights, b, embedded)
+            kc, kx = layer.project(keyed[first:n], past)[1], layer.project(keyed[n : n + m], new)[1]
+        elif config.key_taps and b > 0:
+            kc = layer.project(tapped(weights, b, context), past)[1]
         if kept is not None and len(context):
             kc, vc = kept(kc), kept(vc)
         if probe is not None:
@@ -140,6 +155,8 @@ def _baseline(weights: Weights, config, x: np.ndarray, ids: np.ndarray) -> np.nd
         q, k, v = layer.project(x, places(ids))
         if i == 0 and config.token_shift:
             k = layer.project(key_rows(weights, config, x, ids), places(ids))[1]
+        if config.key_taps and i % (config.hidden_depth + 2) == 0 and (i or not config.token_shift):
+            k = layer.project(tapped(weights, i // (config.hidden_depth + 2), x), places(ids))[1]
         x = layer.update(x, _attend(q, k, v, causal=True, window=window, ids=(ids, ids)))
     return x
 

@@ -44,6 +44,7 @@ MOST_LAYERS = 1000
 WHOLE_HISTORY, CHUNK = 1 << 20, 1 << 16
 # In the hybrid every fourth layer is an attention layer.
 HYBRID_PERIOD = 4
+MOST_TAPS = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +103,7 @@ RULES = {
     "history_window": integer(1, pattern="auto", also=" or 'auto'"),
     "generation_window": integer(1, LONGEST_WINDOW),
     "token_shift": TRUE_OR_FALSE,
+    "key_taps": integer(0, MOST_TAPS),
     "dropout": number("must be a number in [0, 1)", lambda rate: 0 <= rate < 1),
 }
 
@@ -135,6 +137,11 @@ class ModelConfig:
       token_shift: whether the input of the first layer's keys is e_t + s * e_(t-1): each token's embedding plus a
         learned multiple of the previous token's, with a vector s of D numbers that starts at 0. Not in the paper. A
         query can then find a row by the token before it, so that recall takes one layer.
+      key_taps: K, an experiment, without generation. In the first layer of every block the input of the keys is rows_t
+        + sum over k = 1..K of s_k * rows_(t-k), with K learned vectors of D numbers for each block, which start at 0.
+        In block 0 this contains the token shift; with `token_shift` block 0 has that alone. In later blocks it acts
+        only on the keys of C', whose rows do not read each other; rows of x have context already. Baselines have it in
+        the first of every hidden_depth + 2 layers.
       longest_wavelength: longest wavelength of rotary positions, in tokens. Feature pairs with a longer one are not
         rotated (p-RoPE), so that longer distances than in training make no new angles. 0 rotates all, as in the paper.
       dropout: rate of dropout of attention weights and of the feed-forward's output, in training only.
@@ -159,6 +166,7 @@ class ModelConfig:
     generation_window: int = 256
     window_overlap: int = 0
     token_shift: bool = False
+    key_taps: int = 0
     longest_wavelength: int = 0
     dropout: float = 0.0
     dtype: str = "auto"
@@ -202,6 +210,9 @@ class ModelConfig:
         if self.recurrent and self.token_shift:
             allowed = f"must be False for architecture {self.architecture!r}, whose keys have a convolution"
             raise ConfigError("model.token_shift", True, allowed)
+        if self.key_taps and self.recurrent:
+            allowed = f"must be 0 for model.architecture = {self.architecture!r}"
+            raise ConfigError("model.key_taps", self.key_taps, allowed)
 
     @property
     def head_dim(self) -> int:
@@ -243,6 +254,10 @@ class ModelConfig:
     def place(self, layer: int) -> int:
         """Returns the index of a layer among the layers of its kind, attention or Gated DeltaNet."""
         return sum(self.attends(index) == self.attends(layer) for index in range(layer))
+
+    def taps(self, layer: int) -> int:
+        """Returns the number of key taps of layer `layer`: those of a block's first layer, else 0."""
+        return 0 if layer % self.layers_per_block or (self.token_shift and layer == 0) else self.key_taps
 
     @property
     def attention_layers(self) -> int:

@@ -57,8 +57,8 @@ class RunConfig:
         if train.goal and not data.is_task:
             allowed = f"must have no @ACCURACY for data.dataset = {data.dataset!r}, which has no answers"
             raise ConfigError("train.steps", train.steps, allowed)
-        if data.document_masking and (model.recurrent or model.attention == "cudnn"):
-            name = "architecture" if model.recurrent else "attention"
+        if data.document_masking and (model.recurrent or model.key_taps or model.attention == "cudnn"):
+            name = "architecture" if model.recurrent else "key_taps" if model.key_taps else "attention"
             allowed = f"must be False for model.{name} = {getattr(model, name)!r}, which cannot keep documents apart"
             raise ConfigError("data.document_masking", True, allowed)
         if data.curriculum:

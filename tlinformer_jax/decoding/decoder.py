@@ -26,6 +26,7 @@ from tlinformer_jax.decoding.cache import (
 )
 from tlinformer_jax.decoding.params import DecoderParams, decoder_params, embed, logits_of
 from tlinformer_jax.decoding.sampling import MAX_STEPS, Sampler, mark_seen, sample
+from tlinformer_jax.errors import ConfigError
 from tlinformer_jax.kernels.key_value import KeyValue
 from tlinformer_jax.models.cached_attention import token_layer
 from tlinformer_jax.models.delta import DeltaParams, DeltaState, delta_mixer
@@ -179,6 +180,8 @@ class Decoder:
         The mesh's axis `context` splits the rows of the history; the other axes hold copies.
         """
         self.config, self.mesh = model.config, mesh
+        if self.config.key_taps:
+            raise ConfigError("model.key_taps", self.config.key_taps, "must be 0 for generation, which has no key taps")
         split = spread.split_of(mesh, self.config)
         self.devices = 1 if split is None else split.parts
         typed = model.apply(spread.replicate(dict(variables), mesh), method=model.parameters)

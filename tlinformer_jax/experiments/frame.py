@@ -169,6 +169,8 @@ def _model_name(model: Mapping[str, Any], layers: int) -> str:
 def _options(model: Mapping[str, Any]) -> str:
     """Describes the model's deviations from the published one; for an earlier version also which rows were observed."""
     options = ["token shift"] * bool(model.get("token_shift"))
+    if taps := model.get("key_taps"):
+        options.append(f"{taps} key taps")
     if overlap := model.get("window_overlap"):
         options.append(f"overlap {overlap}")
     if longest := model.get("longest_wavelength"):

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tlinformer_jax.config.model import ModelConfig
-from tlinformer_jax.errors import DataError
+from tlinformer_jax.errors import ConfigError, DataError
 from tlinformer_jax.models.feed_forward import EXPERTS
 from tlinformer_jax.models.model import LanguageModel, build_model
 
@@ -90,6 +90,8 @@ def layer_names(config: ModelConfig) -> list[tuple[tuple[str, ...], str]]:
 
 def published_views(params: Mapping[str, Any], config: ModelConfig) -> dict[str, np.ndarray]:
     """Maps published names to views of our arrays in the published layouts; writing to a view changes our array."""
+    if config.key_taps:
+        raise ConfigError("model.key_taps", config.key_taps, "must be 0 for published names, which have no key taps")
     views = {EMBEDDING: params["embedding"], HEAD: params["embedding"]}
     views |= {theirs: params[ours] for theirs, ours in TOP.items() if ours in params}
     for path, prefix in layer_names(config):

@@ -35,6 +35,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from tlinformer_jax.config.model import ModelConfig
+from tlinformer_jax.errors import ConfigError
 from tlinformer_jax.models.attention import attend, head_multiple
 from tlinformer_jax.models.layers import Dropout, Layer, LayerParams, chain_layers, part_of, prepare_layers, update
 from tlinformer_jax.models.rope import rope_table
@@ -238,7 +239,7 @@ class DualWindowBlock(nn.Module):
     config: ModelConfig
 
     def setup(self) -> None:
-        self.compress_layer = Layer(self.config, name="compress")
+        self.compress_layer = Layer(self.config, self.config.key_taps, name="compress")
         self.hidden_layers = [Layer(self.config, name=f"hidden_{i}") for i in range(self.config.hidden_depth)]
         self.restore_layer = Layer(self.config, name="restore")
 
@@ -258,6 +259,8 @@ class DualWindowBlock(nn.Module):
           train: whether to apply dropout, drawn from the rng stream 'dropout'.
         """
         config = self.config
+        if config.key_taps:
+            raise ConfigError("model.key_taps", config.key_taps, "must be 0 for a block outside a language model")
         params = prepare_layers(
             self.parameters(),
             config.compute_dtype,

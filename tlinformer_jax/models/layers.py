@@ -51,12 +51,14 @@ class LayerParams(ResidualParams):
 
     qkv_kernel: Array  # [D, 3, h, d_h]. Queries, keys, values in this order
     qkv_bias: Array  # [3, h, d_h]
+    taps: tuple[Array, ...] = ()  # [D] each; see `tapped`
 
 
 class Layer(nn.Module):
-    """Declares one layer's parameters."""
+    """Declares one layer's parameters; the first layer of a block has `taps`, see `tapped`."""
 
     config: ModelConfig
+    taps: int = 0
 
     @nn.compact
     def __call__(self) -> LayerParams:
@@ -75,6 +77,7 @@ class Layer(nn.Module):
             norm2_scale=self.param("norm2_scale", ones, (width,), dtype),
             norm2_bias=self.param("norm2_bias", zeros, (width,), dtype),
             **feed_forward_params(self, config, inner),
+            taps=tuple(self.param(f"tap_{back}", zeros, (width,), dtype) for back in range(1, self.taps + 1)),
         )
 
 

@@ -30,6 +30,7 @@ from tlinformer_jax.models.layers import (
 )
 from tlinformer_jax.models.rope import rope_table
 from tlinformer_jax.models.streams import Stream, attention_options
+from tlinformer_jax.models.taps import SHIFT_SCALE, tapped
 from tlinformer_jax.models.tlinformer import forward_windows
 from tlinformer_jax.parallel.sharding import constrain_batch, gathered
 
@@ -38,9 +39,6 @@ from tlinformer_jax.parallel.sharding import constrain_batch, gathered
 VOCABULARY_MULTIPLE = 128
 # Id for the token before position 0 and before the first token of a document: there is none.
 NO_TOKEN = -1
-# Factor from the token shift's parameter to s. An update of Adam changes a parameter by about the learning rate: at
-# 3e-4 and without this factor, s would hardly leave 0 in a run, but must reach the order of 1.
-SHIFT_SCALE = 10.0
 
 
 @flax.struct.dataclass
@@ -74,11 +72,14 @@ class LanguageModel(nn.Module):
             "embedding", nn.initializers.normal(INIT_STD), (config.vocab_size, config.d_model), dtype
         )
         windowed = config.windowed
-        self.blocks = [DualWindowBlock(config) for _ in range(config.num_blocks if windowed else 0)]
-        kinds = [
-            Layer if config.attends(index) else DeltaLayer for index in range(0 if windowed else config.num_layers)
+        self.blocks = [
+            DualWindowBlock(dataclasses.replace(config, key_taps=config.taps(block * config.layers_per_block)))
+            for block in range(config.num_blocks if windowed else 0)
         ]
-        self.layers = [kind(config) for kind in kinds]
+        self.layers = [
+            Layer(config, config.taps(index)) if config.attends(index) else DeltaLayer(config)
+            for index in range(0 if windowed else config.num_layers)
+        ]
         self.norm_scale = self.param("norm_scale", nn.initializers.ones, (config.d_model,), dtype)
         self.norm_bias = self.param("norm_bias", nn.initializers.zeros, (config.d_model,), dtype)
         shifts = config.token_shift
@@ -320,6 +321,7 @@ def forward_layers(
         else:
             assert isinstance(params, LayerParams)
             options = attention_options(config, part_of(dropout, CAUSAL_ATTENTION), stream, stream)
+            key_rows = tapped(params, x) if params.taps else key_rows
             mixed = attend(*project(params, x, rope, key_rows=key_rows), causal=True, window=window, **options)
         return update(params, x, mixed, part_of(dropout, FEED_FORWARD)), None
 
@@ -330,4 +332,5 @@ def forward_layers(
         x, _ = layer(x, (layers[0], part_of(dropout, 0)), key_rows)
         layers, dropout = layers[1:], part_of(dropout, 1)
     period = 1 if config.attention_layers in (0, config.num_layers) else HYBRID_PERIOD
+    period = config.layers_per_block if config.key_taps else period
     return chain_layers(layer, layers, x, dropout, plan.scan_layers, period)

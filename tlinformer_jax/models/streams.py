@@ -18,6 +18,7 @@ from tlinformer_jax.models.feed_forward import split_router_losses
 from tlinformer_jax.models.layers import Dropout, LayerParams, part_of, project
 from tlinformer_jax.models.recompute import map_steps
 from tlinformer_jax.models.rope import Rope
+from tlinformer_jax.models.taps import project_chunks, tapped
 from tlinformer_jax.models.windows import PerWindow, WindowFrame, in_chunks, joined, repeat_for_windows, slice_rows
 from tlinformer_jax.parallel.sharding import SplitRows
 
@@ -157,7 +158,8 @@ class History(Stream):
             length = self.split.count(length)
         if not self.chunk:
             restored = restore_rows(*rows, shared, (valid, read, dropout), documents)
-            projected = list(project(next_layer, restored, rope.rows(0, restored.shape[1]), parts))
+            here = rope.rows(0, restored.shape[1])
+            projected = list(project(next_layer, restored, here, parts, tapped(next_layer, restored)))
         else:
             # A plain number must not become an array: kernels are faster if they know that nothing is masked.
             known = None if isinstance(valid, jax.Array) else valid
@@ -168,6 +170,8 @@ class History(Stream):
                     documents = slice_rows(documents, number * self.chunk, self.chunk)
                 here = valid if known is None else known, read, part_of(dropout, number)
                 restored = restore_rows(*part, shared, here, documents)
+                if next_layer.taps:  # the keys need rows of the chunk before
+                    return (restored,)
                 return restored, *project(next_layer, restored, rope.rows(number * self.chunk, self.chunk), parts)
 
             fixed = (valid if known is None else None, read, documents, rope, dropout)
@@ -175,6 +179,8 @@ class History(Stream):
             shared = split_router_losses(shared, filled)
             chunks = jax.tree.map(lambda array: in_chunks(array, self.chunk), rows)
             found = map_steps(restore_chunk, (shared, next_layer), chunks, fixed, filled)
+            if next_layer.taps:
+                found += project_chunks(next_layer, found[0], rope, filled, parts)
             restored, *projected = map(joined, found)
         arrays: dict[str, Any] = {"rows": restored, "Q": None, **dict(zip(parts.upper(), projected))}
         return dataclasses.replace(self, **arrays)

@@ -22,6 +22,7 @@ from tlinformer_jax.models.paired import PairedHistory
 from tlinformer_jax.models.recompute import map_steps
 from tlinformer_jax.models.rope import Rope, rope_table
 from tlinformer_jax.models.streams import History, Stream, place_window
+from tlinformer_jax.models.taps import tapped
 from tlinformer_jax.models.windows import (
     FIRST_WINDOW,
     PairedSegment,
@@ -129,7 +130,9 @@ def prepare_sequence(
         documents = pad_rows(documents, padded - length)
     rope = rope_table(jnp.arange(padded, dtype=jnp.int32), config.head_dim, config.longest_wavelength)
     rows_rope = jax.tree.map(lambda table: rows.take(table, axis=0), rope) if rows else rope
-    history = History.of(blocks[0].compress, embeddings.rows, rows_rope, key_rows=embeddings.key_rows)
+    layer = blocks[0].compress
+    key_rows = tapped(layer, embeddings.rows) if layer.taps else embeddings.key_rows
+    history = History.of(layer, embeddings.rows, rows_rope, key_rows=key_rows)
     history = dataclasses.replace(history, split=rows)
     if not first and not (segments and segments[0].first == 0):
         segments = (FIRST_WINDOW, *segments)

@@ -37,7 +37,7 @@ PARAMETER_RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"experts_down_kernel$", PartitionSpec("expert", "tensor", "fsdp")),
     (r"gate_up_kernel$", PartitionSpec("fsdp", None, "tensor")),
     (r"down_kernel$", PartitionSpec("tensor", "fsdp")),
-    (r"(norm\w*_(scale|bias)|out_bias|shift|router_kernel)$", PartitionSpec()),
+    (r"(norm\w*_(scale|bias)|out_bias|shift|tap_\d|router_kernel)$", PartitionSpec()),
     (r"^competence/", PartitionSpec()),
     (r"/ns_coeffs$", PartitionSpec()),  # constants in Muon's state
 )

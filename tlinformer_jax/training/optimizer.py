@@ -100,10 +100,12 @@ def _fall(peak: float, updates: int, update: Any) -> Any:
 
 
 def decay_mask(config: TrainConfig, params: Any) -> Any:
-    """Returns which parameters decay: kernels and embeddings; with the paper's schedule all except the token shift."""
+    """Returns which parameters decay: kernels and embeddings; with the paper's schedule all except shift and taps."""
 
     def decays(name: str) -> bool:
-        return name != "shift" and (config.schedule == "paper" or name.endswith(("kernel", "embedding")))
+        if name == "shift" or name.startswith("tap_"):
+            return False
+        return config.schedule == "paper" or name.endswith(("kernel", "embedding"))
 
     return _by_name(params, decays)
 

@@ -244,6 +244,8 @@ def check_sequences_divide(mesh: Mesh, config: ModelConfig, length: int, sampled
     for name in ("window", "context"):
         if mesh.shape[name] > 1 and not config.windowed:
             raise mesh_error(mesh, f"{name} must be 1 for model.architecture = {config.architecture!r}")
+    if mesh.shape["context"] > 1 and config.key_taps:
+        raise mesh_error(mesh, f"context must be 1 for model.key_taps = {config.key_taps}")
     windows = min(num_windows(config, length), sampled_windows or length)
     if mesh.shape["window"] > windows:
         raise mesh_error(mesh, f"window must be at most the {windows} windows of a sequence")

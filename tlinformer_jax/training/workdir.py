@@ -35,7 +35,7 @@ ORIGIN_FILE = "init_from.json"
 # The model's fields that decide names and shapes of parameters.
 SHAPES = (
     *("architecture", "vocab_size", "d_model", "num_heads", "num_blocks", "hidden_depth", "d_ff"),
-    *("num_experts", "token_shift"),
+    *("num_experts", "token_shift", "key_taps"),
 )
 # A parameter whose initial value has no effect, so the origin may lack it.
 NEUTRAL = "shift"
