@@ -113,7 +113,7 @@ def _window(
             keyed = tapped(weights, b, embedded)
             kc, kx = layer.project(keyed[first:n], past)[1], layer.project(keyed[n : n + m], new)[1]
         elif config.key_taps and b > 0:
-            kc = layer.project(tapped(weights, b, context), past)[1]
+            kc = layer.project(context + (tapped(weights, b, embedded) - embedded)[first:n], past)[1]
         if kept is not None and len(context):
             kc, vc = kept(kc), kept(vc)
         if probe is not None:

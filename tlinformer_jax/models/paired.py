@@ -27,7 +27,7 @@ from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.models.attention import attend
 from tlinformer_jax.models.layers import Dropout, LayerParams, part_of, project
 from tlinformer_jax.models.streams import History, Stream, attention_options
-from tlinformer_jax.models.taps import rows_before, tapped
+from tlinformer_jax.models.taps import with_sum
 from tlinformer_jax.models.windows import PerWindow, slice_rows
 
 
@@ -110,14 +110,10 @@ class PairedHistory(History):
         rows = (self.rows, self.Q) if self.restored else (self.both(self.rows), self.both(self.Q))
         restored = restore_rows(*rows, shared, (None, read, dropout), documents, attend=attend_blocks)
 
-        def before(array: Array, back: int) -> Array:
-            # The short history is in reverse order.
-            after = jnp.flip(rows_before(jnp.flip(array, 1), back), 1)
-            return jnp.where((jnp.arange(count) < self.length[0])[:, None], rows_before(array, back), after)
-
-        projected = project(next_layer, restored, rope, parts, tapped(next_layer, restored, before))
+        sums = self.sums if self.restored else tuple(self.both(array) for array in self.sums)
+        projected = project(next_layer, restored, rope, parts, with_sum(restored, sums))
         arrays: dict[str, Any] = {"rows": restored, "Q": None, **dict(zip(parts.upper(), projected))}
-        return dataclasses.replace(self, restored=True, **arrays)
+        return dataclasses.replace(self, restored=True, sums=sums[1:], **arrays)
 
 
 def _of_window(number: int, array: Any) -> Any:

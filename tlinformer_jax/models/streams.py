@@ -18,7 +18,7 @@ from tlinformer_jax.models.feed_forward import split_router_losses
 from tlinformer_jax.models.layers import Dropout, LayerParams, part_of, project
 from tlinformer_jax.models.recompute import map_steps
 from tlinformer_jax.models.rope import Rope
-from tlinformer_jax.models.taps import project_chunks, tapped
+from tlinformer_jax.models.taps import with_sum
 from tlinformer_jax.models.windows import PerWindow, WindowFrame, in_chunks, joined, repeat_for_windows, slice_rows
 from tlinformer_jax.parallel.sharding import SplitRows
 
@@ -88,6 +88,7 @@ class History(Stream):
     """
 
     rope: Rope | None = None
+    sums: tuple[Any, ...] = ()
     split: SplitRows | None = flax.struct.field(pytree_node=False, default=None)
     chunk: int = flax.struct.field(pytree_node=False, default=0)
 
@@ -149,6 +150,7 @@ class History(Stream):
         """
         batch = shared[-1].shape[0]
         rows = repeat_for_windows(self.rows, batch), repeat_for_windows(self.Q, batch)
+        sums = tuple(repeat_for_windows(array, batch) for array in self.sums)
         rope, length, (valid, read, dropout) = self.rope, self.length, fixed
         assert rope is not None
         documents = jax.tree.map(lambda array: repeat_for_windows(array, batch), self.documents)
@@ -159,7 +161,7 @@ class History(Stream):
         if not self.chunk:
             restored = restore_rows(*rows, shared, (valid, read, dropout), documents)
             here = rope.rows(0, restored.shape[1])
-            projected = list(project(next_layer, restored, here, parts, tapped(next_layer, restored)))
+            projected = list(project(next_layer, restored, here, parts, with_sum(restored, sums)))
         else:
             # A plain number must not become an array: kernels are faster if they know that nothing is masked.
             known = None if isinstance(valid, jax.Array) else valid
@@ -169,21 +171,18 @@ class History(Stream):
                 if documents is not None:
                     documents = slice_rows(documents, number * self.chunk, self.chunk)
                 here = valid if known is None else known, read, part_of(dropout, number)
-                restored = restore_rows(*part, shared, here, documents)
-                if next_layer.taps:  # the keys need rows of the chunk before
-                    return (restored,)
-                return restored, *project(next_layer, restored, rope.rows(number * self.chunk, self.chunk), parts)
+                restored = restore_rows(*part[:2], shared, here, documents)
+                place = rope.rows(number * self.chunk, self.chunk)
+                return restored, *project(next_layer, restored, place, parts, with_sum(restored, part[2:]))
 
             fixed = (valid if known is None else None, read, documents, rope, dropout)
             filled = -(-jnp.max(jnp.asarray(length, jnp.int32)) // self.chunk)
             shared = split_router_losses(shared, filled)
-            chunks = jax.tree.map(lambda array: in_chunks(array, self.chunk), rows)
+            chunks = jax.tree.map(lambda array: in_chunks(array, self.chunk), (*rows, *sums[:1]))
             found = map_steps(restore_chunk, (shared, next_layer), chunks, fixed, filled)
-            if next_layer.taps:
-                found += project_chunks(next_layer, found[0], rope, filled, parts)
             restored, *projected = map(joined, found)
         arrays: dict[str, Any] = {"rows": restored, "Q": None, **dict(zip(parts.upper(), projected))}
-        return dataclasses.replace(self, **arrays)
+        return dataclasses.replace(self, sums=self.sums[1:], **arrays)
 
 
 @flax.struct.dataclass

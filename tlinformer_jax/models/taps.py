@@ -1,15 +1,11 @@
 """Key taps, an experiment: learned multiples of the rows before are added to the input of a block's first keys."""
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from tlinformer_jax.models.layers import LayerParams, project
-from tlinformer_jax.models.recompute import map_steps
-from tlinformer_jax.models.rope import Rope
-from tlinformer_jax.models.windows import joined
+from tlinformer_jax.models.layers import LayerParams
 
 # Factor from the parameters of token shift and key taps to s. An update of Adam changes a parameter by about the
 # learning rate: at 3e-4 and without this factor, s would hardly leave 0 in a run, but must reach the order of 1.
@@ -43,19 +39,15 @@ def tapped(
     return total.astype(rows.dtype)
 
 
-def project_chunks(
-    layer: LayerParams, chunks: Float[Array, "chunks b chunk D"], rope: Rope, filled: Array, parts: str
-) -> tuple[Array, ...]:
-    """Projects the first `filled` chunks of C' with their `tapped` keys, which read rows of the chunk before."""
-    size, most = chunks.shape[2], len(layer.taps)
-    places = jnp.arange(len(chunks))[:, None] * size - jnp.arange(most, 0, -1)
-    ends = jnp.take(joined(chunks), jnp.maximum(places, 0), axis=1)
-    ends = jnp.moveaxis(jnp.where((places < 0)[None, ..., None], 0, ends), 1, 0)
 
-    def project_chunk(layer: LayerParams, rope: Rope, item: tuple[Any, Array]) -> tuple[Array, ...]:
-        (rows, end), number = item
-        longer = jnp.concatenate([end, rows], axis=1)
-        key_rows = tapped(layer, rows, lambda _, back: longer[:, most - back : most - back + size])
-        return project(layer, rows, rope.rows(number * size, size), parts, key_rows)
+def tap_sum(params: LayerParams, embedded: Float[Array, "batch length D"]) -> Float[Array, "batch length D"]:
+    """Returns sum_k s_k * e_(t-k), which a later block adds to the input of the keys of C'."""
+    total = jnp.zeros(embedded.shape, jnp.float32)
+    for back, tap in enumerate(params.taps, 1):
+        total += SHIFT_SCALE * tap.astype(jnp.float32) * rows_before(embedded, back).astype(jnp.float32)
+    return total.astype(embedded.dtype)
 
-    return map_steps(project_chunk, layer, (chunks, ends), rope, filled)
+
+def with_sum(rows: Array, sums: Sequence[Array]) -> Array | None:
+    """Returns the input of the keys of C', given its rows; None without taps."""
+    return None if not sums else (rows.astype(jnp.float32) + sums[0].astype(jnp.float32)).astype(rows.dtype)

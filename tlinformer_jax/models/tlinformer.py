@@ -22,7 +22,7 @@ from tlinformer_jax.models.paired import PairedHistory
 from tlinformer_jax.models.recompute import map_steps
 from tlinformer_jax.models.rope import Rope, rope_table
 from tlinformer_jax.models.streams import History, Stream, place_window
-from tlinformer_jax.models.taps import tapped
+from tlinformer_jax.models.taps import tap_sum, tapped
 from tlinformer_jax.models.windows import (
     FIRST_WINDOW,
     PairedSegment,
@@ -133,7 +133,8 @@ def prepare_sequence(
     layer = blocks[0].compress
     key_rows = tapped(layer, embeddings.rows) if layer.taps else embeddings.key_rows
     history = History.of(layer, embeddings.rows, rows_rope, key_rows=key_rows)
-    history = dataclasses.replace(history, split=rows)
+    sums = tuple(tap_sum(block.compress, embeddings.rows) for block in blocks[1:] if block.compress.taps)
+    history = dataclasses.replace(history, split=rows, sums=sums)
     if not first and not (segments and segments[0].first == 0):
         segments = (FIRST_WINDOW, *segments)
     return PreparedSequence(history, (rope, dropout, documents), count, segments)
@@ -157,7 +158,7 @@ def place_in_segment(
     if isinstance(segment, PairedSegment):
         size = config.generation_window
         fields |= {"never_empty": segment.first > 0, "size": size, "longest_second": rows // size // 2 * size}
-        C = PairedHistory(C.rows, C.Q, C.K, C.V, **fields)
+        C = PairedHistory(C.rows, C.Q, C.K, C.V, sums=C.sums, **fields)
     else:
         C = dataclasses.replace(C, chunk=segment.history_chunk, **fields)
     return C, frame, part_of(dropout, windows if segment.together == 1 else windows[0])
