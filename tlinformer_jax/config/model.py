@@ -44,7 +44,7 @@ MOST_LAYERS = 1000
 WHOLE_HISTORY, CHUNK = 1 << 20, 1 << 16
 # In the hybrid every fourth layer is an attention layer.
 HYBRID_PERIOD = 4
-MOST_TAPS = 3
+MOST_TAPS = 8
 
 
 @dataclasses.dataclass(frozen=True)
