@@ -257,7 +257,7 @@ class ModelConfig:
 
     def taps(self, layer: int) -> int:
         """Returns the number of key taps of layer `layer`: those of a block's first layer, else 0."""
-        return 0 if layer % self.layers_per_block or (self.token_shift and layer == 0) else self.key_taps
+        return 0 if layer % self.layers_per_block or layer == 0 else self.key_taps
 
     @property
     def attention_layers(self) -> int:
