@@ -14,7 +14,7 @@ The vocabulary is 8,192 (4,095 keys, 4,096 values); only answers count in the lo
 
 Each variant except those named grown may end in -plus, such as 256-32-tight-plus: with `model.token_shift`, and without
 shorter samples first. At rate 0.003 and a short schedule it let attention find the answers of 256-16 in three of three
-runs and TLinFormer in four of six; none found them without (docs/quality.md, "Options beyond the paper").
+runs and TLinFormer in four of six; none found them without (docs/memory.md, "Options beyond the paper").
 
 The last six settings start on shorter samples with fewer pairs (`data.curriculum`). Without them attention learned
 nothing in 512-64 at learning rates of 0.003 and 0.01, and TLinFormer nothing in 256-16. In 256-32-tight a sample of 64

@@ -7,11 +7,11 @@ Variants: pairs (4 to 256 pairs: 105 runs), rows (W_oh of 1 to 128: 80 runs), al
 
 A point is named pairsP-rowsW_MODEL_lrRATE, where W is the number of rows of W_oh. All have a model of width 128 and 4
 layers, W_og = 64, and samples that start with 64 tokens and grow as soon as 80% of the training answers are right. All
-have the token shift, without which it is a matter of luck whether a run finds the answers at all (docs/quality.md).
+have the token shift, without which it is a matter of luck whether a run finds the answers at all (docs/memory.md).
 TLinFormer's window and attention read the pairs directly. TConstFormer reads only W_oh if the pairs fill the first
 window, that is, from 32 pairs on. A run ends at 99%, or after 200 M tokens.
 
-The report draws the median over seeds with its bootstrap interval. Result: docs/quality.md, "Memory suite", with at
+The report draws the median over seeds with its bootstrap interval. Result: docs/memory.md, "Memory suite", with at
 most 131 M tokens and shorter stages: --config.train.steps=4000@0.99 --config.train.warmup_steps=400
 --config.data.curriculum=64:700@0.8,128:700@0.8,256:700@0.8,512:700@0.8. One to three seeds; TLinFormer at 64 pairs only
 with W_oh = 1 and 16, attention not at 128 pairs, TConstFormer in four cells.

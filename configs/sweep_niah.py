@@ -8,7 +8,7 @@ points each, three seeds); one setting of configs/niah.py, such as s1-4k; and ti
 the token shift and no slow rotations, and TLinFormer and TConstFormer also key taps. Each is evaluated at 1, 4 and 16
 times its length for the heat maps of the report. A point is refused if the held-out text is shorter: then set --then.
 
-Result: docs/quality.md, "Memory suite": 1k with --config.model.token_shift=true --config.model.longest_wavelength=64,
+Result: docs/memory.md, "Memory suite": 1k with --config.model.token_shift=true --config.model.longest_wavelength=64,
 one or two seeds; mk-1k also with five key taps. Not measured: the sliding window in mk, 4k, 16k, and plus.
 """
 

@@ -13,7 +13,7 @@ Variants:
   rate, and only the settings called grown start on shorter samples;
 - plus-grown: TLinFormer with the token shift in the other four settings, on shorter samples first. In 512-64 these are
   samples of 64 tokens only, in 1024-128-tight of 512: with samples of 64, 128, 256 (and 512) tokens first, two of five
-  runs failed in each (docs/quality.md);
+  runs failed in each (docs/memory.md);
 - tiny: 2 cells of a minute each on a CPU.
 
 Controls are chance (H_P / P for P pairs, shown in the figures), attention, TConstFormer and sliding window. TLinFormer

@@ -5,7 +5,7 @@
 Variants: the name of a setting of configs/state.py runs that setting with four architectures and five seeds; the
 default runs all settings (80 runs); tiny is two runs on a CPU.
 
-Result: docs/quality.md, "Memory suite": parity-64, three seeds, two to eight minutes a run on an H200 that it shared
+Result: docs/memory.md, "Memory suite": parity-64, three seeds, two to eight minutes a run on an H200 that it shared
 with others. Not measured: parity-256, s5-64 and s5-256.
 """
 

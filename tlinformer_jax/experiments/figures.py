@@ -1,6 +1,7 @@
 """Figures for sweeps and the report, drawn from tables with a row for each point."""
 
 import pathlib
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,6 +21,7 @@ HISTORY = {
 SWAPPED = "another text's"  # rows of history; see `evaluation.history`
 READERS = {"x": "read by the window", "z": "read by the observation window"}
 PLACES = 4  # depths at which a heat map has a tick
+TITLE_WIDTH = 60  # characters of a line above a heat map
 
 
 def shown(file: pathlib.Path, title: str) -> list[str]:
@@ -55,7 +57,7 @@ def plot_heat_maps(maps: Mapping[str, pd.DataFrame], file: pathlib.Path) -> None
         places = range(0, depths, -(-depths // PLACES))
         axes.set_yticks(range(len(shares)), [f"{length:,}" for length in shares.index])
         axes.set_xticks([*places, depths + 1], [*(f"{place / depths:.0%}" for place in places), "last\nwindows"])
-        axes.set_title(title, fontsize=9)
+        axes.set_title("\n".join(textwrap.fill(line, TITLE_WIDTH) for line in title.split("\n")), fontsize=9)
         axes.set(xlabel="depth of the source before both windows", ylabel="tokens")
     for axes in panels[len(maps) :]:
         axes.remove()

@@ -48,7 +48,7 @@ MODELS = {
 COMPARATORS = {"delta-4": ("gated_deltanet", 2, 0), "hybrid-4": ("gated_deltanet_hybrid", 2, 0)}
 
 SHIFT: dict[str, Any] = {"model.token_shift": True}
-# Options for a long memory (docs/quality.md, "Passkeys"); `set_model` drops those that an architecture cannot have.
+# Options for a long memory (docs/memory.md, "Passkeys"); `set_model` drops those that an architecture cannot have.
 MEMORY: dict[str, Any] = {"token_shift": True, "longest_wavelength": 64, "key_taps": 5}
 # Language models: name -> fields that differ from a row N-T-r of `config.recipes`. Gated DeltaNet's short convolution
 # stands for the token shift that models named plus have.

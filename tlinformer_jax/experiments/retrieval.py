@@ -5,6 +5,7 @@ Whether a run finds the answers depends on chance too, so runs are counted and l
 
 import itertools
 import pathlib
+import re
 from typing import Any
 
 import numpy as np
@@ -149,7 +150,7 @@ def question_lines(frame: pd.DataFrame) -> list[str]:
 def length_lines(frame: pd.DataFrame, figures: pathlib.Path) -> list[str]:
     """Returns accuracies by length and depth, for every run that was evaluated at several lengths."""
     lines: list[str] = []
-    for number, (setting, part) in enumerate(_by_setting(frame), 1):
+    for setting, part in _by_setting(frame):
         tables, maps = [], {}
         for _, evaluations in actions_of(part, "evaluate", "answers").groupby("name", sort=False):
             run = evaluations.iloc[0]
@@ -173,7 +174,8 @@ def length_lines(frame: pd.DataFrame, figures: pathlib.Path) -> list[str]:
         if tables:
             lines += [f"Trained on {setting}:", "", *table_of(pd.concat(tables)), ""]
         if maps:
-            file = figures / f"results_lengths_{part['config.data.dataset'].iloc[0]}_{part[N].iloc[0]}_{number}.png"
+            words = "_".join(re.findall("[a-z0-9.]+", setting.lower()))
+            file = figures / f"results_lengths_{words}.png"
             plot_heat_maps(maps, file)
             lines += shown(file, f"Answers right by length and depth: {setting}")
     return lines
