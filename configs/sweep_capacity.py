@@ -11,10 +11,10 @@ have the token shift, without which it is a matter of luck whether a run finds t
 TLinFormer's window and attention read the pairs directly. TConstFormer reads only W_oh if the pairs fill the first
 window, that is, from 32 pairs on. A run ends at 99%, or after 200 M tokens.
 
-The report draws the median over seeds with its bootstrap interval. Result: docs/memory.md, "Memory suite", with at
-most 131 M tokens and shorter stages: --config.train.steps=4000@0.99 --config.train.warmup_steps=400
---config.data.curriculum=64:700@0.8,128:700@0.8,256:700@0.8,512:700@0.8. One to three seeds; TLinFormer at 64 pairs only
-with W_oh = 1 and 16, attention not at 128 pairs, TConstFormer in four cells.
+The report draws the median over seeds with its bootstrap interval. Result: docs/memory.md, "Capacity", with at most
+131 M tokens and shorter stages: --config.train.steps=4000@0.99 --config.train.warmup_steps=400
+--config.data.curriculum=64:700@0.8,128:700@0.8,256:700@0.8,512:700@0.8. Three seeds of TLinFormer and attention with
+W_oh = 32, one to three of the other cells.
 """
 
 import re

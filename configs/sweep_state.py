@@ -5,8 +5,9 @@
 Variants: the name of a setting of configs/state.py runs that setting with four architectures and five seeds; the
 default runs all settings (80 runs); tiny is two runs on a CPU.
 
-Result: docs/memory.md, "Memory suite": parity-64, three seeds, two to eight minutes a run on an H200 that it shared
-with others. Not measured: parity-256, s5-64 and s5-256.
+Result: docs/memory.md, "State tracking": parity-64, three seeds; the others one seed with at most 100 M tokens:
+--config.train.steps=3051@0.99 --config.train.warmup_steps=305 and stages of at most 400 or 500 updates, as their
+commands in docs/results.md say. Two to eight minutes a run on an H200 that it shared with others.
 """
 
 from tlinformer_jax.experiments.plan import Sweep
