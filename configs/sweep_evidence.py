@@ -32,8 +32,8 @@ on the validation split; --then=evaluate,history,samples adds texts.
 A run that was stopped continues from its last checkpoint when the same command is run again. There are ten, and SIGTERM
 saves another.
 
-Needs: the same as configs/books.py. Result: of rates, Base and TLinFormer with the token shift at 0.0006, 0.001 and
-0.002, the best of the three for both (docs/quality.md, "Learning rates for six epochs"). All else is not yet measured.
+Needs: the same as configs/books.py. Result: docs/quality.md, "Learning rates for six epochs": Base without the
+token shift and TLinFormer with it at three rates of `rates`; 0.002 was best for both. Nothing else is measured yet.
 """
 
 from collections.abc import Mapping
@@ -50,18 +50,19 @@ from tlinformer_jax.experiments.recipes import (
     window_fields,
 )
 
-# Peak learning rates, chosen by `rates` for base and plus, to be chosen for the others. It does not measure base-plus
-# and no-history, which base stands for, nor the two models of `large`.
+# Peak learning rates. `rates` has chosen those of base and plus, among three; the others have the same until it has
+# chosen theirs, so that no comparison is biased. It does not measure base-plus and no-history, which base stands for,
+# the two models of `large`, and samples of 8,192 tokens.
 RATES = {
     "base": 2e-3,
     "base-plus": 2e-3,
     "no-history": 2e-3,
-    "tlin": 1e-3,
+    "tlin": 2e-3,
     "plus": 2e-3,
-    "tconst-plus": 1e-3,
-    "sliding-plus": 1e-3,
-    "delta": 1e-3,
-    "hybrid": 1e-3,
+    "tconst-plus": 2e-3,
+    "sliding-plus": 2e-3,
+    "delta": 2e-3,
+    "hybrid": 2e-3,
     "125m-base-plus": 1e-3,
     "125m-plus": 1e-3,
 }

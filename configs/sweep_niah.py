@@ -8,9 +8,11 @@ points each, three seeds); one setting of configs/niah.py, such as s1-4k; and ti
 the token shift and no slow rotations, and TLinFormer and TConstFormer also key taps. Each is evaluated at 1, 4 and 16
 times its length for the heat maps of the report. A point is refused if the held-out text is shorter: then set --then.
 
-Result: docs/memory.md, "Needles": 1k with --config.model.token_shift=true --config.model.longest_wavelength=64;
-1k-plus, of s1, s2 and s3 only TLinFormer and attention; s2 and mk of 4k-plus for these two; mk of 16k-plus for
-TLinFormer. One or two seeds. Not measured: the sliding window in mk-1k, 4k, 16k and the rest of 4k-plus and 16k-plus.
+Result: docs/memory.md, "Needles", one or two seeds:
+
+- 1k with --config.model.token_shift=true --config.model.longest_wavelength=64, but for the sliding window in mk;
+- 1k-plus: TLinFormer and attention in all tasks, TConstFormer and the sliding window in mk;
+- 4k-plus: TLinFormer and attention in s2 and mk; 16k-plus: TLinFormer in mk.
 """
 
 from tlinformer_jax.experiments.plan import Sweep

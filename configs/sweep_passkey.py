@@ -16,8 +16,8 @@ Result: docs/results.md, the four architectures at the learning rate 0.001, one 
 that it shared with six or seven others. At 8,192 tokens TLinFormer has 0.985 right and attention 0.940; TConstFormer
 and the sliding window find no number before both windows. At 32,768 tokens TLinFormer has 0.255 right, nearly all of
 them in the last 10,000 tokens. At rate 0.003 TLinFormer was worse (0.305 after 1,905 updates, two thirds of a run
-without a record). Not measured: 0.0003. Of plus: docs/memory.md, "Passkeys". Not measured there: a second seed with an
-overlap, and of attention.
+without a record). Not measured: 0.0003. Of plus: docs/memory.md, "Passkeys", where most points beside
+8k-plus are from a branch. Not measured: the second seeds with an overlap and of attention.
 """
 
 from typing import Any

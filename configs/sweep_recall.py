@@ -39,11 +39,7 @@ shift in all but 64-4 and 256-16, three seeds. The other cells were stopped
 (docs/measurements/recall_stopped_h200.json). plus-grown: all, five seeds.
 """
 
-from ml_collections import ConfigDict
-
-from tlinformer_jax.config.data import DataConfig
 from tlinformer_jax.config.run import default_config_dict
-from tlinformer_jax.config.train import TrainConfig
 from tlinformer_jax.experiments.plan import Sweep
 from tlinformer_jax.experiments.recipes import MODELS, package_config, sweep_points
 
@@ -51,13 +47,8 @@ LEARNING_RATES = (1e-3, 3e-3, 1e-2)
 TIGHT = ("256-32-tight", "512-64-tight", "1024-128-tight")
 SETTINGS = ("64-4", "128-8", "256-16", "512-64", *TIGHT)
 GROWN = ("128-8-grown", "256-16-grown")
-# Shorter samples first, of plus-grown.
-STAGES = {
-    "512-64": "64:1500",
-    "256-32-tight": "64:800,128:800",
-    "512-64-tight": "64:600,128:600,256:800",
-    "1024-128-tight": "512:2500",
-}
+# Settings of plus-grown.
+HARDER = ("512-64", "256-32-tight", "512-64-tight", "1024-128-tight")
 
 
 def get_sweep(variant: str = "all") -> Sweep:
@@ -77,34 +68,18 @@ def get_sweep(variant: str = "all") -> Sweep:
 def _plus() -> Sweep:
     """Returns each setting with the token shift, shorter samples first only in GROWN; TLinFormer also without it."""
     models = [name for name in MODELS if name.endswith("-4")]
-    settings = [f"{setting}-plus" for setting in SETTINGS]
-    base, points = sweep_points(_shifted, (*settings, *GROWN), models, (3e-3,))
+    settings = [f"{setting}-plus" for setting in (*SETTINGS, *GROWN)]
+    base, points = sweep_points(package_config("recall"), settings, models, (3e-3,))
     plain = {"model.token_shift": False}
-    points = {name if "-plus" in name else name.replace("_", "-plus_", 1): fields for name, fields in points.items()}
     points |= {name.replace("-plus", "-plain"): fields | plain for name, fields in points.items() if "_tlin-4" in name}
     return Sweep(base, points, then=("evaluate",), study="retrieval")
 
 
 def _plus_grown() -> Sweep:
-    """Returns settings with the shift and stages that end by updates alone, so that seeds can train --together."""
-    base, points = sweep_points(_grown, tuple(STAGES), ("tlin-4",), (3e-3,))
-    points = {name.replace("_", "-grown-plus_", 1): fields for name, fields in points.items()}
+    """Returns TLinFormer with the token shift, on shorter samples first, in the other settings."""
+    settings = [f"{setting}-grown-plus" for setting in HARDER]
+    base, points = sweep_points(package_config("recall"), settings, ("tlin-4",), (3e-3,))
     return Sweep(base, points, then=("evaluate",), study="retrieval")
-
-
-def _grown(setting: str) -> ConfigDict:
-    config = _shifted(setting)
-    config.data.curriculum = STAGES[setting]
-    updates = TrainConfig(**config.train).updates
-    needed = DataConfig(**config.data).samples_before(updates, config.train.batch_size)
-    config.data.examples = max(config.data.examples, needed)
-    return config
-
-
-def _shifted(setting: str) -> ConfigDict:
-    config = package_config("recall")(setting)
-    config.model.token_shift = True
-    return config
 
 
 def _tiny() -> Sweep:

@@ -33,7 +33,7 @@ def module_of(path: pathlib.Path):
 
 RECALL, COPY = (module_of(CONFIGS / "recall.py").RECALL, module_of(CONFIGS / "copy.py").COPY)
 TASKS = {
-    "recall": RECALL,
+    "recall": module_of(CONFIGS / "recall.py").VARIANTS,
     "copy": COPY,
     "passkey": module_of(CONFIGS / "passkey.py").PASSKEY,
     "niah": module_of(CONFIGS / "niah.py").VARIANTS,
@@ -267,7 +267,7 @@ def test_large_models_fit_their_accelerators_mesh(variant, millions, devices, to
         ("books", "0k-512-0.5", "must be base-N or N-T-r"),
         ("books", "512-0-0.5", "must be base-N or N-T-r"),
         ("books", "nonsense-plus", "must be base-N or N-T-r"),
-        ("recall", "256-plus", r"variant = '256': must be one of 64-4, "),
+        ("recall", "256-plus", r"variant = '256-plus': must be one of 64-4, "),
         ("books", "768-512-0.5", "must have an N that divides the 131,072 tokens of an update"),
     ],
 )

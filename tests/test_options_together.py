@@ -45,7 +45,7 @@ def test_prefill_step_and_slide_are_the_references(architecture):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("architecture", "context"), [("tlinformer", 2), ("tconstformer", 8)])
+@pytest.mark.parametrize(("architecture", "context"), [("tlinformer", 2), ("tlinformer", 8), ("tconstformer", 8)])
 def test_a_history_over_devices_is_the_references(architecture, context, monkeypatch, own_traces):
     """Windows of 5, which no number of devices divides; growing caches of several chunks, whose rows are not looked up
     by token, though they are many enough."""

@@ -1,6 +1,7 @@
 """Tables and heat maps of tasks from records, against sums by hand; and the whole way from a sweep to the report."""
 
 import json
+import re
 
 import numpy as np
 import pandas as pd
@@ -9,6 +10,7 @@ import pytest
 from tests.support.commands import ROOT, command
 from tests.support.figures import check_lines
 from tests.support.results import made_result, save
+from tlinformer_jax.experiments.figures import plot_heat_maps
 from tlinformer_jax.experiments.frame import frame_of, median_update, points_of
 from tlinformer_jax.experiments.report import write_report
 from tlinformer_jax.experiments.retrieval import median_interval, retrieval_lines, wilson_interval
@@ -227,13 +229,40 @@ def test_heat_maps_keep_what_the_last_windows_hold_apart(tmp_path, drawn):
     assert "| TLinFormer, 4 layers (B = 2, H = 0) | 0.001 | 0 | 256 | 0.600 |  | 1.000 | 0.500 |" in lines
     assert "| TLinFormer, 4 layers (B = 2, H = 0) | 0.001 | 0 | 8,192 | 0.333 |  | 0.500 | 0.250 |" in lines
     (file,) = (tmp_path / "figures").iterdir()
-    assert file.name.startswith("results_lengths_passkey_n_512_")  # named by its setting
+    assert re.fullmatch("results_lengths_passkey_512_[0-9a-f]{8}.png", file.name)
     assert any(f"](figures/{file.name})" in line for line in lines)
     # By depth what lies before both windows; after a gap what lies in them.
     expected = np.full((2, 22), np.nan)
     expected[0, [0, 7, 21]] = 3 / 4, 1 / 4, 1.0
     expected[1, [0, 21]] = 1 / 4, 0.5
     np.testing.assert_array_equal(drawn[file.name][0].image, expected)
+
+
+def test_a_heat_map_keeps_its_name_when_others_come_and_no_two_settings_share_one(tmp_path, drawn):
+    then = {f"evaluate@{length}": evaluated(length, {0: (3, 4), 7: (1, 4)}, (2, 2)) for length in (256, 8192)}
+    data = DATA | {"dataset": "passkey", "tokenizer": "bytes"}
+    settings = ["256:40", "256:4", "128:40,256:40"]
+    results = [
+        cell(TLIN, 1e-3, 0.5, seed, then=then, data=data | {"curriculum": stages})
+        for seed, stages in enumerate(settings)
+    ]
+    names = []
+    for count in (1, 3):
+        written(tmp_path / str(count), *results[:count])
+        names.append({file.name for file in (tmp_path / str(count) / "figures").iterdir()})
+    assert len(names[1]) == 3
+    assert names[0] < names[1]
+
+
+def test_no_line_above_a_heat_map_reaches_the_next_one(tmp_path, drawn):
+    shares = pd.DataFrame([[0.5, 1.0]], index=[256])
+    title = (
+        "TConstFormer, 4 layers (B = 2, H = 0), token shift, 5 key taps, wavelengths to 64\nlearning rate 0.001, seed 0"
+    )
+    plot_heat_maps({title: shares, f"other {title}": shares}, tmp_path / "maps.png")
+    for panel, whole in zip(drawn["maps.png"], (title, f"other {title}")):
+        assert panel.title.replace("\n", " ") == whole.replace("\n", " ")
+        assert max(map(len, panel.title.split("\n"))) <= 60
 
 
 def asked(right: list[int], answers: list[int]) -> dict:

@@ -3,9 +3,9 @@
 Whether a run finds the answers depends on chance too, so runs are counted and listed, not averaged.
 """
 
+import hashlib
 import itertools
 import pathlib
-import re
 from typing import Any
 
 import numpy as np
@@ -174,8 +174,9 @@ def length_lines(frame: pd.DataFrame, figures: pathlib.Path) -> list[str]:
         if tables:
             lines += [f"Trained on {setting}:", "", *table_of(pd.concat(tables)), ""]
         if maps:
-            words = "_".join(re.findall("[a-z0-9.]+", setting.lower()))
-            file = figures / f"results_lengths_{words}.png"
+            # A hash, so that new settings do not rename the figures of others.
+            name = hashlib.sha256(setting.encode()).hexdigest()[:8]
+            file = figures / f"results_lengths_{part['config.data.dataset'].iloc[0]}_{part[N].iloc[0]}_{name}.png"
             plot_heat_maps(maps, file)
             lines += shown(file, f"Answers right by length and depth: {setting}")
     return lines
