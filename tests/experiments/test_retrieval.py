@@ -13,7 +13,7 @@ from tests.support.results import made_result, save
 from tlinformer_jax.experiments.figures import plot_heat_maps
 from tlinformer_jax.experiments.frame import frame_of, median_update, points_of
 from tlinformer_jax.experiments.report import write_report
-from tlinformer_jax.experiments.retrieval import median_interval, retrieval_lines, wilson_interval
+from tlinformer_jax.experiments.retrieval import median_interval, overview_lines, retrieval_lines, wilson_interval
 
 DATA = {"dataset": "recall", "tokenizer": "numbers:257", "sequence_length": 512, "num_items": 64}
 WINDOWS = {"history_window": 16, "generation_window": 32, "hidden_depth": 0}
@@ -216,6 +216,27 @@ def test_a_seed_that_another_sweep_has_run_too_is_listed_but_not_counted():
         ["1", "0.600"],
         ["2", "0.950"],
     ]
+
+
+def test_settings_in_which_tlinformer_fails_come_first():
+    """By its best options; each seed counts once, and a repeated one not again."""
+    shift, far = {"token_shift": True}, {"data": DATA | {"sequence_length": 1024}}
+    results = [
+        *(cell(TLIN | shift, 1e-3, accuracy, seed) for seed, accuracy in enumerate((0.95, 0.9, 0.5))),
+        *(cell(TLIN, rate, 0.1) for rate in (1e-3, 3e-3)),
+        cell({}, 1e-3, 0.99),
+        {**cell(TLIN, 3e-3, 0.99), "name": "again-seed0", "point": "again", "sweep": "sweep_selection"},
+        {**cell(TLIN, 1e-3, 0.4, **far), "name": "far-seed0"},
+        {**cell({}, 1e-3, 0.99, 1, **far), "name": "far-seed1"},
+        {**cell({"num_blocks": 3}, 1e-3, 0.1, **far), "name": "far-seed2"},
+    ]
+    head, _, *rows, _ = overview_lines(frame_of(results))
+    assert head == "| setting | full attention | TLinFormer |"
+    assert [row.split(" | ")[1:] for row in rows] == [
+        ["1 of 1, 2 x 2 layers; 0 of 1, 3 x 2 layers", "0 of 1 |"],
+        ["1 of 1", "0 of 2; 2 of 3, token shift |"],
+    ]
+    assert ["N = 1,024" in row for row in rows] == [True, False]
 
 
 def test_heat_maps_keep_what_the_last_windows_hold_apart(tmp_path, drawn):

@@ -37,7 +37,13 @@ from tlinformer_jax.experiments.frame import (
     table_of,
 )
 from tlinformer_jax.experiments.job import Record
-from tlinformer_jax.experiments.retrieval import capacity_lines, length_lines, question_lines, retrieval_lines
+from tlinformer_jax.experiments.retrieval import (
+    capacity_lines,
+    length_lines,
+    overview_lines,
+    question_lines,
+    retrieval_lines,
+)
 from tlinformer_jax.files import write_text, writing
 
 # Heading -> heading and definitions, for the sections that have some; the text does not depend on the records.
@@ -134,7 +140,9 @@ def report_lines(frame: pd.DataFrame, figures: pathlib.Path) -> list[str]:
                 lines += shown(file, titled(file.stem.removeprefix(f"results_{sweep}_")))
     if "retrieval" in studies:
         part = studies["retrieval"]
-        lines += [*SECTIONS["## Retrieval"], *retrieval_lines(part)]
+        lines += SECTIONS["## Retrieval"]
+        lines += under("### Settings by success", overview_lines(part))
+        lines += retrieval_lines(part)
         lines += under("### Capacity", capacity_lines(part, figures))
         lines += under("### By position of the question", question_lines(part))
         lines += under("### By length and depth", length_lines(part, figures))

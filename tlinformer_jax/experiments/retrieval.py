@@ -18,7 +18,9 @@ from tlinformer_jax.experiments.frame import (
     ACCURACIES,
     ARCHITECTURE,
     CAPACITY,
+    DEPTH,
     FOUND,
+    NAMES,
     N,
     actions_of,
     counted,
@@ -33,6 +35,32 @@ RUN = ["model", "learning rate", "seed"]
 SHARES = ["answers right", "source in window", "in W_oh", "before W_oh"]
 FORM, WHOLE = "{:.3f}".format, "{:,.0f}"
 ACCURACY, FOUND_RUNS = "reported.accuracy", f"runs ≥ {FOUND}"
+
+
+def overview_lines(frame: pd.DataFrame) -> list[str]:
+    """Returns a table of the runs that found the answers, by setting, architecture and options; failures come first.
+
+    A setting's place is that of TLinFormer's options with the largest share of runs that found the answers.
+    """
+    runs = frame[~frame["again"]].dropna(subset=ACCURACY)
+    runs = runs.assign(found=runs[ACCURACY] >= FOUND).sort_values(["options", DEPTH])
+    rows = []
+    for setting, part in runs.groupby("setting"):
+        row, best = {"setting": setting}, 1.0
+        for architecture, models in part.groupby(ARCHITECTURE):
+            depths = models[DEPTH].nunique() > 1
+            counts = models.groupby(["options", DEPTH], sort=False)["found"].agg(["sum", "size"])
+            cells = [
+                f"{found} of {size}" + "".join(f", {note}" for note in (options, f"{depth} layers" * depths) if note)
+                for (options, depth), (found, size) in counts.iterrows()
+            ]
+            row[NAMES[str(architecture)]] = "; ".join(cells)
+            if architecture == "tlinformer":
+                best = (counts["sum"] / counts["size"]).max()
+        rows.append((best, row))
+    rows.sort(key=lambda entry: entry[0])  # keeps the order of settings among equal ones
+    table = pd.DataFrame([row for _, row in rows])
+    return [*table_of(table[["setting", *(name for name in NAMES.values() if name in table)]]), ""]
 
 
 def retrieval_lines(frame: pd.DataFrame) -> list[str]:
