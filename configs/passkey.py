@@ -21,7 +21,8 @@ Variants:
   W_oh already; keys of the history that know five tokens before theirs (`model.key_taps`), the token shift, and no slow
   rotations. Samples grow as soon as 98% of the answer tokens in training are right. It trains on 400 M tokens without
   an early end, since it improves until then;
-- tiny, which hides one key in the embedded Python reference and takes minutes on a CPU.
+- tiny, which hides one key in the embedded Python reference: it shows that everything works in a minute on a CPU, and
+  learns nothing.
 
 Needs: the same as configs/books.py. Result: docs/memory.md, "Passkeys": five of five runs of 8k-plus have at least
 0.98 right at 8,192 tokens, 0.995 at 65,536 and 0.99 at 262,144; two were evaluated at 1,048,576 and have 0.96 and 0.95.

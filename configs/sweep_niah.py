@@ -16,18 +16,22 @@ Result: docs/memory.md, "Needles", one or two seeds:
 """
 
 from tlinformer_jax.experiments.plan import Sweep
-from tlinformer_jax.experiments.recipes import package_config, sweep_points
+from tlinformer_jax.experiments.recipes import chosen, package_config, sweep_points
 
 MODELS = ("tlin-4", "tconst-4", "attention-4", "sliding-4")
+KINDS = ("s1", "s2", "s3", "mk")
+LENGTHS = ("1k", "4k", "16k", "1k-plus", "4k-plus", "16k-plus")
+# Variant -> settings of configs/niah.py.
+SETTINGS = {length: [f"{kind}-{length}" for kind in KINDS] for length in LENGTHS}
+SETTINGS |= {setting: [setting] for length in LENGTHS for setting in SETTINGS[length]} | {"tiny": ["tiny"]}
 
 
 def get_sweep(variant: str = "4k") -> Sweep:
     """Returns the sweep; --config.SECTION.FIELD=VALUE sets fields that its points do not set."""
+    settings = chosen(SETTINGS, variant)
     if variant == "tiny":
-        base, points = sweep_points(package_config("niah"), ("tiny",), MODELS[:2], (3e-3,))
+        base, points = sweep_points(package_config("niah"), settings, MODELS[:2], (3e-3,))
         return Sweep(base, points, then=("evaluate", "evaluate@1024"), study="retrieval")
-    kinds = ("s1", "s2", "s3", "mk")
-    settings = [variant] if variant.startswith(kinds) else [f"{kind}-{variant}" for kind in kinds]
     base, points = sweep_points(package_config("niah"), settings, MODELS, (1e-3,))
     length = base.data.sequence_length
     then = tuple(f"evaluate@{part * length}" for part in (1, 4, 16))

@@ -14,7 +14,7 @@ Variants:
 - plus-grown: TLinFormer with the token shift in the other four settings, on shorter samples first. In 512-64 these are
   samples of 64 tokens only, in 1024-128-tight of 512: with samples of 64, 128, 256 (and 512) tokens first, two of five
   runs failed in each (docs/memory.md);
-- tiny: 2 cells of a minute each on a CPU.
+- tiny: 2 cells of a minute each on a CPU; TLinFormer stops after 200 updates, before it finds the answers.
 
 Controls are chance (H_P / P for P pairs, shown in the figures), attention, TConstFormer and sliding window. TLinFormer
 with B = 2 and H = 0 is compared with 4 layers of attention, with H = 1 with 6. attention-2 checks the setup: it must
@@ -41,26 +41,26 @@ shift in all but 64-4 and 256-16, three seeds. The other cells were stopped
 
 from tlinformer_jax.config.run import default_config_dict
 from tlinformer_jax.experiments.plan import Sweep
-from tlinformer_jax.experiments.recipes import MODELS, package_config, sweep_points
+from tlinformer_jax.experiments.recipes import MODELS, chosen, package_config, sweep_points
 
 LEARNING_RATES = (1e-3, 3e-3, 1e-2)
 TIGHT = ("256-32-tight", "512-64-tight", "1024-128-tight")
 SETTINGS = ("64-4", "128-8", "256-16", "512-64", *TIGHT)
 GROWN = ("128-8-grown", "256-16-grown")
-# Settings of plus-grown.
-HARDER = ("512-64", "256-32-tight", "512-64-tight", "1024-128-tight")
+PLUS = tuple(f"{setting}-plus" for setting in (*SETTINGS, *GROWN))
+PLUS_GROWN = tuple(f"{setting}-grown-plus" for setting in ("512-64", *TIGHT))
+# Variant -> settings of configs/recall.py, which are variants themselves.
+VARIANTS = {"all": (*SETTINGS, *GROWN), "seeds": TIGHT, "plus": PLUS, "plus-grown": PLUS_GROWN, "tiny": ()}
+VARIANTS |= {setting: (setting,) for setting in (*SETTINGS, *GROWN, *PLUS, *PLUS_GROWN)}
 
 
 def get_sweep(variant: str = "all") -> Sweep:
     """Returns the sweep; --config.SECTION.FIELD=VALUE sets fields that its points do not set."""
-    if variant == "tiny":
-        return _tiny()
-    models, rates = tuple(MODELS), LEARNING_RATES
-    settings = (*SETTINGS, *GROWN) if variant == "all" else (variant,)
+    settings, models, rates = chosen(VARIANTS, variant), tuple(MODELS), LEARNING_RATES
+    if variant in BUILT:
+        return BUILT[variant]()
     if variant == "seeds":
-        settings, models, rates = TIGHT, models[1:], (3e-3,)
-    if variant in ("plus", "plus-grown"):
-        return _plus() if variant == "plus" else _plus_grown()
+        models, rates = models[1:], (3e-3,)
     base, points = sweep_points(package_config("recall"), settings, models, rates)
     return Sweep(base, points, then=("evaluate",), study="retrieval")
 
@@ -68,8 +68,7 @@ def get_sweep(variant: str = "all") -> Sweep:
 def _plus() -> Sweep:
     """Returns each setting with the token shift, shorter samples first only in GROWN; TLinFormer also without it."""
     models = [name for name in MODELS if name.endswith("-4")]
-    settings = [f"{setting}-plus" for setting in (*SETTINGS, *GROWN)]
-    base, points = sweep_points(package_config("recall"), settings, models, (3e-3,))
+    base, points = sweep_points(package_config("recall"), PLUS, models, (3e-3,))
     plain = {"model.token_shift": False}
     points |= {name.replace("-plus", "-plain"): fields | plain for name, fields in points.items() if "_tlin-4" in name}
     return Sweep(base, points, then=("evaluate",), study="retrieval")
@@ -77,8 +76,7 @@ def _plus() -> Sweep:
 
 def _plus_grown() -> Sweep:
     """Returns TLinFormer with the token shift, on shorter samples first, in the other settings."""
-    settings = [f"{setting}-grown-plus" for setting in HARDER]
-    base, points = sweep_points(package_config("recall"), settings, ("tlin-4",), (3e-3,))
+    base, points = sweep_points(package_config("recall"), PLUS_GROWN, ("tlin-4",), (3e-3,))
     return Sweep(base, points, then=("evaluate",), study="retrieval")
 
 
@@ -93,3 +91,6 @@ def _tiny() -> Sweep:
     config.data.examples = 1500 * 64
     windows = {"model.architecture": "tlinformer", "train.steps": "200@0.99"}
     return Sweep(config, {"16-2_attention-2": {}, "16-2_tlin-2": windows}, then=("evaluate",), study="retrieval")
+
+
+BUILT = {"plus": _plus, "plus-grown": _plus_grown, "tiny": _tiny}

@@ -221,6 +221,25 @@ def test_plus_turns_on_what_pays(name, variant):
     assert dataclasses.replace(plus, data=plain.data) == dataclasses.replace(plain, model=model)
 
 
+@pytest.mark.parametrize(
+    ("setting", "own", "stages"),
+    [
+        ("128-8", "128-8-grown", "64:2000"),
+        ("256-16", "256-16-grown", "64:1500,128:1500"),
+        ("512-64", "512-64", "64:1500"),
+        ("256-32-tight", "256-32-tight", "64:800,128:800"),
+        ("512-64-tight", "512-64-tight", "64:600,128:600,256:800"),
+        ("1024-128-tight", "1024-128-tight", "512:2500"),
+    ],
+)
+def test_recall_on_shorter_samples_first_differs_in_the_shift_and_the_stages(setting, own, stages):
+    plain, grown = load("recall", own), load("recall", f"{setting}-grown-plus")
+    assert (grown.model.token_shift, grown.data.curriculum) == (True, stages)
+    model = dataclasses.replace(grown.model, token_shift=False)
+    assert dataclasses.replace(grown, model=model, data=plain.data) == plain
+    assert dataclasses.replace(grown.data, curriculum=plain.data.curriculum, examples=plain.data.examples) == plain.data
+
+
 @pytest.mark.parametrize(("variant", "length", "sampled"), [("64k", 65_536, 0), ("1m", 1_048_576, 16)])
 def test_long_sequences(variant, length, sampled):
     config = load("long", variant)

@@ -133,7 +133,7 @@ def test_the_evidence_is_gathered_on_equal_terms():
 
 
 def test_every_model_of_the_evidence_has_its_own_rate():
-    """All are equal until they are chosen, so that each gets another one here."""
+    """Most are equal, so each gets another one here."""
     module = runpy.run_path(f"{CONFIGS}/sweep_evidence.py")
     rates = module["RATES"]
     rates.update({name: 1e-4 * number for number, name in enumerate(rates, 1)})
@@ -291,6 +291,11 @@ def test_capacity_varies_one_size_alone_and_names_no_point_as_another_sweep_does
     assert next(p for p in planned if p.config.data.num_items == 4).name.startswith("pairs4-rows32_")
 
 
-def test_a_setting_that_does_not_exist_is_refused():
-    with pytest.raises(UserError, match="variant = '9-9': must be one of 64-4, 128-8"):
-        load_sweep(f"{CONFIGS}/sweep_recall.py:9-9")
+@pytest.mark.parametrize(
+    ("sweep", "allowed"),
+    [("recall:9-9", "all, seeds, plus, plus-grown, tiny, 64-4, 128-8"), ("niah:s1-wrong", "1k, 4k, ")],
+)
+def test_a_setting_that_does_not_exist_is_refused_with_the_sweeps_own_variants(sweep, allowed):
+    name, _, variant = sweep.partition(":")
+    with pytest.raises(UserError, match=f"variant = '{variant}': must be one of {allowed}"):
+        load_sweep(f"{CONFIGS}/sweep_{name}.py:{variant}")

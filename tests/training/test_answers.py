@@ -288,7 +288,7 @@ def test_where_the_cap_binds_the_record_says_so(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_curriculum_trains_on_longer_and_longer_samples(tmp_path, monkeypatch):
+def test_a_curriculum_trains_on_longer_and_longer_samples(tmp_path, monkeypatch, capsys):
     data = {"dataset": "passkey", "tokenizer": "bytes", "sequence_length": 512, "curriculum": "256:3"}
     config = changed(
         model={"vocab_size": 257, "architecture": "transformer"},
@@ -305,6 +305,7 @@ def test_a_curriculum_trains_on_longer_and_longer_samples(tmp_path, monkeypatch)
     monkeypatch.setattr(loop, "put_batch", seen)
     loop.train_run(config, tmp_path / "whole")
     assert shapes == [(16, 256)] * 3 + [(8, 512)] * 2
+    assert "first 3 updates on samples of 256 tokens\n" in capsys.readouterr().err
 
 
 @pytest.mark.slow

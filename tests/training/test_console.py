@@ -10,13 +10,14 @@ from clu.parameter_overview import count_parameters
 
 from tests.support.commands import ROOT, command_line, run_line
 from tests.training.test_resume import run_config
+from tlinformer_jax.config.data import DataConfig
 from tlinformer_jax.config.model import ARCHITECTURES, ExecutionPlan, ModelConfig
 from tlinformer_jax.config.run import run_config as configuration
 from tlinformer_jax.config.train import TrainConfig
 from tlinformer_jax.data.tokenizers import build_tokenizer
 from tlinformer_jax.models.model import build_model
 from tlinformer_jax.training.checkpoint import load_params
-from tlinformer_jax.training.console import goal_line, parameter_table, plan_line
+from tlinformer_jax.training.console import goal_line, parameter_table, plan_line, stage_text
 from tlinformer_jax.training.loop import train_and_evaluate
 from tlinformer_jax.training.setup import build_run
 
@@ -62,6 +63,14 @@ def test_a_run_prints_the_plan_that_its_steps_use(changes, plan):
         section |= {name: value for name, value in changes.items() if name in section}
     config = configuration(sections)
     assert f": {plan}," in plan_line(build_run(config, build_tokenizer(config.data.tokenizer)))
+
+
+def test_stages_are_described():
+    stages = DataConfig(dataset="recall", tokenizer="numbers:64", curriculum="64:1500,128:3000@0.95").stages
+    assert [stage_text(stage) for stage in stages] == [
+        "1,500 updates on samples of 64 tokens",
+        "at most 3,000 updates on samples of 128 tokens, until 95% of the answers are right",
+    ]
 
 
 def test_a_run_with_an_accuracy_says_when_it_is_measured():

@@ -44,7 +44,7 @@ def plot_lines(panels: Mapping[str, tuple[pd.DataFrame, str]], x_name: str, file
     save(figure, file)
 
 
-def plot_heat_maps(maps: Mapping[str, pd.DataFrame], file: pathlib.Path) -> None:
+def plot_heat_maps(maps: Mapping[str, pd.DataFrame], setting: str, file: pathlib.Path) -> None:
     """Draws accuracies of each run: a row for each length, a column for each depth, the last one for near sources."""
     columns = min(2, len(maps))
     figure, panels = figure_of(-(-len(maps) // columns), columns, (5.6, 3.6))
@@ -58,10 +58,11 @@ def plot_heat_maps(maps: Mapping[str, pd.DataFrame], file: pathlib.Path) -> None
         axes.set_yticks(range(len(shares)), [f"{length:,}" for length in shares.index])
         axes.set_xticks([*places, depths + 1], [*(f"{place / depths:.0%}" for place in places), "last\nwindows"])
         axes.set_title("\n".join(textwrap.fill(line, TITLE_WIDTH) for line in title.split("\n")), fontsize=9)
-        axes.set(xlabel="depth of the source before both windows", ylabel="tokens")
+        axes.set(xlabel="depth of the source before both windows, or in them", ylabel="tokens")
     for axes in panels[len(maps) :]:
         axes.remove()
-    figure.colorbar(image, ax=panels[: len(maps)], label="share of answers right")
+    figure.colorbar(image, ax=panels[: len(maps)], label="share of answers right; grey: not asked")
+    figure.suptitle(textwrap.fill(f"trained on {setting}", TITLE_WIDTH * columns), fontsize=10)
     save(figure, file)
 
 

@@ -90,11 +90,11 @@ def _checked(record: Record) -> dict[str, Any]:
 def _derived(record: Record) -> dict[str, Any]:
     """Computes columns from several parts of a record.
 
-    label: the point's name in its sweep, else the run's; words, setting, options, model: for legends and headings;
-    ours: whether it is not the Transformer; total: W_oh + W_og; share: W_oh / total; reported.*: accuracies on the
-    split `split`; test.*: figures of a text's own test split; group: equal for runs that differ only in their seeds;
-    by.FIELD: equal for runs that may also differ in that field, whose value is at.FIELD; base: equal for a model and
-    the Transformer to compare it with.
+    label: the point's name in its sweep, else the run's; words, setting, options, layers, model: for legends, headings
+    and tables; ours: whether it is not the Transformer; total: W_oh + W_og; share: W_oh / total; reported.*: accuracies
+    on the split `split`; test.*: figures of a text's own test split; group: equal for runs that differ only in their
+    seeds; by.FIELD: equal for runs that may also differ in that field, whose value is at.FIELD; base: equal for a model
+    and the Transformer to compare it with.
     """
     config, fields = completed(record["config"]), essence(record["config"])
     model, data = config["model"], config["data"]
@@ -118,6 +118,7 @@ def _derived(record: Record) -> dict[str, Any]:
         "ours": model["architecture"] != "transformer",
         "setting": _setting(model, data),
         "options": _options(model).removeprefix(", "),
+        "layers": layers,
         "model": _model_name(model, layers),
         "windows": None if share is None else f"{model['history_window']} + {model['generation_window']}",
         DEPTH: f"{model['num_blocks']} x {model['hidden_depth'] + 2}",

@@ -6,6 +6,7 @@ Whether a run finds the answers depends on chance too, so runs are counted and l
 import hashlib
 import itertools
 import pathlib
+import re
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,6 @@ from tlinformer_jax.experiments.frame import (
     ACCURACIES,
     ARCHITECTURE,
     CAPACITY,
-    DEPTH,
     FOUND,
     NAMES,
     N,
@@ -40,26 +40,30 @@ ACCURACY, FOUND_RUNS = "reported.accuracy", f"runs ≥ {FOUND}"
 def overview_lines(frame: pd.DataFrame) -> list[str]:
     """Returns a table of the runs that found the answers, by setting, architecture and options; failures come first.
 
-    A setting's place is that of TLinFormer's options with the largest share of runs that found the answers.
+    A setting's place is the lower end of the Wilson interval of TLinFormer's best options; settings without TLinFormer
+    come last. Records of one seed from several sweeps count once.
     """
-    runs = frame[~frame["again"]].dropna(subset=ACCURACY)
-    runs = runs.assign(found=runs[ACCURACY] >= FOUND).sort_values(["options", DEPTH])
-    rows = []
-    for setting, part in runs.groupby("setting"):
-        row, best = {"setting": setting}, 1.0
+    same = ["setting", ARCHITECTURE, "options", "layers", "config.train.learning_rate", "seed"]
+    runs = frame.sort_index().dropna(subset=ACCURACY).drop_duplicates(same).sort_values(["options", "layers"])
+    rows, places = [], []
+    for setting, part in _by_number(runs).groupby("setting", sort=False):
+        row, place, varied = {"setting": setting}, 1.0, part["options"].any()
         for architecture, models in part.groupby(ARCHITECTURE):
-            depths = models[DEPTH].nunique() > 1
-            counts = models.groupby(["options", DEPTH], sort=False)["found"].agg(["sum", "size"])
-            cells = [
-                f"{found} of {size}" + "".join(f", {note}" for note in (options, f"{depth} layers" * depths) if note)
-                for (options, depth), (found, size) in counts.iterrows()
-            ]
+            cells, lowest = [], []
+            several = models["layers"].nunique() > 1
+            for (options, layers), group in models.groupby(["options", "layers"], sort=False):
+                found, known = _found_of(group)
+                notes = [options or "no options" * varied, f"{layers} layers" * several]
+                cells.append(", ".join([f"{found} of {known}", *filter(None, notes)]))
+                lowest.append(_wilson(found, known)[0])
             row[NAMES[str(architecture)]] = "; ".join(cells)
             if architecture == "tlinformer":
-                best = (counts["sum"] / counts["size"]).max()
-        rows.append((best, row))
-    rows.sort(key=lambda entry: entry[0])  # keeps the order of settings among equal ones
-    table = pd.DataFrame([row for _, row in rows])
+                place = max(lowest)
+        rows.append(row)
+        places.append(place)
+    if not rows:
+        return []
+    table = pd.DataFrame(rows).iloc[np.argsort(places, kind="stable")]
     return [*table_of(table[["setting", *(name for name in NAMES.values() if name in table)]]), ""]
 
 
@@ -83,10 +87,15 @@ def retrieval_lines(frame: pd.DataFrame) -> list[str]:
 
 def _finding(runs: pd.DataFrame) -> pd.Series:
     """Returns how many of a group's runs found the answers, and when."""
-    right = runs[ACCURACY].dropna()
-    found = int((right >= FOUND).sum())
-    cells = [f"{found} of {len(right)}", wilson_interval(found, len(right)), median_update(runs)]
+    found, known = _found_of(runs)
+    cells = [f"{found} of {known}", wilson_interval(found, known), median_update(runs)]
     return pd.Series(cells, [FOUND_RUNS, "95% interval", "median update"])
+
+
+def _found_of(runs: pd.DataFrame) -> tuple[int, int]:
+    """Returns how many runs found the answers, and how many have an accuracy."""
+    right = runs[ACCURACY].dropna()
+    return int((right >= FOUND).sum()), len(right)
 
 
 def _known_columns(table: pd.DataFrame) -> list[str]:
@@ -97,14 +106,19 @@ def _known_columns(table: pd.DataFrame) -> list[str]:
 
 def wilson_interval(found: int, runs: int) -> str:
     """Returns the 95% Wilson interval for the fraction of runs that find the answers; '' if there are no runs."""
+    return "{:.2f} to {:.2f}".format(*_wilson(found, runs)) if runs else ""
+
+
+def _wilson(found: int, runs: int) -> tuple[float, float]:
     from scipy.stats import binomtest  # its import takes as long as that of pandas
 
-    return "{:.2f} to {:.2f}".format(*binomtest(found, runs).proportion_ci(0.95, "wilson")) if runs else ""
+    low, high = binomtest(found, runs).proportion_ci(0.95, "wilson")
+    return float(low), float(high)
 
 
 def median_interval(shares: pd.Series) -> tuple[float, float]:
     """Returns the 95% bootstrap interval of the median over seeds, NaN for a single seed; it is deterministic."""
-    from scipy.stats import bootstrap  # see `wilson_interval`
+    from scipy.stats import bootstrap  # see `_wilson`
 
     if len(shares) < 2:
         return np.nan, np.nan
@@ -205,7 +219,7 @@ def length_lines(frame: pd.DataFrame, figures: pathlib.Path) -> list[str]:
             # A hash, so that new settings do not rename the figures of others.
             name = hashlib.sha256(setting.encode()).hexdigest()[:8]
             file = figures / f"results_lengths_{part['config.data.dataset'].iloc[0]}_{part[N].iloc[0]}_{name}.png"
-            plot_heat_maps(maps, file)
+            plot_heat_maps(maps, setting, file)
             lines += shown(file, f"Answers right by length and depth: {setting}")
     return lines
 
@@ -213,9 +227,19 @@ def length_lines(frame: pd.DataFrame, figures: pathlib.Path) -> list[str]:
 def _by_setting(frame: pd.DataFrame) -> Any:
     """Groups runs by setting, sorted by model, learning rate and seed, with these in the report's format."""
     rate = "config.train.learning_rate"
-    frame = frame.sort_values(["setting", "model", rate, "seed", "again"])
+    frame = _by_number(frame.sort_values(["model", rate, "seed", "again"]))
     seeds = frame["seed"].astype(str) + frame["again"].map({True: ", again", False: ""})
-    return frame.assign(**{"learning rate": frame[rate].map("{:g}".format), "seed": seeds}).groupby("setting")
+    frame = frame.assign(**{"learning rate": frame[rate].map("{:g}".format), "seed": seeds})
+    return frame.groupby("setting", sort=False)
+
+
+def _by_number(frame: pd.DataFrame) -> pd.DataFrame:
+    """Sorts runs by setting, numbers in it by value; keeps the order of runs of one setting."""
+
+    def padded(setting: str) -> str:
+        return re.sub("[0-9]+", lambda number: number[0].zfill(9), setting.replace(",", ""))
+
+    return frame.sort_values("setting", kind="stable", key=lambda settings: settings.map(padded))
 
 
 def _shares(counts: pd.DataFrame, by: str | list[str]) -> pd.Series:

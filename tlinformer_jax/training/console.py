@@ -168,11 +168,19 @@ def length_lines(run: Run, horizon: Horizon | None, train: Split | None) -> list
     if predicted < length:
         text += f"; of them {horizon.steps * config.train.batch_size * predicted:,.0f} in sampled windows"
     lines.append(text)
+    if config.data.stages:
+        lines.append("first " + ", then ".join(map(stage_text, config.data.stages)))
     if (warmup := config.train.warmup_steps) > horizon.steps:
         reached = f"{horizon.steps / warmup:.0%} of train.learning_rate at most"
         more = f"note: train.warmup_steps = {warmup} is more than the run's {horizon.steps} updates"
         lines.append(f"{more}: the learning rate rises to {reached}")
     return lines
+
+
+def stage_text(stage: Stage) -> str:
+    """Says how long a stage of a curriculum is."""
+    text = f"{stage.updates:,} updates on samples of {stage.length:,} tokens"
+    return f"at most {text}, until {stage.accuracy:.0%} of the answers are right" if stage.accuracy else text
 
 
 def goal_line(train: TrainConfig) -> str:
