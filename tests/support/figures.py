@@ -68,13 +68,13 @@ def _half_lengths(container: Any) -> Iterator[float]:
 
 
 def recorded(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Panel]]:
-    """File name -> panels of every figure from now on, filled in while it is saved."""
+    """File name -> panels of every figure from now on, filled in instead of drawing it, which takes half a second."""
     figure = pytest.importorskip("matplotlib.figure").Figure
-    save, found = figure.savefig, dict[str, list[Panel]]()
+    found = dict[str, list[Panel]]()
 
     def savefig(self: Any, file: Any, **options: Any) -> None:
         found[pathlib.Path(file).name] = [panel(axes) for axes in self.axes]
-        save(self, file, **options)
+        pathlib.Path(file).touch()
 
     monkeypatch.setattr(figure, "savefig", savefig)
     return found
