@@ -50,7 +50,7 @@ WAYS = {
     "in half precision": {"memory": ExecutionPlan(2, checkpointing=True), "dtype": "bfloat16"},
     "tconstformer": {"memory": ExecutionPlan(chunk=3, checkpointing=True), "architecture": "tconstformer"},
 }
-QUICK = ("in pairs",)
+QUICK = ("in chunks", "in pairs")
 
 
 def variables_of(config: ModelConfig):

@@ -76,7 +76,6 @@ def test_a_callback_can_end_the_run_which_is_then_saved_and_evaluated(tmp_path):
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["2"]
 
 
-@pytest.mark.slow
 def test_a_run_that_ends_while_it_is_traced_keeps_the_trace(tmp_path, capfd):
     """Updates 4 to 6 are traced. A trace that still runs would make the next one in this process fail."""
     config = run_config(tmp_path, eval_every=0)
