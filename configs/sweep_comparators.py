@@ -25,9 +25,8 @@ shift.
 Needs: the same as configs/books.py. Result: docs/quality.md, "Five models and experts", for books and experts, one seed
 each, 3 to 11 minutes a run on an H200 that it shared with others; docs/memory.md, "Recall", for all cells, three seeds
 each, and "Gated DeltaNet beside attention" for one seed of each model with an earlier 8k-plus (windows of 256, no key
-taps, 200 M tokens). Not measured: passkey
-with today's. On an NVIDIA GPU install the extra linear-attention: without it Gated DeltaNet is plain JAX, with three
-times as many kernels (docs/performance.md, "Several seeds in one program").
+taps, 200 M tokens). Not measured: passkey with today's. On an NVIDIA GPU install the extra linear-attention: without it
+Gated DeltaNet is plain JAX, with three times as many kernels (docs/performance.md, "Several seeds in one program").
 """
 
 from tlinformer_jax.errors import ConfigError

@@ -218,7 +218,7 @@ def test_a_seed_that_another_sweep_has_run_too_is_listed_but_not_counted():
     ]
 
 
-def test_settings_in_which_tlinformer_fails_come_first(tmp_path):
+def test_settings_in_which_tlinformer_fails_come_first():
     """By the options with which it succeeds most surely: 3 of 4 runs are more than 1 of 1."""
     shift, far, near = {"token_shift": True}, {"sequence_length": 1024}, {"sequence_length": 256}
     results = [
@@ -244,7 +244,7 @@ def test_settings_in_which_tlinformer_fails_come_first(tmp_path):
     ]
 
 
-def test_one_certain_success_is_less_than_three_of_four(tmp_path):
+def test_one_certain_success_is_less_than_three_of_four():
     certain = cell(TLIN, 1e-3, 0.99, data=DATA | {"sequence_length": 1024})
     often = [cell(TLIN, 1e-3, accuracy, seed) for seed, accuracy in enumerate((0.9, 0.9, 0.9, 0.1))]
     assert [row[0] for row in overview(certain, *often)] == ["N = 1,024", "N = 512"]

@@ -45,7 +45,10 @@ def plot_lines(panels: Mapping[str, tuple[pd.DataFrame, str]], x_name: str, file
 
 
 def plot_heat_maps(maps: Mapping[str, pd.DataFrame], setting: str, file: pathlib.Path) -> None:
-    """Draws accuracies of each run: a row for each length, a column for each depth, the last one for near sources."""
+    """Draws accuracies of each run: a row for each length, a column for each depth, the last one for near sources.
+
+    `setting` says what the runs were trained on, above all maps.
+    """
     columns = min(2, len(maps))
     figure, panels = figure_of(-(-len(maps) // columns), columns, (5.6, 3.6))
     for axes, (title, shares) in zip(panels, maps.items()):

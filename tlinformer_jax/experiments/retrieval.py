@@ -47,13 +47,13 @@ def overview_lines(frame: pd.DataFrame) -> list[str]:
     runs = frame.sort_index().dropna(subset=ACCURACY).drop_duplicates(same).sort_values(["options", "layers"])
     rows, places = [], []
     for setting, part in _by_number(runs).groupby("setting", sort=False):
-        row, place, varied = {"setting": setting}, 1.0, part["options"].any()
+        row, place, varied = {"setting": setting}, 1.0, (part["options"] != "").any()
         for architecture, models in part.groupby(ARCHITECTURE):
             cells, lowest = [], []
             several = models["layers"].nunique() > 1
             for (options, layers), group in models.groupby(["options", "layers"], sort=False):
                 found, known = _found_of(group)
-                notes = [options or "no options" * varied, f"{layers} layers" * several]
+                notes = [options or ("no options" if varied else ""), f"{layers} layers" if several else ""]
                 cells.append(", ".join([f"{found} of {known}", *filter(None, notes)]))
                 lowest.append(_wilson(found, known)[0])
             row[NAMES[str(architecture)]] = "; ".join(cells)
@@ -110,6 +110,7 @@ def wilson_interval(found: int, runs: int) -> str:
 
 
 def _wilson(found: int, runs: int) -> tuple[float, float]:
+    """Returns the ends of that interval; `runs` is at least 1."""
     from scipy.stats import binomtest  # its import takes as long as that of pandas
 
     low, high = binomtest(found, runs).proportion_ci(0.95, "wilson")
