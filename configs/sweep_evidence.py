@@ -32,8 +32,9 @@ on the validation split; --then=evaluate,history,samples adds texts.
 A run that was stopped continues from its last checkpoint when the same command is run again. There are ten, and SIGTERM
 saves another.
 
-Needs: the same as configs/books.py. Result: docs/quality.md, "Learning rates for six epochs": Base without the
-token shift and TLinFormer with it at three rates of `rates`; 0.002 was best for both. Nothing else is measured yet.
+Needs: the same as configs/books.py. Result: docs/quality.md, "Six epochs of books" (points 0, 4 and 5 of `books`: after
+600 M tokens a Transformer is better) and "Learning rates for six epochs" (9 points of `rates`). The rest is not
+measured yet.
 """
 
 from collections.abc import Mapping

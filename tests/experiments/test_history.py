@@ -70,8 +70,8 @@ def test_a_run_that_was_measured_has_its_rows_and_curves_in_the_report(tmp_path,
     assert lines[0] == "## What the history contributes"
     assert "| ours | 4 | +0.7500 | +1.5000 | 0.25, 0.50 |" in lines
     assert "| ours | 16 | +0.0000 |  | 0.25, 0.50 |" in lines
-    assert any("](figures/results_12_history_cuts.png)" in line for line in lines)
-    (cuts,) = drawn["results_12_history_cuts.png"]
+    assert any("](figures/results_12_3.0M_100_history_cuts.png)" in line for line in lines)
+    (cuts,) = drawn["results_12_3.0M_100_history_cuts.png"]
     assert cuts.lines == {
         "all tokens": [(0, 0.5), (4, 0.75)],
         "tokens with more history": [(0, 1.0), (4, 1.5)],
@@ -90,7 +90,7 @@ def test_swapped_histories_and_models_without_windows_are_beside_the_cuts(tmp_pa
     assert "| ours | another text's | +0.7500 | +1.2500 | 0.25, 0.50 |" in lines
     assert "| full | 4 | +0.7500 | +1.5000 |  |" in lines
     assert "| full | another text's | +0.7500 | +1.2500 |  |" in lines
-    masses, cuts = (drawn[f"results_12_history_{kind}.png"] for kind in ("mass", "cuts"))
+    masses, cuts = (drawn[f"results_12_3.0M_100_history_{kind}.png"] for kind in ("mass", "cuts"))
     assert (len(masses), len(cuts)) == (1, 2)
     assert [panel.lines["another text's history"] for panel in cuts] == [[(0, 1.25), (4, 1.25)]] * 2
     assert list(history_tables(no_windows)) == ["history_cuts", "history_length", "history_same_tokens"]

@@ -11,6 +11,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#000000", "#CC79A7", "#E69F00", "#5
 MARKERS = "osD^vXP<>*"
 LINES = ("-", "--", "-.", (0, (1, 1)), (0, (5, 1, 1, 1, 1, 1)))
 DPI = 150
+MOST_INSIDE = 6  # curves whose legend fits into a panel
 Curve = tuple[str, Sequence[float], Sequence[float]]  # label, x, y
 
 
@@ -41,13 +42,15 @@ def figure_of(rows: int = 1, columns: int = 1, panel: tuple[float, float] = (7.0
 
 
 def draw_curves(axes: Any, curves: Sequence[Curve], looks: dict[str, dict[str, Any]] | None = None) -> None:
-    """Draws each curve that has points, and the legend where it covers the least."""
+    """Draws each curve that has points, and the legend: where it covers the least, or beside many curves."""
     looks = looks or styles(label for label, _, _ in curves)
     for label, x, y in curves:
         if len(x):
             axes.plot(x, y, label=label, markersize=4, linewidth=1.4, **looks[label])
     if axes.lines:
-        axes.legend(fontsize=8, framealpha=0.8, handlelength=3)
+        many = len(axes.get_legend_handles_labels()[1]) > MOST_INSIDE
+        beside = {"loc": "center left", "bbox_to_anchor": (1, 0.5)} if many else {}
+        axes.legend(fontsize=8, framealpha=0.8, handlelength=3, **beside)
 
 
 def scale_x(axes: Any, kind: str) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from tlinformer_jax.experiments.drawing import draw_curves, figure_of, save, scale_x, styles
+from tlinformer_jax.experiments.drawing import MOST_INSIDE, draw_curves, figure_of, save, scale_x, styles
 from tlinformer_jax.experiments.frame import CACHE, PERPLEXITY, SPEED, curves_of, knee_of, points_of
 
 # Figures of `evaluation.history`: the titles of their axes.
@@ -20,8 +20,9 @@ HISTORY = {
 }
 SWAPPED = "another text's"  # rows of history; see `evaluation.history`
 READERS = {"x": "read by the window", "z": "read by the observation window"}
+COLUMNS = 3  # panels side by side
 PLACES = 4  # depths at which a heat map has a tick
-TITLE_WIDTH = 60  # characters of a line above a heat map
+TITLE_WIDTH = 60  # characters of a line above a panel
 
 
 def shown(file: pathlib.Path, title: str) -> list[str]:
@@ -31,7 +32,9 @@ def shown(file: pathlib.Path, title: str) -> list[str]:
 
 def plot_lines(panels: Mapping[str, tuple[pd.DataFrame, str]], x_name: str, file: pathlib.Path, x_scale: str) -> None:
     """Draws a panel for each title: a line for each label in a table of label, x and y; the string is y's title."""
-    figure, axes = figure_of(1, len(panels))
+    columns = min(COLUMNS, len(panels))
+    many = any(points["label"].nunique() > MOST_INSIDE for points, _ in panels.values())
+    figure, axes = figure_of(-(-len(panels) // columns), columns, (12.5, 4.8) if many else (7.0, 4.4))
     looks = styles(pd.concat(points for points, _ in panels.values())["label"])
     for place, (title, (points, y_name)) in zip(axes, panels.items()):
         points = points.dropna(subset="y")
@@ -40,7 +43,10 @@ def plot_lines(panels: Mapping[str, tuple[pd.DataFrame, str]], x_name: str, file
             place.axhline(0, color="grey", linewidth=1)
         draw_curves(place, curves, looks)
         scale_x(place, x_scale)
-        place.set(title=title, xlabel=x_name, ylabel=y_name)
+        place.set(xlabel=x_name, ylabel=textwrap.fill(y_name, TITLE_WIDTH))
+        place.set_title(textwrap.fill(title, TITLE_WIDTH), fontsize=10)
+    for place in axes[len(panels) :]:
+        place.remove()
     save(figure, file)
 
 

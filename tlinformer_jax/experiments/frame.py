@@ -22,6 +22,7 @@ from tlinformer_jax.experiments.schema import ACTIONS, misfit
 from tlinformer_jax.files import markdown
 
 N, ARCHITECTURE, DEPTH = "config.data.sequence_length", "config.model.architecture", "depth"
+RATE = "config.train.learning_rate"
 PERPLEXITY, SPEED, CACHE = "validation.perplexity", "speed.tokens_per_second", "cache.used"
 ACCURACIES = ("accuracy", "accuracy_own", "accuracy_observed", "accuracy_history")
 # Fields that are the x axis of a capacity curve, and the axis's title.
@@ -90,11 +91,12 @@ def _checked(record: Record) -> dict[str, Any]:
 def _derived(record: Record) -> dict[str, Any]:
     """Computes columns from several parts of a record.
 
-    label: the point's name in its sweep, else the run's; words, setting, options, layers, model: for legends, headings
-    and tables; ours: whether it is not the Transformer; total: W_oh + W_og; share: W_oh / total; reported.*: accuracies
-    on the split `split`; test.*: figures of a text's own test split; group: equal for runs that differ only in their
-    seeds; by.FIELD: equal for runs that may also differ in that field, whose value is at.FIELD; base: equal for a model
-    and the Transformer to compare it with.
+    label: the point's name in its sweep, else the run's; words, setting, options, layers, model: for legends,
+    headings and tables; ours: whether it is not the Transformer; total: W_oh + W_og; share: W_oh / total;
+    reported.*: accuracies on the split `split`; test.*: figures of a text's own test split; recipe: equal for runs
+    whose losses may be compared, in words; group: equal for runs that differ only in their seeds; by.FIELD: equal
+    for runs that may also differ in that field, whose value is at.FIELD; base: equal for a model and the
+    Transformer to compare it with.
     """
     config, fields = completed(record["config"]), essence(record["config"])
     model, data = config["model"], config["data"]
@@ -129,6 +131,7 @@ def _derived(record: Record) -> dict[str, Any]:
         **{f"test.{field}": own_test.get(field) for field in ("perplexity", "bits_per_byte")},
         **{f"reported.{field}": figures.get(field) for field in ACCURACIES},
         "found": _found_at(record["history"]),
+        "recipe": f"{record['tokens'] / 1e6:,.1f} M training tokens in {record['steps']:,} updates",
         "group": json.dumps([record["study"], tokens, fields], sort_keys=True),
         **{
             f"by.{field}": json.dumps([tokens, fields | {field: None, "data.examples": None}], sort_keys=True)
@@ -208,12 +211,14 @@ def _words(model: Mapping[str, Any]) -> str:
 
 
 def legends(frame: pd.DataFrame) -> pd.Series:
-    """Returns each run's legend: its words, with more detail where several groups share the same words."""
+    """Returns each run's legend: its words, with what tells it from other groups that have the same words."""
     labels = frame["words"]
-    for column, form in ((N, "{}, trained at N = {:,}"), (DEPTH, "{}, {} layers"), ("label", "{} ({})")):
-        shared = frame.groupby(labels)["group"].transform("nunique") > 1
+    details = {N: "{}, trained at N = {:,}", DEPTH: "{}, {} layers", RATE: "{}, rate {:g}", "label": "{} ({})"}
+    for column, form in details.items():
+        same_words = frame.groupby(labels)
+        ambiguous = (same_words["group"].transform("nunique") > 1) & (same_words[column].transform("nunique") > 1)
         detailed = pd.Series([form.format(*pair) for pair in zip(labels, frame[column])], index=frame.index)
-        labels = labels.where(~shared, detailed)
+        labels = labels.where(~ambiguous, detailed)
     return labels
 
 

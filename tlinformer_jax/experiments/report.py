@@ -3,7 +3,6 @@
 Equal records give equal text. Conclusions are written by people, elsewhere.
 """
 
-import collections
 import pathlib
 import re
 from collections.abc import Sequence
@@ -125,12 +124,9 @@ def report_lines(frame: pd.DataFrame, figures: pathlib.Path) -> list[str]:
     """Returns the report on a frame of `frame_of`; draws its figures into a directory."""
     lines, studies = [*SECTIONS["# Results"]], dict(iter(frame.groupby("study")))
     if "architectures" in studies:
-        groups = dict(iter(studies["architectures"].groupby("tokens")))
-        millions = collections.Counter(tokens // 10**6 for tokens in groups)
-        for tokens, part in groups.items():
-            size = f"{tokens // 10**6}M" if millions[tokens // 10**6] == 1 else str(tokens)  # a file for each
-            lines += [f"## Architectures, {tokens / 1e6:,.1f} M training tokens", "", *group_lines(part), ""]
-            lines += loss_figure(part, figures / f"results_history_{size}.png")
+        for recipe, part in studies["architectures"].groupby("recipe", sort=False):
+            lines += [f"## Architectures, {recipe}", "", *group_lines(part), ""]
+            lines += loss_figure(part, figures / f"results_history_{file_part(recipe)}.png")
     if "windows" in studies:
         for sweep, part in studies["windows"].groupby("sweep", dropna=False):
             tokens = ", ".join(f"{count / 1e6:,.1f} M" for count in part["tokens"].unique())
@@ -149,6 +145,11 @@ def report_lines(frame: pd.DataFrame, figures: pathlib.Path) -> list[str]:
     if "architectures" in studies:
         lines += position_lines(studies["architectures"], figures)
     return lines + history_lines(frame, figures) + sample_lines(frame) + run_lines(frame)
+
+
+def file_part(recipe: str) -> str:
+    """Returns a recipe's part of a file name: '100.0M_763' for 100.0 M training tokens in 763 updates."""
+    return "{}M_{}".format(*re.findall(r"[\d.]+", recipe.replace(",", "")))
 
 
 def under(heading: str, lines: list[str]) -> list[str]:
@@ -208,7 +209,7 @@ def compared(points: pd.DataFrame) -> tuple[pd.DataFrame, str]:
         return points, LOSS
     group, label = points.loc[points[ARCHITECTURE] == reference, ["group", "label"]].iloc[0]
     both = points[points["group"] != group].merge(points[points["group"] == group][["x", "y"]], on="x")
-    return both.assign(y=both["y_x"] - both["y_y"]), f"loss above that of the {label},\nnats per token"
+    return both.assign(y=both["y_x"] - both["y_y"]), f"loss above that of the {label}, nats per token"
 
 
 def position_lines(frame: pd.DataFrame, figures: pathlib.Path) -> list[str]:
@@ -225,11 +226,11 @@ def position_lines(frame: pd.DataFrame, figures: pathlib.Path) -> list[str]:
     if table["split"].eq("validation").all():
         table = table.drop(columns="split")
     lines = [*SECTIONS["## Loss by position"], *table_of(table), ""]
-    for (length, split), members in parts.groupby(["done.length", "done.split"], sort=False):
+    for (length, split, recipe), members in parts.groupby(["done.length", "done.split", "recipe"], sort=False):
         members = members.assign(label=legends(members))
         points, title = _binned(members, "done.by_position", "loss"), f"samples of {length:,} tokens"
-        name = f"{length}_test" if split == "test" else f"{length}"
-        title += ", test split" if split == "test" else ""
+        name = f"{length}_{file_part(recipe)}" + ("_test" if split == "test" else "")
+        title += (", test split" if split == "test" else "") + f", {recipe}"
         file = figures / f"results_positions_{name}.png"
         lines += draw_compared(
             {title: points}, "position in the sample", "linear", file, f"Loss by position in {title}"
@@ -251,7 +252,7 @@ def history_lines(frame: pd.DataFrame, figures: pathlib.Path) -> list[str]:
     """Returns what the history contributes, for the first measured seed of each group."""
     lines: list[str] = []
     measured = actions_of(frame, "history", "cuts").drop_duplicates(["group", "done.length"])
-    for length, runs in measured.groupby("done.length") if len(measured) else ():
+    for (length, recipe), runs in measured.groupby(["done.length", "recipe"], sort=False) if len(measured) else ():
         table = runs[["label", "done.share"]].assign(**{"done.cuts": runs["done"].map(_cuts_and_swap)})
         table = table.explode("done.cuts", ignore_index=True)
         table = table.join(pd.json_normalize(table.pop("done.cuts")))
@@ -259,11 +260,11 @@ def history_lines(frame: pd.DataFrame, figures: pathlib.Path) -> list[str]:
             table[change] = table[change].map("{:+.4f}".format, na_action="ignore")
         table["done.share"] = table["done.share"].map(lambda shares: ", ".join(map("{:.2f}".format, shares)))
         table = table[list(CUTS)].set_axis(CUTS.values(), axis=1)
-        lines += [f"Samples of {length:,} tokens:", "", *table_of(table), ""]
-        for file in plot_history([*zip(legends(runs), runs["done"])], figures, f"results_{length}_"):
-            lines += shown(
-                file, f"{titled(file.stem.removeprefix(f'results_{length}_'))}, samples of {length:,} tokens"
-            )
+        lines += [f"Samples of {length:,} tokens, {recipe}:", "", *table_of(table), ""]
+        prefix = f"results_{length}_{file_part(recipe)}_"
+        for file in plot_history([*zip(legends(runs), runs["done"])], figures, prefix):
+            title = titled(file.stem.removeprefix(prefix))
+            lines += shown(file, f"{title}, samples of {length:,} tokens, {recipe}")
     return under("## What the history contributes", lines)
 
 
