@@ -11,7 +11,7 @@ from tlinformer_jax.data.sources import load_split
 from tlinformer_jax.data.tokenizers import ByteTokenizer
 from tlinformer_jax.errors import UserError
 from tlinformer_jax.training.check import check_run, state_bytes, step_bytes
-from tlinformer_jax.training.setup import PENDING, build_run
+from tlinformer_jax.training.setup import ANY_LENGTH, build_run
 
 MODEL = {
     "architecture": "transformer",
@@ -69,7 +69,7 @@ def test_epochs_are_counted_once_the_text_is_tokenised(tmp_path):
 @pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
 @pytest.mark.parametrize("mesh", ["", "fsdp=4"])
 def test_memory_is_what_the_arrays_take(tmp_path, mesh):
-    run = build_run(config_of(tmp_path, train={"mesh": mesh}), ByteTokenizer(), PENDING)
+    run = build_run(config_of(tmp_path, train={"mesh": mesh}), ByteTokenizer())
     state = run.initial_state()
 
     def held(tree):
@@ -84,7 +84,7 @@ def test_memory_is_what_the_arrays_take(tmp_path, mesh):
 
 def test_compiled_step_holds_more_than_the_state(tmp_path):
     def measured(**train):
-        run = build_run(config_of(tmp_path, train=train), ByteTokenizer(), PENDING)
+        run = build_run(config_of(tmp_path, train=train), ByteTokenizer(), ANY_LENGTH)
         return state_bytes(run), step_bytes(run)
 
     state, (total, temporary) = measured()

@@ -129,7 +129,7 @@ def record_of(
         | {"dtype": model.compute_dtype.name},
         "validation": figures,
         "history": [[step, *(each[name] for name in measured)] for step, each in evaluations],
-        "target": target | {"most_steps": trained.run.horizon.steps} if least else None,
+        "target": target | {"most_steps": trained.run.last_step} if least else None,
         "then": {},
     }
 

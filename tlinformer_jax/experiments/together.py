@@ -35,7 +35,7 @@ from tlinformer_jax.parallel.sharding import UNSPLIT
 from tlinformer_jax.training.console import memory_advice, say
 from tlinformer_jax.training.evaluation import Answers, Evaluation, eval_step, summary
 from tlinformer_jax.training.optimizer import build_optimizer, run_horizon
-from tlinformer_jax.training.setup import PENDING, Run, TrainedRun, build_run, training_batches
+from tlinformer_jax.training.setup import Run, TrainedRun, build_run, check_trainable, training_batches
 from tlinformer_jax.training.step import batch_gradient, compiler_options, init_state
 from tlinformer_jax.training.workdir import sole_run
 
@@ -67,6 +67,7 @@ def update_copies(
     copies: Copies, batches: dict[str, Array], step: Int[Array, ""], *, run: Run
 ) -> tuple[Copies, Float[Array, " copies"]]:
     """Updates every copy and returns the losses; a copy whose loss or gradient is not finite stays unchanged."""
+    assert run.horizon is not None
     config = dataclasses.replace(run.config.train, learning_rate=1.0)  # the optimiser's updates are linear in it
     optimizer = build_optimizer(config, run.horizon)
 
@@ -98,6 +99,7 @@ def end_copies(copies: Copies, reached: Bool[Array, " copies"], step: Int[Array,
 
 def first_copies(run: Run, jobs: Sequence[Job]) -> Copies:
     """Returns all copies before their first update, each initialised with its seed."""
+    assert run.horizon is not None
     keys = jnp.stack([jax.random.key(job.config.train.seed) for job in jobs])
     init = functools.partial(init_state, model=run.model, config=run.config.train, horizon=run.horizon)
     state = jax.jit(jax.vmap(init))(keys)
@@ -143,7 +145,8 @@ def train_together(jobs: Sequence[Job]) -> list[Record]:
 
 
 def _prepared(config: RunConfig) -> tuple[Run, dict[str, Split]]:
-    run = build_run(config, build_tokenizer(config.data.tokenizer), PENDING, jax.devices()[:1])
+    run = build_run(config, build_tokenizer(config.data.tokenizer), devices=jax.devices()[:1])
+    check_trainable(run)
     splits = {name: run.split(name) for name in ("train", "validation")}
     return dataclasses.replace(
         run, horizon=run_horizon(config.train, training_batches(config, splits["train"]))
@@ -167,7 +170,7 @@ def _trained(
     batches = [training_batches(job.config, splits["train"]) for job in jobs]
     speeds: list[float] = []
     tokens = len(jobs) * train.batch_size * run.config.data.sequence_length
-    every, last = int(train.eval_every or train.updates), run.horizon.steps
+    every, last = int(train.eval_every or train.updates), run.last_step
     with contextlib.ExitStack() as stack:
         reader = stack.enter_context(contextlib.closing(prefetched(batches)))
         for first in range(0, last, every):

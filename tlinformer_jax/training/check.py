@@ -11,7 +11,7 @@ from tlinformer_jax.data.sources import find_split
 from tlinformer_jax.data.tokenizers import build_tokenizer
 from tlinformer_jax.training.console import length_lines, model_line, split_line
 from tlinformer_jax.training.optimizer import Horizon, run_horizon
-from tlinformer_jax.training.setup import PENDING, Run, build_run, training_batches
+from tlinformer_jax.training.setup import ANY_LENGTH, Run, build_run, check_trainable, training_batches
 
 
 class StateBytes(NamedTuple):
@@ -25,7 +25,8 @@ class StateBytes(NamedTuple):
 def check_run(config: RunConfig, compile_step: bool = False) -> str:
     """Checks a configuration and describes, as text, what a run with it needs; writes nothing."""
     tokenizer = build_tokenizer(config.data.tokenizer)
-    run = build_run(config, tokenizer, PENDING)
+    run = build_run(config, tokenizer)
+    check_trainable(run)
     splits = {name: find_split(config.data, name, tokenizer) for name in ("train", "validation")}
     splits = {name: None if split is None else run.checked(name, split) for name, split in splits.items()}
     horizon = None  # None if only the tokenised text determines it
@@ -40,7 +41,7 @@ def check_run(config: RunConfig, compile_step: bool = False) -> str:
     lines = [model_line(run), memory, *length_lines(run, horizon, splits["train"])]
     lines += [split_line(name, split, config.data.sequence_length) for name, split in splits.items()]
     if compile_step:
-        both = map(size_text, step_bytes(dataclasses.replace(run, horizon=horizon or PENDING)))
+        both = map(size_text, step_bytes(dataclasses.replace(run, horizon=horizon or ANY_LENGTH)))
         lines.append("compiled step by device: {}, of which {} are activations, gradients and the like".format(*both))
     return "\n".join(lines)
 

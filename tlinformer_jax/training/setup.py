@@ -54,8 +54,8 @@ from tlinformer_jax.training.evaluation import Answers, Documents, Evaluation, d
 from tlinformer_jax.training.optimizer import Horizon
 from tlinformer_jax.training.step import TrainState, compiler_options, init_state, jit_train_step
 
-UNTRAINED = Horizon(steps=0, decay_end=0)  # a run that does not train
-PENDING = Horizon(steps=0, decay_end=1)  # a run whose length is known only once its data is read
+# For what depends on no run's length: the shapes of a train state, and the memory of a step.
+ANY_LENGTH = Horizon(steps=1, decay_end=1)
 LoadSplit = Callable[[DataConfig, str, Tokenizer], Split]
 MASKED_ITERABLE = "must be False if train_data is an iterable or validation_data contains batches"
 COMPILATION_CACHE = "~/.cache/tlinformer_jax/xla"
@@ -63,14 +63,23 @@ COMPILATION_CACHE = "~/.cache/tlinformer_jax/xla"
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """The fixed parts of a run; `load_split` loads its splits."""
+    """The fixed parts of a run; `load_split` loads its splits.
+
+    `horizon` is None in a run that does not train, and before the training data is read.
+    """
 
     config: RunConfig
     tokenizer: Tokenizer
     mesh: Mesh
     model: LanguageModel
-    horizon: Horizon
+    horizon: Horizon | None = None
     load_split: LoadSplit = load_split
+
+    @property
+    def last_step(self) -> int:
+        """The number of updates of a training run."""
+        assert self.horizon is not None
+        return self.horizon.steps
 
     @functools.cached_property
     def abstract_state(self) -> TrainState:
@@ -96,7 +105,7 @@ class Run:
         return jax.jit(self._init, out_shardings=self.shardings)(jax.random.key(self.config.train.seed))
 
     def _init(self, rng: jax.Array) -> TrainState:
-        return init_state(rng, self.model, self.config.train, self.horizon, self.config.data.stages)
+        return init_state(rng, self.model, self.config.train, self.horizon or ANY_LENGTH, self.config.data.stages)
 
     def split(self, name: str, length: int | None = None) -> Split:
         """Loads a split for samples of `length` tokens (None: data.sequence_length)."""
@@ -128,6 +137,7 @@ class Run:
     @functools.cached_property
     def train_step(self) -> Any:
         """The jitted training step."""
+        assert self.horizon is not None
         return jit_train_step(
             self.shardings,
             batch_sharding(self.mesh),
@@ -222,21 +232,25 @@ class TrainedRun:
 
 
 def build_run(
-    config: RunConfig, tokenizer: Tokenizer, horizon: Horizon = UNTRAINED, devices: Sequence[Any] | None = None
+    config: RunConfig, tokenizer: Tokenizer, horizon: Horizon | None = None, devices: Sequence[Any] | None = None
 ) -> Run:
-    """Builds the fixed parts of a run and checks that they fit together."""
+    """Builds the fixed parts of a run and checks that they fit together; for training see `check_trainable` too."""
     check_vocab(tokenizer, config.model.vocab_size)
     mesh = build_mesh(config.train.axes, devices)
     if mesh.shape["expert"] > 1 and not config.model.mixture:
         raise mesh_error(mesh, f"expert must be 1 for model.num_experts = {config.model.num_experts}")
     if devices is None:
         connect(mesh)
-    if horizon != UNTRAINED:
-        field = "train.batch_size" if config.train.accumulation == 1 else "train.batch_size / train.accumulation"
-        check_batch_divides(config.train.micro_batch_size, mesh, field)
-        check_sequences_divide(mesh, config.model, config.data.sequence_length, config.train.sampled_windows)
-        check_kernel(config.model)
     return Run(config, tokenizer, mesh, build_model(config.model), horizon)
+
+
+def check_trainable(run: Run) -> None:
+    """Checks that the devices can train: that the mesh can split batch and sequences, and that the attention runs."""
+    config, train = run.config, run.config.train
+    field = "train.batch_size" if train.accumulation == 1 else "train.batch_size / train.accumulation"
+    check_batch_divides(train.micro_batch_size, run.mesh, field)
+    check_sequences_divide(run.mesh, config.model, config.data.sequence_length, train.sampled_windows)
+    check_kernel(config.model)
 
 
 def check_sequences_divide(mesh: Mesh, config: ModelConfig, length: int, sampled_windows: int) -> None:
