@@ -41,7 +41,7 @@ def run_benchmark(
       workdir: of a run, whose weights are used for its architecture; other weights are random.
       out: folder for the report and the plots; None only prints.
       profile: folder for traces; None makes none.
-      mesh: devices that the history is spread over; None for one device.
+      mesh: devices that the history is split over; None for one device.
 
     Returns:
       the content of inference.json.

@@ -27,12 +27,12 @@ from benchmarks.training import (
     SET,
     STEPS,
     WARMUP,
-    Job,
-    Timing,
+    Case,
+    TimingOptions,
     integers,
     line,
     overrides,
-    time_job,
+    time_case,
 )
 from tlinformer_jax.commands import cli
 from tlinformer_jax.config.model import ARCHITECTURES as ALL_ARCHITECTURES
@@ -84,9 +84,9 @@ def by_kernels(configs: dict[str, ModelConfig]) -> dict[str, ModelConfig]:
 
 
 def rows(
-    configs: dict[str, ModelConfig], lengths: Sequence[int], batches: Sequence[int], timing: Timing | None
+    configs: dict[str, ModelConfig], lengths: Sequence[int], batches: Sequence[int], timing: TimingOptions | None
 ) -> Iterator[Row]:
-    """Yields a row for each model and length: FLOPs of a token and, if it is timed, seconds and parts of `time_job`.
+    """Yields a row for each model and length: FLOPs of a token and, if it is timed, seconds and parts of `time_case`.
 
     A step has the first number of tokens in `batches` that fits in memory.
     """
@@ -96,7 +96,7 @@ def rows(
             for tokens in batches if timing is not None else ():
                 sizes = {"batch_size": max(1, tokens // length)}
                 values = {"model": dataclasses.asdict(config), "train": sizes, "data": {"sequence_length": length}}
-                timed = time_job(Job(run_config(values), name), timing)
+                timed = time_case(Case(run_config(values), name), timing)
                 print(line(timed), flush=True)
                 row |= {
                     name: timed[name] for name in ("tokens", "step_seconds", "compile_seconds", "step_bytes", "error")
@@ -220,7 +220,7 @@ def _made(folder: pathlib.Path | None) -> Row:
 
         jax.config.update("jax_enable_compilation_cache", False)  # cache hits would look like fast compilations
         record |= {"device": jax.devices()[0].device_kind, "devices": jax.device_count(), "jax": jax.__version__}
-        timing, configs = Timing(STEPS.value, WARMUP.value), by_kernels(configs)
+        timing, configs = TimingOptions(STEPS.value, WARMUP.value), by_kernels(configs)
     for row in rows(configs, sorted(lengths), batches, timing):
         record["rows"].append(row)
         if folder is not None:

@@ -10,7 +10,7 @@ from typing import Any
 from benchmarks.plots import log_axes
 from tlinformer_jax.experiments.drawing import Curve, draw_curves, figure_of, save
 
-# Columns of a row; `training.time_job` explains them.
+# Columns of a row; `training.time_case` explains them.
 COLUMNS = (
     "architecture",
     "length",

@@ -86,7 +86,7 @@ def test_evaluating_and_generating_end_with_status_1_and_the_flags_that_help(tmp
         ),
         (
             "generate",
-            "from tlinformer_jax.decoding import generator; generator.Stream = full",
+            "from tlinformer_jax.decoding import generator; generator.GenerationStream = full",
             ("--prompt=a", "--num_samples=3"),
             "a smaller --num_samples or --max_new_tokens, a shorter prompt",
         ),

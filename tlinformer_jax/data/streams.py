@@ -110,7 +110,7 @@ def in_threads(
 
 
 @dataclasses.dataclass(frozen=True)
-class Piece:
+class DocumentPiece:
     """A part of a document, cut such that the tokens of all parts are the tokens of the document."""
 
     text: str
@@ -149,7 +149,7 @@ def encode_documents(documents: Iterable[tuple[str, bool]], tokenizer: Tokenizer
 
 def cut_documents(
     documents: Iterable[tuple[str, bool]], safe_cut: Callable[[str], int], size: int = PIECE_CHARACTERS
-) -> Iterator[Piece]:
+) -> Iterator[DocumentPiece]:
     """Cuts a stream of `(text, ends)` into pieces of about `size` characters, at places that `safe_cut` finds.
 
     A document without such a place stays whole; a DataError if it has more than LARGEST_UNCUT characters.
@@ -164,7 +164,7 @@ def cut_documents(
             if not cut:
                 window *= 2
                 continue
-            yield Piece(rest[start : start + cut], previous, ends=False)
+            yield DocumentPiece(rest[start : start + cut], previous, ends=False)
             start, window = start + cut, size
             previous = rest[start - 1]
         rest, try_at = rest[start:], window
@@ -172,13 +172,13 @@ def cut_documents(
             limit = f"{LARGEST_UNCUT:,} characters without a place where the tokenizer allows a cut"
             raise DataError(f"the document with {rest[:40]!r} has more than {limit}; split it into several")
         if ends:
-            yield Piece(rest, previous, ends=True)
+            yield DocumentPiece(rest, previous, ends=True)
             rest, previous, try_at = "", "", size
 
 
-def group_pieces(pieces: Iterable[Piece], size: int = PIECE_CHARACTERS) -> Iterator[list[Piece]]:
+def group_pieces(pieces: Iterable[DocumentPiece], size: int = PIECE_CHARACTERS) -> Iterator[list[DocumentPiece]]:
     """Groups pieces in order until a group has `size` characters; an empty piece counts as a few characters too."""
-    group: list[Piece] = []
+    group: list[DocumentPiece] = []
     weight = 0
     for piece in pieces:
         group.append(piece)
@@ -190,7 +190,7 @@ def group_pieces(pieces: Iterable[Piece], size: int = PIECE_CHARACTERS) -> Itera
         yield group
 
 
-def encode_pieces(pieces: Iterable[Piece], tokenizer: Tokenizer, dtype: np.dtype) -> Encoded:
+def encode_pieces(pieces: Iterable[DocumentPiece], tokenizer: Tokenizer, dtype: np.dtype) -> Encoded:
     """Encodes pieces to tokens, `dtype` [length], with `end_of_text` after every document; returns the counts too."""
     parts, total = [np.empty(0, dtype)], Counts()
     for piece in pieces:
@@ -214,7 +214,7 @@ def _encode(text: str, tokenizer: Tokenizer) -> np.ndarray:
         raise DataError(f"{fault} {text[:40]!r} ({error})") from None
 
 
-def _count(piece: Piece) -> Counts:
+def _count(piece: DocumentPiece) -> Counts:
     encoded = piece.text.encode("utf-8")
     inside = piece.text and piece.previous and piece.text[0] not in ASCII_SPACE and piece.previous not in ASCII_SPACE
     last = (piece.previous + piece.text)[-1:]

@@ -33,7 +33,7 @@ PARTS = 8  # bins of a sample in the table by position of the question
 LEAST_POINTS = 3  # of a capacity curve
 RUN = ["model", "learning rate", "seed"]
 SHARES = ["answers right", "source in window", "in W_oh", "before W_oh"]
-FORM, WHOLE = "{:.3f}".format, "{:,.0f}"
+FORM, INTEGER = "{:.3f}".format, "{:,.0f}"
 ACCURACY, FOUND_RUNS = "reported.accuracy", f"runs ≥ {FOUND}"
 
 
@@ -74,7 +74,7 @@ def retrieval_lines(frame: pd.DataFrame) -> list[str]:
         runs = counted(part)
         table = runs[RUN[:2]].first().join(runs.apply(_finding))
         table["chance"] = runs["chance"].agg(mean("{:.3f}"))
-        table["parameters"] = runs["parameters"].agg(mean(WHOLE))
+        table["parameters"] = runs["parameters"].agg(mean(INTEGER))
         shares = part[[f"reported.{name}" for name in ACCURACIES]].set_axis(SHARES, axis=1)
         listed = part[RUN].join(shares.map(FORM, na_action="ignore"))
         listed["split"], listed["tokens"] = part["split"], (part["tokens"] / 1e6).map("{:.1f} M".format)
@@ -137,7 +137,7 @@ def capacity_lines(frame: pd.DataFrame, figures: pathlib.Path) -> list[str]:
             continue
         drawn[x_name] = points
         table = points[["label"]].set_axis(["model"], axis=1)
-        table[x_name] = points["x"].map(WHOLE.format)
+        table[x_name] = points["x"].map(INTEGER.format)
         table = table.join(points[[FOUND_RUNS, "95% interval", "median update"]])
         table["median"] = points["median"].map(FORM)
         pairs = zip(points["low"], points["high"])
