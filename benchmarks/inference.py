@@ -61,7 +61,7 @@ def main() -> None:
     from benchmarks.runner import run_benchmark
     from tlinformer_jax.training.setup import use_compilation_cache
 
-    lengths = sorted({_length(text) for text in LENGTHS.value}, key=lambda place: (place[0] * place[1], place))
+    lengths = sorted({_length(text) for text in LENGTHS.value}, key=lambda size: (size[0] * size[1], size))
     longest = sorted({_positive("--longest", text) for text in LONGEST.value})
     if not math.isfinite(SECONDS.value):
         raise ConfigError("--seconds", SECONDS.value, "must be a finite number >= 0")

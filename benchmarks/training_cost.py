@@ -184,7 +184,7 @@ def read_generation(names: Sequence[str]) -> list[Row]:
             if row["batch"] == 1 and "cache_bytes" in row
         ]
         chosen = {(row["model"], row["length"]): row for row in found[::-1]}
-        return [chosen[place] for place in sorted(chosen, key=_place)]
+        return [chosen[key] for key in sorted(chosen, key=_sort_key)]
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise UserError(f"--generation={','.join(names)}: must be records of benchmarks.inference ({error})") from None
 
@@ -246,12 +246,12 @@ def _read(names: Sequence[str]) -> Row:
         found = {(row["model"], row["length"]): row for record in records[::-1] for row in record["rows"]}
         if not found:
             raise ValueError("they have no rows")
-        return records[0] | {"rows": [found[place] for place in sorted(found, key=_place)]}
+        return records[0] | {"rows": [found[key] for key in sorted(found, key=_sort_key)]}
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise UserError(f"--record={','.join(names)}: must be records of this command ({error})") from None
 
 
-def _place(model: tuple[str, int]) -> tuple[int, str, int]:
+def _sort_key(model: tuple[str, int]) -> tuple[int, str, int]:
     """Returns a sort key, by the length of the name: the Transformer first, TLinFormers by their windows."""
     name, length = model
     return len(name), name, length

@@ -70,7 +70,7 @@ def parts_of(tokens: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
             mapping.madvise(mmap.MADV_DONTNEED)
 
 
-def places_of(token: int, tokens: np.ndarray) -> np.ndarray:
+def positions_of(token: int, tokens: np.ndarray) -> np.ndarray:
     """Returns the positions of a token in a long row, ascending, int64."""
     found = [start + np.flatnonzero(part == token) for start, part in parts_of(tokens)]
     return np.concatenate([np.empty(0, np.int64), *found])
@@ -150,9 +150,9 @@ def encode_documents(documents: Iterable[tuple[str, bool]], tokenizer: Tokenizer
 def cut_documents(
     documents: Iterable[tuple[str, bool]], safe_cut: Callable[[str], int], size: int = PIECE_CHARACTERS
 ) -> Iterator[DocumentPiece]:
-    """Cuts a stream of `(text, ends)` into pieces of about `size` characters, at places that `safe_cut` finds.
+    """Cuts a stream of `(text, ends)` into pieces of about `size` characters, where `safe_cut` allows it.
 
-    A document without such a place stays whole; a DataError if it has more than LARGEST_UNCUT characters.
+    A document without such a position stays whole; a DataError if it has more than LARGEST_UNCUT characters.
     """
     rest, previous = "", ""
     try_at = size  # doubled after each failure, so that the total work is linear
@@ -240,8 +240,8 @@ def ranked_groups(sequences: Sequence[np.ndarray], length: int, weights: Sequenc
     owners = np.repeat(np.arange(count), [len(sequence) for sequence in sequences])
     starts = max(0, len(numbers) - length + 1)
     hashes = np.zeros(starts, np.uint64)
-    for place in range(length):
-        hashes = hashes * HASH + numbers[place : place + starts]
+    for offset in range(length):
+        hashes = hashes * HASH + numbers[offset : offset + starts]
     within = owners[:starts] == owners[length - 1 :]
     hashes, owners = hashes[within], owners[:starts][within]
     order = np.argsort(hashes, kind="stable")

@@ -63,7 +63,7 @@ def _with_whole_actions(path: pathlib.Path, record: Record) -> Record:
 
 
 def frame_of(records: Sequence[Record]) -> pd.DataFrame:
-    """Makes a row of each record, in the order of the report; the index is the place in `records`."""
+    """Makes a row of each record, in the order of the report; the index is the position in `records`."""
     flat = pd.json_normalize([record | {"then": None, "overrides": None, "device": None} for record in records])
     derived = pd.DataFrame([_checked(record) for record in records])
     frame = pd.concat([flat.drop(columns=["then", "overrides", "device"]), derived], axis=1)
@@ -228,15 +228,15 @@ def actions_of(frame: pd.DataFrame, kind: str, part: str) -> pd.DataFrame:
     A text's evaluation on the test split is a row of its own.
     """
     found = [
-        (place, result)
-        for place, then in frame["then"].items()
+        (index, result)
+        for index, then in frame["then"].items()
         for name, done in then.items()
         for result in (done, done.get("test", {}))
         if name.partition("@")[0] == kind and part in result
     ]
-    places, results = zip(*found) if found else ((), ())
+    indices, results = zip(*found) if found else ((), ())
     parts = pd.DataFrame(results).add_prefix("done.").assign(done=results)
-    return frame.loc[list(places)].reset_index(drop=True).join(parts)
+    return frame.loc[list(indices)].reset_index(drop=True).join(parts)
 
 
 def mean_and_deviation(form: str) -> Callable[[pd.Series], str]:

@@ -1,4 +1,4 @@
-"""The report's section on tasks with answers: how many runs found them, how soon, and accuracy by place and length.
+"""The report's section on tasks with answers: how many runs found them, how soon, and accuracy by depth and length.
 
 Whether a run finds the answers depends on chance too, so runs are counted and listed, not averaged.
 """
@@ -40,14 +40,14 @@ ACCURACY, FOUND_RUNS = "reported.accuracy", f"runs ≥ {FOUND}"
 def overview_lines(frame: pd.DataFrame) -> list[str]:
     """Returns a table of the runs that found the answers, by setting, architecture and options; failures come first.
 
-    A setting's place is the lower end of the Wilson interval of TLinFormer's best options; settings without TLinFormer
+    Settings are sorted by the lower end of the Wilson interval of TLinFormer's best options; those without TLinFormer
     come last. Records of one seed from several sweeps count once.
     """
     same = ["setting", ARCHITECTURE, "options", "layers", "config.train.learning_rate", "seed"]
     runs = frame.sort_index().dropna(subset=ACCURACY).drop_duplicates(same).sort_values(["options", "layers"])
-    rows, places = [], []
+    rows, sort_keys = [], []
     for setting, part in _by_number(runs).groupby("setting", sort=False):
-        row, place, varied = {"setting": setting}, 1.0, (part["options"] != "").any()
+        row, sort_key, varied = {"setting": setting}, 1.0, (part["options"] != "").any()
         for architecture, models in part.groupby(ARCHITECTURE):
             cells, lowest = [], []
             several = models["layers"].nunique() > 1
@@ -58,12 +58,12 @@ def overview_lines(frame: pd.DataFrame) -> list[str]:
                 lowest.append(_wilson(found, known)[0])
             row[NAMES[str(architecture)]] = "; ".join(cells)
             if architecture == "tlinformer":
-                place = max(lowest)
+                sort_key = max(lowest)
         rows.append(row)
-        places.append(place)
+        sort_keys.append(sort_key)
     if not rows:
         return []
-    table = pd.DataFrame(rows).iloc[np.argsort(places, kind="stable")]
+    table = pd.DataFrame(rows).iloc[np.argsort(sort_keys, kind="stable")]
     return [*table_of(table[["setting", *(name for name in NAMES.values() if name in table)]]), ""]
 
 
@@ -78,7 +78,7 @@ def retrieval_lines(frame: pd.DataFrame) -> list[str]:
         shares = part[[f"reported.{name}" for name in ACCURACIES]].set_axis(SHARES, axis=1)
         listed = part[RUN].join(shares.map(FORM, na_action="ignore"))
         listed["split"], listed["tokens"] = part["split"], (part["tokens"] / 1e6).map("{:.1f} M".format)
-        listed["found at"] = [median_update(part.loc[[place]]) for place in part.index]
+        listed["found at"] = [median_update(part.loc[[index]]) for index in part.index]
         reached = part["target.accuracy"].map("{:.0%} reached".format)
         listed["end"] = reached.where(part["target.reached"].eq(True), "all updates")
         lines += [f"### {setting}", "", *_known_columns(table), "", *_known_columns(listed), ""]

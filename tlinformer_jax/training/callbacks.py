@@ -191,7 +191,7 @@ class StopRequest:
         return self._noticed
 
     def poll(self) -> bool:
-        """Returns the same, after asking the other processes."""
+        """Asks the other processes; returns whether a stop was asked for, and all have agreed on it."""
         if self._together and not self._noticed:
             self._polls += 1
             self._noticed = multihost_utils.reached_preemption_sync_point(self._polls)

@@ -94,11 +94,14 @@ def parameter_table(params: Any) -> str:
 
 
 def plan_line(run: Run) -> str:
-    """Says how a step computes the windows of a sample, but of those before its first answer, which have no loss."""
+    """Says how a step computes the windows of a sample.
+
+    Windows before the first answer have no loss and are left out.
+    """
     model, length = run.config.model, run.config.data.sequence_length
-    places, split = run.answers(length), run.mesh.shape["window"] * run.mesh.shape["context"] > 1
+    positions, split = run.answers(length), run.mesh.shape["window"] * run.mesh.shape["context"] > 1
     sampled = 0 < run.config.train.sampled_windows < num_windows(model, length)
-    first = 0 if places is None or sampled else places.first // model.generation_window
+    first = 0 if positions is None or sampled else positions.first // model.generation_window
     return f"model.memory = {model.memory!r}: {training_plan(model, length, first, alone=sampled or split)}"
 
 

@@ -16,10 +16,10 @@ from tlinformer_jax.models.model import LanguageModel
 from tlinformer_jax.training.loss import (
     LOSS_CHUNK,
     AnswersOf,
-    at_places,
+    at_positions,
     put_back,
     token_losses_and_hits,
-    weighted_places,
+    weighted_positions,
 )
 from tlinformer_jax.training.step import DeviceBatch
 
@@ -49,12 +49,12 @@ def eval_step(
         method=model.hidden_states,
     )
     labels, weights = batch["labels"][:, start:], batch["weights"]
-    places = None if known is None else weighted_places(weights[:, start:], known.most)
-    if places is not None:
-        hidden, labels = at_places(hidden, places), at_places(labels, places)
+    positions = None if known is None else weighted_positions(weights[:, start:], known.most)
+    if positions is not None:
+        hidden, labels = at_positions(hidden, positions), at_positions(labels, positions)
     losses, hits = token_losses_and_hits(hidden, params["embedding"], labels, LOSS_CHUNK)
-    if places is not None:
-        losses, hits = put_back(losses, places, length - start, 0), put_back(hits, places, length - start, True)
+    if positions is not None:
+        losses, hits = put_back(losses, positions, length - start, 0), put_back(hits, positions, length - start, True)
     losses = jnp.pad(losses, ((0, 0), (start, 0)))
     sums = {"losses": jnp.sum(losses * weights, axis=0), "weights": jnp.sum(weights, axis=0)}
     if "starts" not in batch:

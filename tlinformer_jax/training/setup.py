@@ -29,9 +29,9 @@ from tlinformer_jax.data.batches import (
 from tlinformer_jax.data.documents import DocumentStream
 from tlinformer_jax.data.given import POSITIONS_FILE, TokenData, given_loader, with_given_files
 from tlinformer_jax.data.ordered import OrderedBatches, OrderedStream
-from tlinformer_jax.data.sources import answer_places, load_split
+from tlinformer_jax.data.sources import answer_positions, load_split
 from tlinformer_jax.data.streams import RowStream, TokenStream, check_token_ids
-from tlinformer_jax.data.tasks import AnswerPlaces, Split, TaskSplit, answer_batches
+from tlinformer_jax.data.tasks import AnswerPositions, Split, TaskSplit, answer_batches
 from tlinformer_jax.data.tokenizers import Tokenizer, check_vocab
 from tlinformer_jax.errors import ConfigError
 from tlinformer_jax.models.model import LanguageModel, build_model
@@ -96,9 +96,9 @@ class Run:
         """Shardings of the train state."""
         return jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
 
-    def answers(self, length: int) -> AnswerPlaces | None:
+    def answers(self, length: int) -> AnswerPositions | None:
         """Returns the positions of a sample whose labels count; None if all do."""
-        return answer_places(self.config.data, self.tokenizer, length)
+        return answer_positions(self.config.data, self.tokenizer, length)
 
     def initial_state(self) -> TrainState:
         """Returns the state before the first update, created with its shardings."""
@@ -296,14 +296,14 @@ def training_batches(config: RunConfig, train: Split) -> TrainingBatches:
 def flops_per_token(run: Run, length: int) -> float:
     """Returns the model FLOPs per trained token in samples of `length` tokens."""
     model, sampled = run.config.model, run.config.train.sampled_windows
-    places = run.answers(length)
-    read, first = (None, 0) if places is None else (places.most, places.first)
+    positions = run.answers(length)
+    read, first = (None, 0) if positions is None else (positions.most, positions.first)
     flops = training_flops(model, length, sampled_windows=sampled, read=read, first=first)
     return flops / trained_tokens(model, length, sampled)
 
 
 def use_compilation_cache() -> None:
     """Keeps compiled programs between runs, unless the user has chosen a folder for them."""
-    place = os.path.expanduser(COMPILATION_CACHE)
-    if not getattr(jax.config, "jax_compilation_cache_dir", None) and os.path.isabs(place):
-        jax.config.update("jax_compilation_cache_dir", place)
+    folder = os.path.expanduser(COMPILATION_CACHE)
+    if not getattr(jax.config, "jax_compilation_cache_dir", None) and os.path.isabs(folder):
+        jax.config.update("jax_compilation_cache_dir", folder)
