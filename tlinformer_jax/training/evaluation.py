@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from tlinformer_jax.data.documents import MOST_DOCUMENTS
 from tlinformer_jax.data.streams import TokenStream
-from tlinformer_jax.data.tasks import DEPTHS, REGIONS, Split
+from tlinformer_jax.data.tasks import DEPTHS, REGIONS, Split, TaskSplit
 from tlinformer_jax.models.model import LanguageModel
 from tlinformer_jax.training.loss import (
     LOSS_CHUNK,
@@ -162,6 +162,15 @@ class Evaluation:
     weights: np.ndarray  # tokens, float64 [N]
     answers: Answers | None = None  # None for a text
     documents: Documents | None = None  # None where `data.documents.document_numbers` does not know them
+
+    @classmethod
+    def of(cls, sums: dict[str, np.ndarray], stream: Split, length: int) -> "Evaluation":
+        """Makes the evaluation of a split in samples of `length` tokens from the summed `eval_step`."""
+        answers = Answers.of(sums, stream.task.chance(length)) if isinstance(stream, TaskSplit) else None
+        documents = None
+        if isinstance(stream, TokenStream) and "document_tokens" in sums:
+            documents = Documents.of(sums, stream.num_documents)
+        return cls(sums["losses"], sums["weights"], answers, documents)
 
     @property
     def loss(self) -> float:

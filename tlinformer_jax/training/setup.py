@@ -30,7 +30,7 @@ from tlinformer_jax.data.documents import DocumentStream
 from tlinformer_jax.data.given import POSITIONS_FILE, TokenData, given_loader, with_given_files
 from tlinformer_jax.data.ordered import OrderedBatches, OrderedStream
 from tlinformer_jax.data.sources import answer_positions, load_split
-from tlinformer_jax.data.streams import RowStream, TokenStream, check_token_ids
+from tlinformer_jax.data.streams import RowStream, check_token_ids
 from tlinformer_jax.data.tasks import AnswerPositions, Split, TaskSplit, answer_batches
 from tlinformer_jax.data.tokenizers import Tokenizer, check_vocab
 from tlinformer_jax.errors import ConfigError
@@ -50,7 +50,7 @@ from tlinformer_jax.parallel.sharding import (
     tree_shardings,
     ways,
 )
-from tlinformer_jax.training.evaluation import Answers, Documents, Evaluation, document_sums, eval_step
+from tlinformer_jax.training.evaluation import Evaluation, document_sums, eval_step
 from tlinformer_jax.training.optimizer import Horizon
 from tlinformer_jax.training.step import TrainState, compiler_options, init_state, jit_train_step
 
@@ -74,6 +74,8 @@ class Run:
     model: LanguageModel
     horizon: Horizon | None = None
     load_split: LoadSplit = load_split
+    # The evaluation step of another run that differs in nothing that is compiled; None to compile one.
+    shared_eval_step: Any = dataclasses.field(default=None, repr=False, compare=False)
 
     @property
     def last_step(self) -> int:
@@ -167,6 +169,8 @@ class Run:
     @functools.cached_property
     def eval_step(self) -> Any:
         """The jitted evaluation step; every process gets the sums over all devices."""
+        if self.shared_eval_step is not None:
+            return self.shared_eval_step
         check_kernel(self.config.model)
         return jax.jit(
             functools.partial(eval_step, model=self.model, answers=self.answers),
@@ -185,30 +189,46 @@ class Run:
         batch_size: int | None = None,
         rest: bool = False,
     ) -> Evaluation:
-        """Evaluates the parameters on a split in samples of `length` tokens (None: data.sequence_length).
+        """Evaluates the parameters on a split in samples of `length` tokens; the arguments are those of `sums_over`."""
+        length = length or self.config.data.sequence_length
+        sums = self.sums_over(stream, self.eval_step, params, watch, length=length, batch_size=batch_size, rest=rest)
+        return Evaluation.of(sums, stream, length)
 
-        `watch` passes on the batches, and may raise to give up. With `rest`, a shorter last sample counts too.
+    def sums_over(
+        self,
+        stream: Split,
+        step: Callable[[Any, Batch], dict[str, Any]],
+        params: Any,
+        watch: Callable[[Iterable[Batch]], Iterator[Batch]] = iter,
+        *,
+        length: int | None = None,
+        batch_size: int | None = None,
+        rest: bool = False,
+    ) -> dict[str, np.ndarray]:
+        """Adds up what `step(params, batch)` returns for a split's batches, in float64, with the sums by document.
+
+        Args:
+          step: `eval_step`, or one like it. Without its `token_losses` there are no sums by document.
+          watch: passes on the batches, and may raise to give up.
+          length: tokens of a sample; None for data.sequence_length.
+          batch_size: see `evaluation_batch_size`.
+          rest: whether a shorter last sample counts too.
         """
         length = length or self.config.data.sequence_length
         batch_size = self.evaluation_batch_size(length, num_samples(stream, length, rest), batch_size)
         rows = process_rows(self.mesh, batch_size, EVALUATION_AXES)
         batches = self.evaluation_batches(stream, length, batch_size, rows, rest)
-        chance = stream.task.chance(length) if isinstance(stream, TaskSplit) else None
         owners = label_documents(stream, self.tokenizer.end_of_text, length, batch_size, rest)
         totals: dict[str, np.ndarray] = {}
         with jax.set_mesh(self.mesh):
             for batch, documents in zip(watch(batches), owners):
-                sums = self.eval_step(params, put_batch(batch, self.mesh, EVALUATION_AXES))
+                sums = step(params, put_batch(batch, self.mesh, EVALUATION_AXES))
                 token_losses = sums.pop("token_losses", None)
-                if documents is not None:
+                if documents is not None and token_losses is not None:
                     sums |= document_sums(np.asarray(token_losses), documents)
                 for name, part in sums.items():
                     totals[name] = totals.get(name, 0.0) + np.asarray(part, np.float64)
-        answers = None if chance is None else Answers.of(totals, chance)
-        found = None
-        if isinstance(stream, TokenStream) and "document_tokens" in totals:
-            found = Documents.of(totals, stream.num_documents)
-        return Evaluation(totals["losses"], totals["weights"], answers, found)
+        return totals
 
     def evaluation_batches(
         self, stream: Split, length: int, batch_size: int, rows: Rows, rest: bool = False
