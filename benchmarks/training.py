@@ -139,7 +139,7 @@ def time_case(case: Case, options: TimingOptions) -> dict[str, Any]:
     """
     import jax
 
-    from tlinformer_jax.training.console import is_out_of_memory
+    from tlinformer_jax.training.device_memory import is_out_of_memory
 
     config = case.config
     row: dict[str, Any] = dict.fromkeys(COLUMNS) | {
@@ -188,7 +188,7 @@ def _timed(config: RunConfig, options: TimingOptions) -> dict[str, Any]:
     from benchmarks.profiling import trace
     from tlinformer_jax.models import build_model
     from tlinformer_jax.parallel.sharding import batch_sharding, put_batch, tree_shardings
-    from tlinformer_jax.training.console import peak_bytes
+    from tlinformer_jax.training.device_memory import peak_bytes, program_bytes
     from tlinformer_jax.training.optimizer import Horizon
     from tlinformer_jax.training.step import init_state, jit_train_step
 
@@ -208,7 +208,9 @@ def _timed(config: RunConfig, options: TimingOptions) -> dict[str, Any]:
         lowered = step.lower(state, batch)
         started = time.perf_counter()
         compiled = lowered.compile()
-        figures: dict[str, Any] = {"compile_seconds": time.perf_counter() - started, "step_bytes": _bytes(compiled)}
+        figures: dict[str, Any] = {"compile_seconds": time.perf_counter() - started}
+        memory = program_bytes(compiled)
+        figures["step_bytes"] = None if memory is None else memory.total
         outputs, groups = [], []
         for count in (options.warmup, *group_sizes(options.steps)):
             started = time.perf_counter()
@@ -268,15 +270,6 @@ def random_batch(config: RunConfig) -> dict[str, Any]:
         begins = np.random.default_rng(1).random(weights.shape) < 1 / DOCUMENT_TOKENS
         batch["documents"] = np.cumsum(begins, axis=1, dtype=np.int32)
     return batch
-
-
-def _bytes(compiled: Any) -> int | None:
-    """Returns the memory of a compiled program: arguments, results that do not reuse them, temporary values."""
-    found = compiled.memory_analysis()
-    if found is None:
-        return None
-    kept = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
-    return kept + found.temp_size_in_bytes
 
 
 def integers(name: str, texts: Sequence[str]) -> list[int]:

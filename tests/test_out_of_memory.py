@@ -6,7 +6,7 @@ import pytest
 from tests.support.commands import TEXT, command, command_line, run_line
 from tlinformer_jax.errors import DataError
 from tlinformer_jax.training import loop
-from tlinformer_jax.training.console import OutOfMemoryError, memory_advice
+from tlinformer_jax.training.device_memory import OutOfMemoryError, memory_advice
 
 MESSAGE = "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 12345 bytes.\nBufferAssignment OOM Debugging."
 

@@ -23,7 +23,7 @@ def main() -> None:
     """Compiles each of the three and prints its memory and exchanges."""
     compile_without_tpus()
     from tlinformer_jax.parallel.mesh import target
-    from tlinformer_jax.training.console import is_out_of_memory
+    from tlinformer_jax.training.device_memory import is_out_of_memory
 
     devices = topology_devices(TOPOLOGY.value)
     with target(PLATFORM, devices[0].device_kind):

@@ -48,7 +48,8 @@ def compile_for(config: "RunConfig", name: str) -> tuple[str, Any]:
 
     from tlinformer_jax.data.tokenizers import ByteTokenizer
     from tlinformer_jax.parallel.mesh import target
-    from tlinformer_jax.training.console import is_out_of_memory, model_line
+    from tlinformer_jax.training.console import model_line
+    from tlinformer_jax.training.device_memory import is_out_of_memory
     from tlinformer_jax.training.setup import ANY_LENGTH, build_run, check_trainable
 
     devices = topology_devices(name)

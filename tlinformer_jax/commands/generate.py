@@ -90,7 +90,7 @@ def _generate() -> bool:
     from tlinformer_jax.decoding.context_parallel import context_mesh
     from tlinformer_jax.decoding.generator import Generator
     from tlinformer_jax.decoding.sampling import GenerationConfig
-    from tlinformer_jax.training.console import GENERATION_ADVICE, memory_advice
+    from tlinformer_jax.training.device_memory import GENERATION_ADVICE, memory_advice
     from tlinformer_jax.training.setup import use_compilation_cache
 
     with memory_advice(GENERATION_ADVICE):

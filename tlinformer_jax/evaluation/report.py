@@ -25,7 +25,7 @@ from tlinformer_jax.models.feed_forward import with_tallies
 from tlinformer_jax.models.model import LanguageModel, embed, hidden_states, prepare_params
 from tlinformer_jax.parallel.sharding import EVALUATION_AXES, process_rows, put_batch, replicated
 from tlinformer_jax.training.checkpoint import load_run
-from tlinformer_jax.training.console import EVALUATION_ADVICE, memory_advice
+from tlinformer_jax.training.device_memory import EVALUATION_ADVICE, memory_advice
 from tlinformer_jax.training.evaluation import DIGITS, Answers, Evaluation, summary
 from tlinformer_jax.training.loss import weighted_loss
 from tlinformer_jax.training.setup import Run, TrainedRun

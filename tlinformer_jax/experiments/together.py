@@ -32,7 +32,8 @@ from tlinformer_jax.experiments.driver import LOCK_FILE, record_of
 from tlinformer_jax.experiments.job import RESULT_FILE, Job, Record, write_result
 from tlinformer_jax.experiments.plan import check_together
 from tlinformer_jax.parallel.sharding import UNSPLIT
-from tlinformer_jax.training.console import memory_advice, say
+from tlinformer_jax.training.console import say
+from tlinformer_jax.training.device_memory import memory_advice
 from tlinformer_jax.training.evaluation import Evaluation, eval_step, summary
 from tlinformer_jax.training.optimizer import build_optimizer, run_horizon
 from tlinformer_jax.training.setup import Run, TrainedRun, build_run, check_trainable, training_batches

@@ -10,6 +10,7 @@ from tlinformer_jax.config.run import RunConfig
 from tlinformer_jax.data.sources import find_split
 from tlinformer_jax.data.tokenizers import build_tokenizer
 from tlinformer_jax.training.console import length_lines, model_line, split_line
+from tlinformer_jax.training.device_memory import program_bytes
 from tlinformer_jax.training.optimizer import Horizon, run_horizon
 from tlinformer_jax.training.setup import ANY_LENGTH, Run, build_run, check_trainable, training_batches
 
@@ -41,8 +42,7 @@ def check_run(config: RunConfig, compile_step: bool = False) -> str:
     lines = [model_line(run), memory, *length_lines(run, horizon, splits["train"])]
     lines += [split_line(name, split, config.data.sequence_length) for name, split in splits.items()]
     if compile_step:
-        both = map(size_text, step_bytes(dataclasses.replace(run, horizon=horizon or ANY_LENGTH)))
-        lines.append("compiled step by device: {}, of which {} are activations, gradients and the like".format(*both))
+        lines.append(step_line(dataclasses.replace(run, horizon=horizon or ANY_LENGTH)))
     return "\n".join(lines)
 
 
@@ -54,11 +54,13 @@ def state_bytes(run: Run) -> StateBytes:
     return StateBytes(parameters, parameters + summed, _device_bytes(run.abstract_state.opt_state))
 
 
-def step_bytes(run: Run) -> tuple[int, int]:
-    """Returns the memory of a compiled step per device, in bytes: all of it, and its temporary part."""
-    found: Any = run.compiled_train_step().memory_analysis()
-    kept = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
-    return kept + found.temp_size_in_bytes, found.temp_size_in_bytes
+def step_line(run: Run) -> str:
+    """Compiles a step, and says how much memory it needs on a device."""
+    found = program_bytes(run.compiled_train_step())
+    if found is None:
+        return "compiled step by device: the compiler does not report its memory"
+    total, temporary = size_text(found.total), size_text(found.temporary)
+    return f"compiled step by device: {total}, of which {temporary} are activations, gradients and the like"
 
 
 def _device_bytes(tree: Any, itemsize: int | None = None) -> int:

@@ -36,7 +36,7 @@ from tlinformer_jax.training.callbacks import (
     asks_to_end,
     builtin_callbacks,
 )
-from tlinformer_jax.training.console import memory_advice
+from tlinformer_jax.training.device_memory import memory_advice
 from tlinformer_jax.training.metrics import MetricsLog, Throughput
 from tlinformer_jax.training.optimizer import run_horizon
 from tlinformer_jax.training.saving import Checkpoints
