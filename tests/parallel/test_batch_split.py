@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks.flops import attention_by_device
+from tests.support.device_load import attention_by_device
 from tests.test_model import SMALL, golden_scale
 from tlinformer_jax.config.model import ExecutionPlan
 from tlinformer_jax.config.train import TrainConfig
