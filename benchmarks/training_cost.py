@@ -18,7 +18,7 @@ from typing import Any
 from absl import flags
 
 from benchmarks.cost import training_cost
-from benchmarks.plots import WORDS, log_axes
+from benchmarks.plots import log_axes
 from benchmarks.training import (
     ARCHITECTURES,
     BATCH_TOKENS,
@@ -35,8 +35,8 @@ from benchmarks.training import (
     time_case,
 )
 from tlinformer_jax.commands import cli
+from tlinformer_jax.config.model import ARCHITECTURE_NAMES, WINDOWED, ModelConfig
 from tlinformer_jax.config.model import ARCHITECTURES as ALL_ARCHITECTURES
-from tlinformer_jax.config.model import WINDOWED, ModelConfig
 from tlinformer_jax.config.run import run_config
 from tlinformer_jax.errors import ConfigError, UserError
 from tlinformer_jax.experiments.drawing import Curve, draw_curves, figure_of, save, styles
@@ -69,7 +69,7 @@ def models(windows: Sequence[int], architectures: Sequence[str], fields: Row) ->
 def model_name(architecture: str, window: int) -> str:
     """Returns the model's name in the figure."""
     windows = f", windows of {window:,}" if architecture in WINDOWED else ""
-    return WORDS[architecture] + windows
+    return ARCHITECTURE_NAMES[architecture] + windows
 
 
 def by_kernels(configs: dict[str, ModelConfig]) -> dict[str, ModelConfig]:

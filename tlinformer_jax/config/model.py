@@ -16,6 +16,15 @@ ARCHITECTURES = (
     "gated_deltanet",
     "gated_deltanet_hybrid",
 )
+# In tables and figures, in the order of their columns.
+ARCHITECTURE_NAMES = {
+    "transformer": "Transformer",
+    "sliding_window": "sliding window",
+    "gated_deltanet": "Gated DeltaNet",
+    "gated_deltanet_hybrid": "Gated DeltaNet, hybrid",
+    "tlinformer": "TLinFormer",
+    "tconstformer": "TConstFormer",
+}
 WINDOWED = ("tlinformer", "tconstformer")
 RECURRENT = ("gated_deltanet", "gated_deltanet_hybrid")
 COMPUTE_DTYPES = ("auto", "bfloat16", "float16", "float32")

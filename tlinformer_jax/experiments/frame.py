@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from tlinformer_jax.config.data import NEEDLES, PAIR_SIZES
-from tlinformer_jax.config.model import RECURRENT, ModelConfig
+from tlinformer_jax.config.model import ARCHITECTURE_NAMES, RECURRENT, ModelConfig
 from tlinformer_jax.data.tasks import chance_by_elimination
 from tlinformer_jax.errors import DataError, file_errors_as
 from tlinformer_jax.experiments.job import RESULT_FILE, Record, completed, essence, read_result
@@ -32,14 +32,6 @@ NUMBERS = (
     *("test.perplexity", "test.bits_per_byte"),
     *("total", "share", "chance", "found", "target.accuracy", *(f"reported.{name}" for name in ACCURACIES)),
 )
-NAMES = {
-    "transformer": "full attention",
-    "sliding_window": "sliding window",
-    "gated_deltanet": "Gated DeltaNet",
-    "gated_deltanet_hybrid": "Gated DeltaNet, hybrid",
-    "tlinformer": "TLinFormer",
-    "tconstformer": "TConstFormer",
-}
 FOUND = 0.9  # accuracy from which a run counts as having found the answers
 ENDS = (0.125, 0.875)  # shares of W_oh that a curve must cover before its chord can show a knee
 
@@ -176,7 +168,7 @@ def _setting(model: Mapping[str, Any], data: Mapping[str, Any]) -> str:
 
 def _model_name(model: Mapping[str, Any], layers: int) -> str:
     """Describes architecture, depth, and deviations from the published model."""
-    name = f"{NAMES[model['architecture']]}, {layers} layers"
+    name = f"{ARCHITECTURE_NAMES[model['architecture']]}, {layers} layers"
     if model["architecture"] in ("tlinformer", "tconstformer"):
         name += f" (B = {model['num_blocks']}, H = {model['hidden_depth']})"
     return name + _options(model)
@@ -199,7 +191,7 @@ def _options(model: Mapping[str, Any]) -> str:
 def _words(model: Mapping[str, Any]) -> str:
     """Describes architecture and windows for a legend."""
     size, rows, architecture = model["generation_window"], model["history_window"], model["architecture"]
-    words = "Transformer" if architecture == "transformer" else NAMES[architecture]
+    words = ARCHITECTURE_NAMES[architecture]
     if architecture == "sliding_window":
         words += f", {rows + size:,} tokens"
     elif architecture in ("tlinformer", "tconstformer"):

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from tlinformer_jax.config.model import RECURRENT
+from tlinformer_jax.config.model import ARCHITECTURE_NAMES, RECURRENT
 from tlinformer_jax.data.tasks import REGIONS
 from tlinformer_jax.experiments.figures import plot_capacity, plot_heat_maps, shown
 from tlinformer_jax.experiments.frame import (
@@ -20,7 +20,6 @@ from tlinformer_jax.experiments.frame import (
     ARCHITECTURE,
     CAPACITY,
     FOUND,
-    NAMES,
     N,
     actions_of,
     counted,
@@ -56,7 +55,7 @@ def overview_lines(frame: pd.DataFrame) -> list[str]:
                 notes = [options or ("no options" if varied else ""), f"{layers} layers" if several else ""]
                 cells.append(", ".join([f"{found} of {known}", *filter(None, notes)]))
                 lowest.append(_wilson(found, known)[0])
-            row[NAMES[str(architecture)]] = "; ".join(cells)
+            row[ARCHITECTURE_NAMES[str(architecture)]] = "; ".join(cells)
             if architecture == "tlinformer":
                 sort_key = max(lowest)
         rows.append(row)
@@ -64,7 +63,7 @@ def overview_lines(frame: pd.DataFrame) -> list[str]:
     if not rows:
         return []
     table = pd.DataFrame(rows).iloc[np.argsort(sort_keys, kind="stable")]
-    return [*table_of(table[["setting", *(name for name in NAMES.values() if name in table)]]), ""]
+    return [*table_of(table[["setting", *(name for name in ARCHITECTURE_NAMES.values() if name in table)]]), ""]
 
 
 def retrieval_lines(frame: pd.DataFrame) -> list[str]:
