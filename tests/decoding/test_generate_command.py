@@ -102,7 +102,7 @@ def test_the_speed_after_the_first_call_is_a_median(workdir, monkeypatch, capsys
         calls.append(DeviceCall(100.0 if len(calls) < 2 else tokens / (50 + len(calls)), tokens))
         return calls[-1]
 
-    monkeypatch.setattr(stream, "Call", timed)
+    monkeypatch.setattr(stream, "DeviceCall", timed)
     _, _, err = run(capsys, f"--workdir={workdir}", f"--prompt={PROMPT}", *DRAW)
     speeds = sorted(call.tokens / call.seconds for call in calls[1:])
     assert len(speeds) % 2, "the median is one of them"
