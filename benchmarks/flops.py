@@ -13,8 +13,6 @@ projections and the windows' own rows.
 
 from collections.abc import Iterator
 
-import numpy as np
-
 from tlinformer_jax.analysis.flops import (
     Forward,
     WindowShape,
@@ -33,7 +31,6 @@ from tlinformer_jax.models.attention import fused_kernel, head_multiple
 from tlinformer_jax.models.delta import CHUNK, SMALL
 from tlinformer_jax.models.model import attention_window, padded_vocabulary
 from tlinformer_jax.models.windows import (
-    FIRST_WINDOW,
     PairedSegment,
     Segment,
     num_windows,
@@ -41,7 +38,6 @@ from tlinformer_jax.models.windows import (
     plan_segments,
     training_plan,
 )
-from tlinformer_jax.parallel.sharding import SequenceSplit, assign_windows
 
 
 def hardware_flops(
@@ -143,28 +139,3 @@ def segment_shapes(config: ModelConfig, segment: Segment, causal: float, fused: 
         yield WindowShape(
             config.window_overlap + config.generation_window, restored, segment.observed_width, *keys, causal
         )
-
-
-def attention_by_device(config: ModelConfig, length: int, parts: int) -> np.ndarray:
-    """Returns the forward FLOPs of attention for each device of the mesh axis `window`, float64 [parts].
-
-    Counted as a fused kernel computes it, skipping masked keys, with unpadded heads. With plain products all devices
-    execute the same, because their windows have the same static shapes.
-    """
-    split, windows = SequenceSplit(parts), num_windows(config, length)
-    plan = config.plan(windows).one_at_a_time
-    segments = (FIRST_WINDOW, *plan_segments(config, windows, plan, split))
-    size, overlap = config.generation_window, config.window_overlap
-    loads, rounds = np.zeros(parts), 0
-    for segment in segments:
-        if segment is FIRST_WINDOW:
-            costs = [causal_layers(config, size, config.d_model, causal_pairs(size)).attention]
-        else:
-            causal = causal_pairs(overlap + size)
-            shapes = segment_shapes(config, segment, causal, True)
-            costs = [window(config, shape, config.d_model).attention for shape in shapes]
-        assigned = assign_windows(segment.count, parts, rounds)
-        rounds += len(assigned)
-        # A device without a window left computes the segment's first one again and drops the result.
-        loads += np.asarray(costs)[np.maximum(assigned, 0)].sum(axis=0)
-    return loads

@@ -47,7 +47,7 @@ MAX_QUADRATIC = flags.DEFINE_integer(
     "Longest prompt given to 'transformer'; above, its cache is filled randomly.",
     lower_bound=0,
 )
-CONTEXT = flags.DEFINE_integer("context", 1, "Devices that the history is spread over.")
+CONTEXT = flags.DEFINE_integer("context", 1, "Devices that the history is split over.")
 CACHE_DTYPE = flags.DEFINE_string("cache_dtype", "auto", "Of keys and values that grow with a sequence: auto or int8.")
 SEED = flags.DEFINE_integer("seed", 0, "Of weights and prompts.", lower_bound=0, upper_bound=NUM_SEEDS - 1)
 PROFILE = flags.DEFINE_string("profile", "", "Directory for traces of a hit loop and a slide at the largest length.")
@@ -61,7 +61,7 @@ def main() -> None:
     from benchmarks.runner import run_benchmark
     from tlinformer_jax.training.setup import use_compilation_cache
 
-    lengths = sorted({_length(text) for text in LENGTHS.value}, key=lambda place: (place[0] * place[1], place))
+    lengths = sorted({_length(text) for text in LENGTHS.value}, key=lambda size: (size[0] * size[1], size))
     longest = sorted({_positive("--longest", text) for text in LONGEST.value})
     if not math.isfinite(SECONDS.value):
         raise ConfigError("--seconds", SECONDS.value, "must be a finite number >= 0")
@@ -94,12 +94,12 @@ def main() -> None:
 
 
 def _mesh(configs: list[ModelConfig]) -> Any:
-    """Returns the mesh of the devices that the history is spread over, None for one device.
+    """Returns the mesh of the devices that the history is split over, None for one device.
 
     Raises:
-      ConfigError: if there are too few devices, or a model has no history to spread.
+      ConfigError: if there are too few devices, or a model has no history to split.
     """
-    from tlinformer_jax.decoding.spread import context_mesh, split_of
+    from tlinformer_jax.decoding.context_parallel import context_mesh, split_of
 
     try:
         mesh = context_mesh(CONTEXT.value)

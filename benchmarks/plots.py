@@ -15,19 +15,12 @@ from absl import flags
 
 from benchmarks.report import BASELINE, MODEL, ratios
 from tlinformer_jax.commands import cli
+from tlinformer_jax.config.model import ARCHITECTURE_NAMES as NAMES
 from tlinformer_jax.errors import UserError
 from tlinformer_jax.experiments.drawing import Curve, draw_curves, figure_of, save
 from tlinformer_jax.files import local_path
 
 Row = dict[str, Any]
-WORDS = {
-    BASELINE: "Transformer",
-    MODEL: "TLinFormer",
-    "tconstformer": "TConstFormer",
-    "sliding_window": "sliding window",
-    "gated_deltanet": "Gated DeltaNet",
-    "gated_deltanet_hybrid": "Gated DeltaNet, hybrid",
-}
 KINDS = {"miss": "cache miss (first token)", "hit": "cache hit (third token)"}
 AVERAGE = "a token, averaged over a window and its slide"
 PARTS = {"sustained": "cache hit", "slide": "slide", "prefill": "prefill"}
@@ -64,7 +57,7 @@ def write_plots(values: Row, folder: pathlib.Path) -> list[pathlib.Path]:
 def title_of(values: Row) -> str:
     """Returns the title of all figures: the device and the sizes of the models."""
     config = values["config"]
-    windows = f"{WORDS[MODEL]}: window {config['generation_window']}, observation {config['history_window']}"
+    windows = f"{NAMES[MODEL]}: window {config['generation_window']}, observation {config['history_window']}"
     return f"{values['device']}, JAX {values['jax']}, width {config['d_model']}, batch 1. {windows}"
 
 
@@ -85,8 +78,8 @@ def short(value: float, _: Any = None) -> str:
 
 def figure9_panels(rows: list[Row]) -> list[tuple[str, str, list[Curve]]]:
     """Returns title, unit and curves of the panels (a) to (f)."""
-    caches = [_curve(rows, WORDS[name], name, ("cache_bytes",), 1e-9) for name in _architectures(rows)]
-    base, ours = WORDS[BASELINE], WORDS[MODEL]
+    caches = [_curve(rows, NAMES[name], name, ("cache_bytes",), 1e-9) for name in _architectures(rows)]
+    base, ours = NAMES[BASELINE], NAMES[MODEL]
 
     def protocol(architecture: str, field: str, factor: float = 1.0) -> list[Curve]:
         fields = {field.format(kind): label for kind, label in KINDS.items()}
@@ -108,10 +101,10 @@ def generation_panels(rows: list[Row]) -> list[tuple[str, str, list[Curve]]]:
     names = _architectures(rows)
     kinds = {"windows": "a token, on the average", "prefill": "prefill", "hit_sustained": "cache hit"}
     return [
-        (AVERAGE, "ms", [_curve(tokens, WORDS[name], name, ("token",), 1e3) for name in names]),
-        ("prefill", "ms", [_curve(rows, WORDS[name], name, ("prefill", "seconds"), 1e3) for name in names]),
-        ("cache", "MB", [_curve(rows, WORDS[name], name, ("cache_bytes",), 1e-6) for name in names]),
-        (f"{WORDS[BASELINE]} time / {WORDS[MODEL]} time", "times", _compared(rows, kinds)),
+        (AVERAGE, "ms", [_curve(tokens, NAMES[name], name, ("token",), 1e3) for name in names]),
+        ("prefill", "ms", [_curve(rows, NAMES[name], name, ("prefill", "seconds"), 1e3) for name in names]),
+        ("cache", "MB", [_curve(rows, NAMES[name], name, ("cache_bytes",), 1e-6) for name in names]),
+        (f"{NAMES[BASELINE]} time / {NAMES[MODEL]} time", "times", _compared(rows, kinds)),
     ]
 
 
@@ -127,7 +120,7 @@ def _compared(rows: list[Row], kinds: dict[str, str]) -> list[Curve]:
 def multiples(rows: list[Row]) -> list[Curve]:
     """Returns a curve of time over limit for every architecture and part."""
     pairs = itertools.product(_architectures(rows), PARTS.items())
-    return [_curve(rows, f"{WORDS[name]}, {label}", name, (part, "multiple"), 1.0) for name, (part, label) in pairs]
+    return [_curve(rows, f"{NAMES[name]}, {label}", name, (part, "multiple"), 1.0) for name, (part, label) in pairs]
 
 
 def _architectures(rows: list[Row]) -> list[str]:

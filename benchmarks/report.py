@@ -59,10 +59,10 @@ def add_cache_ratios(row: Row) -> None:
 
 def ratios(rows: list[Row]) -> list[Row]:
     """Returns baseline time over TLinFormer time at equal length and batch, for each figure that both have."""
-    by_place = {(row["architecture"], row["length"], row["batch"]): row for row in rows}
+    by_case = {(row["architecture"], row["length"], row["batch"]): row for row in rows}
     found = []
-    for (architecture, length, batch), row in by_place.items():
-        other = by_place.get((BASELINE, length, batch))
+    for (architecture, length, batch), row in by_case.items():
+        other = by_case.get((BASELINE, length, batch))
         if architecture != MODEL or other is None:
             continue
         figures = {
@@ -100,10 +100,10 @@ def table(values: Row) -> str:
 
 def longest_line(row: Row) -> str:
     """Returns a row of the part 'longest' as text."""
-    place = f"{row['architecture']}, prompt of {row['length']:,} and a window after it"
+    what = f"{row['architecture']}, prompt of {row['length']:,} and a window after it"
     if not row["fits"]:
-        return f"{place}: {row['error']}"
-    return f"{place}: fits, prompt ({row['filled']}) in {row['fill_seconds']:.2f} s"
+        return f"{what}: {row['error']}"
+    return f"{what}: fits, prompt ({row['filled']}) in {row['fill_seconds']:.2f} s"
 
 
 def _milliseconds(seconds: float | None) -> str:

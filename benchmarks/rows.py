@@ -15,7 +15,7 @@ from benchmarks.session import Session
 from tlinformer_jax.decoding.decoder import Decoder
 from tlinformer_jax.decoding.memory import tree_bytes
 from tlinformer_jax.errors import first_line
-from tlinformer_jax.training.console import is_out_of_memory, peak_bytes
+from tlinformer_jax.training.device_memory import is_out_of_memory, peak_bytes
 
 # In the order in which they are measured.
 PARTS = ("figure9", "prefill", "windows", "sustained", "slide", "longest")

@@ -41,7 +41,7 @@ def run_benchmark(
       workdir: of a run, whose weights are used for its architecture; other weights are random.
       out: folder for the report and the plots; None only prints.
       profile: folder for traces; None makes none.
-      mesh: devices that the history is spread over; None for one device.
+      mesh: devices that the history is split over; None for one device.
 
     Returns:
       the content of inference.json.
@@ -118,11 +118,11 @@ def _measure(
 
 def _progress(row: dict[str, Any]) -> str:
     """Returns a line for the row's newest part."""
-    place = f"{row['architecture']}, N {row['length']:,}, batch {row['batch']}"
+    what = f"{row['architecture']}, N {row['length']:,}, batch {row['batch']}"
     if "error" in row:
-        return f"{place}: {row['error']}"
+        return f"{what}: {row['error']}"
     part, seconds = list(row["elapsed_seconds"].items())[-1]
-    return f"{place}: {part} took {seconds:.1f} s"
+    return f"{what}: {part} took {seconds:.1f} s"
 
 
 def _write_plots(values: dict[str, Any], out: pathlib.Path) -> None:

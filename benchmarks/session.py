@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from tlinformer_jax.decoding.cache import Cache, LayeredCache, WindowedCache, history_of
+from tlinformer_jax.decoding.context_parallel import replicate
 from tlinformer_jax.decoding.decoder import Decoder, Sequences, jit_sample_next
 from tlinformer_jax.decoding.memory import tree_bytes
 from tlinformer_jax.decoding.sampling import MAX_STEPS, Sampler, sequence_keys
-from tlinformer_jax.decoding.spread import replicate
 from tlinformer_jax.kernels.key_value import KeyValue
 
 GREEDY = Sampler()
@@ -100,7 +100,7 @@ class Session:
 
     @property
     def devices(self) -> int:
-        """Number of devices that the history is spread over."""
+        """Number of devices that the history is split over."""
         return self.decoder.devices
 
     @property
@@ -158,7 +158,7 @@ class Session:
 
     @property
     def cache_bytes(self) -> int:
-        """Bytes of the cache's arrays, room included; the share of one device if the history is spread."""
+        """Bytes of the cache's arrays, room included; the share of one device if the history is split."""
         return tree_bytes(self.cache)
 
     def _advance(self, tokens: int) -> None:

@@ -63,7 +63,7 @@ TRACED_KERNELS = 60
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
+class Case:
     """One row: a configuration with the row's data.sequence_length and train.batch_size."""
 
     config: RunConfig
@@ -100,13 +100,13 @@ def _value(text: str) -> Any:
         return text
 
 
-def jobs(base: Mapping[str, Any], settings: Sequence[str], lengths: Sequence[int], sizes: Sequence[int]) -> list[Job]:
+def cases(base: Mapping[str, Any], settings: Sequence[str], lengths: Sequence[int], sizes: Sequence[int]) -> list[Case]:
     """Returns all rows; each is checked before the first is timed.
 
     Raises:
       ConfigError: for a configuration that is not allowed.
     """
-    made: dict[Job, None] = {}
+    made: dict[Case, None] = {}
     for architecture, length, setting, tokens in itertools.product(ARCHITECTURES.value, lengths, settings, sizes):
         values = {section: dict(fields) for section, fields in base.items()}
         values["model"]["architecture"] = architecture
@@ -114,12 +114,12 @@ def jobs(base: Mapping[str, Any], settings: Sequence[str], lengths: Sequence[int
         values["train"]["batch_size"] = max(1, tokens // length)
         for (section, field), value in overrides(setting).items():
             values[section][field] = value
-        made[Job(run_config(values), setting)] = None
+        made[Case(run_config(values), setting)] = None
     return list(made)
 
 
 @dataclasses.dataclass(frozen=True)
-class Timing:
+class TimingOptions:
     """How to time a row: `steps` after `warmup` others, initial weights times `init_scale`, traced to `profile`."""
 
     steps: int
@@ -128,7 +128,7 @@ class Timing:
     profile: str = ""
 
 
-def time_job(job: Job, timing: Timing) -> dict[str, Any]:
+def time_case(case: Case, options: TimingOptions) -> dict[str, Any]:
     """Times one row.
 
     Returns:
@@ -139,18 +139,18 @@ def time_job(job: Job, timing: Timing) -> dict[str, Any]:
     """
     import jax
 
-    from tlinformer_jax.training.console import is_out_of_memory
+    from tlinformer_jax.training.device_memory import is_out_of_memory
 
-    config = job.config
+    config = case.config
     row: dict[str, Any] = dict.fromkeys(COLUMNS) | {
         "architecture": config.model.architecture,
         "length": config.data.sequence_length,
         "batch": config.train.batch_size,
-        "setting": job.setting,
+        "setting": case.setting,
     }
     row |= _counted(config)
     try:
-        row |= _timed(config, timing)
+        row |= _timed(config, options)
     except jax.errors.JaxRuntimeError as error:
         if not is_out_of_memory(error):
             raise
@@ -181,23 +181,23 @@ def _mfu(config: RunConfig, speed: float) -> float | None:
     return utilisation(speed, jax.device_count(), jax.devices()[0].device_kind, config.model.compute_dtype.name)
 
 
-def _timed(config: RunConfig, timing: Timing) -> dict[str, Any]:
+def _timed(config: RunConfig, options: TimingOptions) -> dict[str, Any]:
     """Compiles and runs the training step."""
     import jax
 
     from benchmarks.profiling import trace
     from tlinformer_jax.models import build_model
     from tlinformer_jax.parallel.sharding import batch_sharding, put_batch, tree_shardings
-    from tlinformer_jax.training.console import peak_bytes
+    from tlinformer_jax.training.device_memory import peak_bytes, program_bytes
     from tlinformer_jax.training.optimizer import Horizon
     from tlinformer_jax.training.step import init_state, jit_train_step
 
     train, model, mesh = config.train, build_model(config.model), checked_mesh(config)
-    horizon = Horizon(timing.steps, timing.steps)
+    horizon = Horizon(options.steps, options.steps)
 
     def initial(key: jax.Array) -> Any:
         state = init_state(key, model, train, horizon)
-        scales = jax.tree.map(lambda array: timing.init_scale if array.ndim > 1 else 1.0, state.params)
+        scales = jax.tree.map(lambda array: options.init_scale if array.ndim > 1 else 1.0, state.params)
         return dataclasses.replace(state, params=jax.tree.map(jax.numpy.multiply, state.params, scales))
 
     with jax.set_mesh(mesh):
@@ -208,18 +208,20 @@ def _timed(config: RunConfig, timing: Timing) -> dict[str, Any]:
         lowered = step.lower(state, batch)
         started = time.perf_counter()
         compiled = lowered.compile()
-        figures: dict[str, Any] = {"compile_seconds": time.perf_counter() - started, "step_bytes": _bytes(compiled)}
+        figures: dict[str, Any] = {"compile_seconds": time.perf_counter() - started}
+        memory = program_bytes(compiled)
+        figures["step_bytes"] = None if memory is None else memory.total
         outputs, groups = [], []
-        for count in (timing.warmup, *group_sizes(timing.steps)):
+        for count in (options.warmup, *group_sizes(options.steps)):
             started = time.perf_counter()
             for _ in range(count):
                 state, metrics = compiled(state, batch)
                 outputs.append(metrics)
             jax.block_until_ready(state)
             groups.append((time.perf_counter() - started) / max(count, 1))
-        if timing.profile:
+        if options.profile:
             steps = functools.partial(_three_steps, compiled, state, batch)
-            figures["kernels"] = trace(pathlib.Path(timing.profile), steps, most=TRACED_KERNELS)
+            figures["kernels"] = trace(pathlib.Path(options.profile), steps, most=TRACED_KERNELS)
     return figures | {
         "step_seconds": statistics.median(groups[1:]),
         "first_loss": float(outputs[0]["loss"]),
@@ -270,15 +272,6 @@ def random_batch(config: RunConfig) -> dict[str, Any]:
     return batch
 
 
-def _bytes(compiled: Any) -> int | None:
-    """Returns the memory of a compiled program: arguments, results that do not reuse them, temporary values."""
-    found = compiled.memory_analysis()
-    if found is None:
-        return None
-    kept = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
-    return kept + found.temp_size_in_bytes
-
-
 def integers(name: str, texts: Sequence[str]) -> list[int]:
     """Returns the numbers of the flag `name`; a ConfigError if there are none, or one is not an integer >= 1."""
     try:
@@ -316,9 +309,9 @@ def _base() -> dict[str, dict[str, Any]]:
     return base
 
 
-def _results(plan: Sequence[Job]) -> Iterator[dict[str, Any]]:
-    for job in plan:
-        row = time_job(job, Timing(STEPS.value, WARMUP.value, INIT_SCALE.value, PROFILE.value))
+def _results(plan: Sequence[Case]) -> Iterator[dict[str, Any]]:
+    for case in plan:
+        row = time_case(case, TimingOptions(STEPS.value, WARMUP.value, INIT_SCALE.value, PROFILE.value))
         print(line(row), flush=True)
         if "kernels" in row:
             print(row["kernels"], flush=True)
@@ -332,9 +325,9 @@ def main() -> None:
     lengths, sizes = integers("--lengths", LENGTHS.value), integers("--batch_tokens", BATCH_TOKENS.value)
     if not ARCHITECTURES.value:
         raise ConfigError("--architectures", "", "must name at least one architecture")
-    plan = jobs(_base(), TRY.value or [""], lengths, sizes)
-    for job in plan:
-        checked_mesh(job.config)
+    plan = cases(_base(), TRY.value or [""], lengths, sizes)
+    for case in plan:
+        checked_mesh(case.config)
     folder = cli.writable_workdir(OUT.value, "--out") if OUT.value else None
     jax.config.update("jax_enable_compilation_cache", False)  # cache hits would look like fast compilations
     device = jax.devices()[0].device_kind

@@ -18,7 +18,7 @@ from typing import Any
 from absl import flags
 
 from benchmarks.cost import training_cost
-from benchmarks.plots import WORDS, log_axes
+from benchmarks.plots import log_axes
 from benchmarks.training import (
     ARCHITECTURES,
     BATCH_TOKENS,
@@ -27,16 +27,16 @@ from benchmarks.training import (
     SET,
     STEPS,
     WARMUP,
-    Job,
-    Timing,
+    Case,
+    TimingOptions,
     integers,
     line,
     overrides,
-    time_job,
+    time_case,
 )
 from tlinformer_jax.commands import cli
+from tlinformer_jax.config.model import ARCHITECTURE_NAMES, WINDOWED, ModelConfig
 from tlinformer_jax.config.model import ARCHITECTURES as ALL_ARCHITECTURES
-from tlinformer_jax.config.model import WINDOWED, ModelConfig
 from tlinformer_jax.config.run import run_config
 from tlinformer_jax.errors import ConfigError, UserError
 from tlinformer_jax.experiments.drawing import Curve, draw_curves, figure_of, save, styles
@@ -69,7 +69,7 @@ def models(windows: Sequence[int], architectures: Sequence[str], fields: Row) ->
 def model_name(architecture: str, window: int) -> str:
     """Returns the model's name in the figure."""
     windows = f", windows of {window:,}" if architecture in WINDOWED else ""
-    return WORDS[architecture] + windows
+    return ARCHITECTURE_NAMES[architecture] + windows
 
 
 def by_kernels(configs: dict[str, ModelConfig]) -> dict[str, ModelConfig]:
@@ -84,9 +84,9 @@ def by_kernels(configs: dict[str, ModelConfig]) -> dict[str, ModelConfig]:
 
 
 def rows(
-    configs: dict[str, ModelConfig], lengths: Sequence[int], batches: Sequence[int], timing: Timing | None
+    configs: dict[str, ModelConfig], lengths: Sequence[int], batches: Sequence[int], timing: TimingOptions | None
 ) -> Iterator[Row]:
-    """Yields a row for each model and length: FLOPs of a token and, if it is timed, seconds and parts of `time_job`.
+    """Yields a row for each model and length: FLOPs of a token and, if it is timed, seconds and parts of `time_case`.
 
     A step has the first number of tokens in `batches` that fits in memory.
     """
@@ -96,7 +96,7 @@ def rows(
             for tokens in batches if timing is not None else ():
                 sizes = {"batch_size": max(1, tokens // length)}
                 values = {"model": dataclasses.asdict(config), "train": sizes, "data": {"sequence_length": length}}
-                timed = time_job(Job(run_config(values), name), timing)
+                timed = time_case(Case(run_config(values), name), timing)
                 print(line(timed), flush=True)
                 row |= {
                     name: timed[name] for name in ("tokens", "step_seconds", "compile_seconds", "step_bytes", "error")
@@ -184,7 +184,7 @@ def read_generation(names: Sequence[str]) -> list[Row]:
             if row["batch"] == 1 and "cache_bytes" in row
         ]
         chosen = {(row["model"], row["length"]): row for row in found[::-1]}
-        return [chosen[place] for place in sorted(chosen, key=_place)]
+        return [chosen[key] for key in sorted(chosen, key=_sort_key)]
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise UserError(f"--generation={','.join(names)}: must be records of benchmarks.inference ({error})") from None
 
@@ -220,7 +220,7 @@ def _made(folder: pathlib.Path | None) -> Row:
 
         jax.config.update("jax_enable_compilation_cache", False)  # cache hits would look like fast compilations
         record |= {"device": jax.devices()[0].device_kind, "devices": jax.device_count(), "jax": jax.__version__}
-        timing, configs = Timing(STEPS.value, WARMUP.value), by_kernels(configs)
+        timing, configs = TimingOptions(STEPS.value, WARMUP.value), by_kernels(configs)
     for row in rows(configs, sorted(lengths), batches, timing):
         record["rows"].append(row)
         if folder is not None:
@@ -246,12 +246,12 @@ def _read(names: Sequence[str]) -> Row:
         found = {(row["model"], row["length"]): row for record in records[::-1] for row in record["rows"]}
         if not found:
             raise ValueError("they have no rows")
-        return records[0] | {"rows": [found[place] for place in sorted(found, key=_place)]}
+        return records[0] | {"rows": [found[key] for key in sorted(found, key=_sort_key)]}
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise UserError(f"--record={','.join(names)}: must be records of this command ({error})") from None
 
 
-def _place(model: tuple[str, int]) -> tuple[int, str, int]:
+def _sort_key(model: tuple[str, int]) -> tuple[int, str, int]:
     """Returns a sort key, by the length of the name: the Transformer first, TLinFormers by their windows."""
     name, length = model
     return len(name), name, length

@@ -10,7 +10,7 @@ from typing import Any
 from benchmarks.plots import log_axes
 from tlinformer_jax.experiments.drawing import Curve, draw_curves, figure_of, save
 
-# Columns of a row; `training.time_job` explains them.
+# Columns of a row; `training.time_case` explains them.
 COLUMNS = (
     "architecture",
     "length",
@@ -40,9 +40,9 @@ def best_rows(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """Returns the fastest row of every architecture and length, in the order in which they were timed."""
     best: dict[tuple[str, int], Mapping[str, Any]] = {}
     for row in rows:
-        place = (row["architecture"], row["length"])
-        if row["tokens_per_second"] and row["tokens_per_second"] > best.get(place, {}).get("tokens_per_second", 0):
-            best[place] = row
+        case = (row["architecture"], row["length"])
+        if row["tokens_per_second"] and row["tokens_per_second"] > best.get(case, {}).get("tokens_per_second", 0):
+            best[case] = row
     return list(best.values())
 
 

@@ -10,8 +10,8 @@ Baselines to beat: 4.210 (residue frequencies), and n-grams, 4.182 with 2 residu
 
     python -m tools.ngram_floor --config=configs/proteins.py --split=test --context=2
 
-With --config.data.shingle=0 single proteins are dealt. Then most test proteins have relatives in training, and n-grams
-that have seen them reach 2.792.
+With --config.data.shingle=0 single proteins are assigned to splits. Then most test proteins have relatives in training,
+and n-grams that have seen them reach 2.792.
 
 To compare: --config.model.architecture=transformer or sliding_window. The model has 6 layers and width 256 and is
 trained on 40 M tokens, five epochs. See docs/guides/other_data.md.

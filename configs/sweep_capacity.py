@@ -58,7 +58,7 @@ def _config(name: str) -> ConfigDict:
 
 
 def _tiny(name: str) -> ConfigDict:
-    """Returns the same in samples of 32 tokens, W_og = 4, 40 updates: a minute on a CPU."""
+    """Returns the configuration with samples of 32 tokens, W_og = 4 and 40 updates: a minute on a CPU."""
     pairs, rows = map(int, re.findall("[0-9]+", name))
     config = _recall(pairs, 64)
     set_task(config, Setting(32, rows, 4, pairs), 64, 32, tokens_per_update=1_024, learning_rate=3e-3)

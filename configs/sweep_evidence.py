@@ -12,7 +12,7 @@ Variants; models have 41M parameters, windows of 256 and N = 1,024 unless anothe
   one. The best ones belong into RATES below before the other variants are started.
 - books (the default, 15 runs of 600 M tokens, about six epochs): Base, TLinFormer, TConstFormer, sliding window, Gated
   DeltaNet, the hybrid, and no-history, a Transformer on samples of 256 tokens, which shows what a window of 256 can
-  know without a history. All have the token shift, or Gated DeltaNet's convolution, but for base and tlin, which show
+  know without a history. All have the token shift, or Gated DeltaNet's convolution, except base and tlin, which show
   what it gives. base-plus and plus have three seeds, and one run without dropout.
 - long (5 runs of 300 M tokens): N = 8,192, also evaluated in samples of 65,536 tokens: Base, TLinFormer with windows of
   256 and of 1,024, sliding window, Gated DeltaNet.

@@ -10,7 +10,7 @@ times its length for the heat maps of the report. A point is refused if the held
 
 Result: docs/memory.md, "Needles", one or two seeds:
 
-- 1k with --config.model.token_shift=true --config.model.longest_wavelength=64, but for the sliding window in mk;
+- 1k with --config.model.token_shift=true --config.model.longest_wavelength=64, except for the sliding window in mk;
 - 1k-plus: TLinFormer and attention in all tasks, TConstFormer and the sliding window in mk;
 - 4k-plus: TLinFormer and attention in s2 and mk; 16k-plus: TLinFormer in mk.
 """

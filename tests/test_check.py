@@ -10,8 +10,9 @@ from tlinformer_jax.config.run import run_config
 from tlinformer_jax.data.sources import load_split
 from tlinformer_jax.data.tokenizers import ByteTokenizer
 from tlinformer_jax.errors import UserError
-from tlinformer_jax.training.check import check_run, state_bytes, step_bytes
-from tlinformer_jax.training.setup import PENDING, build_run
+from tlinformer_jax.training.check import check_run, state_bytes
+from tlinformer_jax.training.device_memory import program_bytes
+from tlinformer_jax.training.setup import ANY_LENGTH, build_run
 
 MODEL = {
     "architecture": "transformer",
@@ -69,7 +70,7 @@ def test_epochs_are_counted_once_the_text_is_tokenised(tmp_path):
 @pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
 @pytest.mark.parametrize("mesh", ["", "fsdp=4"])
 def test_memory_is_what_the_arrays_take(tmp_path, mesh):
-    run = build_run(config_of(tmp_path, train={"mesh": mesh}), ByteTokenizer(), PENDING)
+    run = build_run(config_of(tmp_path, train={"mesh": mesh}), ByteTokenizer())
     state = run.initial_state()
 
     def held(tree):
@@ -84,14 +85,19 @@ def test_memory_is_what_the_arrays_take(tmp_path, mesh):
 
 def test_compiled_step_holds_more_than_the_state(tmp_path):
     def measured(**train):
-        run = build_run(config_of(tmp_path, train=train), ByteTokenizer(), PENDING)
-        return state_bytes(run), step_bytes(run)
+        run = build_run(config_of(tmp_path, train=train), ByteTokenizer(), ANY_LENGTH)
+        return state_bytes(run), program_bytes(run.compiled_train_step())
 
-    state, (total, temporary) = measured()
-    assert total - temporary >= state.parameters + state.optimizer
-    assert total > sum(state)
-    _, (_, larger) = measured(batch_size=512)
-    assert larger > 1.5 * temporary
+    state, step = measured()
+    assert step.total - step.temporary >= state.parameters + state.optimizer
+    assert step.total > sum(state)
+    _, larger = measured(batch_size=512)
+    assert larger.temporary > 1.5 * step.temporary
+
+
+def test_a_compiler_that_does_not_report_a_programs_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(jax.stages.Compiled, "memory_analysis", lambda compiled: None)
+    assert "by device: the compiler does not report its memory" in check_run(config_of(tmp_path), compile_step=True)
 
 
 MISTAKES = {

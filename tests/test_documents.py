@@ -18,7 +18,7 @@ from tlinformer_jax.config.data import DataConfig
 from tlinformer_jax.config.model import ExecutionPlan
 from tlinformer_jax.config.run import RunConfig, run_config
 from tlinformer_jax.config.train import TrainConfig
-from tlinformer_jax.data.streams import Piece, TokenStream, encode_pieces
+from tlinformer_jax.data.streams import DocumentPiece, TokenStream, encode_pieces
 from tlinformer_jax.data.tokenizers import ByteTokenizer
 from tlinformer_jax.errors import ConfigError, UserError
 from tlinformer_jax.evaluation.history import measure_history
@@ -284,7 +284,9 @@ TEXT = ["a cat", "", "the dog barks at night, and the moon is full of it", "no",
 
 
 def text_stream() -> TokenStream:
-    tokens, counts = encode_pieces([Piece(text, "", ends=True) for text in TEXT], ByteTokenizer(), np.dtype(np.uint16))
+    tokens, counts = encode_pieces(
+        [DocumentPiece(text, "", ends=True) for text in TEXT], ByteTokenizer(), np.dtype(np.uint16)
+    )
     return TokenStream(tokens, counts.num_bytes, counts.num_documents)
 
 

@@ -18,7 +18,7 @@ from tlinformer_jax.config.model import RECURRENT, ExecutionPlan
 from tlinformer_jax.decoding import cache as cache_module
 from tlinformer_jax.decoding import layered
 from tlinformer_jax.decoding.cache import LayeredCache
-from tlinformer_jax.decoding.spread import context_mesh, split_of
+from tlinformer_jax.decoding.context_parallel import context_mesh, split_of
 from tlinformer_jax.errors import ConfigError
 from tlinformer_jax.interop import params_from_reference, params_to_reference
 from tlinformer_jax.models import delta

@@ -6,7 +6,7 @@ import pytest
 from tests.support.commands import TEXT, command, command_line, run_line
 from tlinformer_jax.errors import DataError
 from tlinformer_jax.training import loop
-from tlinformer_jax.training.console import OutOfMemoryError, memory_advice
+from tlinformer_jax.training.device_memory import OutOfMemoryError, memory_advice
 
 MESSAGE = "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 12345 bytes.\nBufferAssignment OOM Debugging."
 
@@ -86,7 +86,7 @@ def test_evaluating_and_generating_end_with_status_1_and_the_flags_that_help(tmp
         ),
         (
             "generate",
-            "from tlinformer_jax.decoding import generator; generator.Stream = full",
+            "from tlinformer_jax.decoding import generator; generator.GenerationStream = full",
             ("--prompt=a", "--num_samples=3"),
             "a smaller --num_samples or --max_new_tokens, a shorter prompt",
         ),

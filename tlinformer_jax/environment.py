@@ -115,8 +115,8 @@ def describe_failure(error: BaseException) -> str | None:
         return "~: this user has no home directory here; write the path in full"
     if isinstance(error, FloatingPointError):
         ours = [frame for frame in traceback.extract_tb(error.__traceback__) if "tlinformer_jax" in frame.filename]
-        place = f" in {ours[-1].filename}, line {ours[-1].lineno}" if ours else ""
-        return f"{first_line(error)}{place} (JAX_DEBUG_NANS or JAX_DEBUG_INFS is set)"
+        where = f" in {ours[-1].filename}, line {ours[-1].lineno}" if ours else ""
+        return f"{first_line(error)}{where} (JAX_DEBUG_NANS or JAX_DEBUG_INFS is set)"
     asked = os.environ.get("JAX_PLATFORMS", "")
     if "jax" in sys.modules and (asked or "Unable to initialize backend" in str(error)):
         try:  # again, since JAX's first error about a missing device may describe another problem

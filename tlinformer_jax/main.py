@@ -84,7 +84,7 @@ def _train(config: RunConfig, workdir: pathlib.Path, profile: pathlib.Path | Non
 
 def _check(config: RunConfig) -> None:
     from tlinformer_jax.training.check import check_run
-    from tlinformer_jax.training.console import memory_advice
+    from tlinformer_jax.training.device_memory import memory_advice
     from tlinformer_jax.training.workdir import Origin, check_origin
 
     if INIT_FROM.value is not None:

@@ -1,6 +1,6 @@
 """Compiles the decoder for TPUs that this machine does not have: `python -m tools.decoder_topology --topology=v5e:2x2`.
 
-libtpu compiles `prefill`, `step` and `slide` of the 41M shape, with a history of --length tokens spread over all chips
+libtpu compiles `prefill`, `step` and `slide` of the 41M shape, with a history of --length tokens split over all chips
 of the topology. The tool prints the memory per chip and the exchanges between chips. Nothing is allocated or run.
 """
 
@@ -23,7 +23,7 @@ def main() -> None:
     """Compiles each of the three and prints its memory and exchanges."""
     compile_without_tpus()
     from tlinformer_jax.parallel.mesh import target
-    from tlinformer_jax.training.console import is_out_of_memory
+    from tlinformer_jax.training.device_memory import is_out_of_memory
 
     devices = topology_devices(TOPOLOGY.value)
     with target(PLATFORM, devices[0].device_kind):
@@ -41,21 +41,21 @@ def main() -> None:
 
 
 def lowered_decoder(config: ModelConfig, devices: Any, length: int) -> dict[str, Any]:
-    """Lowers the decoder for one sequence with a spread history; returns `jax.stages.Lowered` by name."""
+    """Lowers the decoder for one sequence with a split history; returns `jax.stages.Lowered` by name."""
     import jax
     import jax.numpy as jnp
     from jax.sharding import NamedSharding
 
     from tlinformer_jax.decoding import windowed
     from tlinformer_jax.decoding.cache import capacity_for, init_cache
+    from tlinformer_jax.decoding.context_parallel import REPLICATED, cache_specs, on_devices, split_of
     from tlinformer_jax.decoding.decoder import step
     from tlinformer_jax.decoding.params import decoder_params
-    from tlinformer_jax.decoding.spread import WHOLE, cache_specs, on_devices, split_of
     from tlinformer_jax.models.model import build_model
     from tlinformer_jax.parallel.sharding import build_mesh
 
     mesh = build_mesh({"context": len(devices)}, devices)
-    whole = functools.partial(jax.ShapeDtypeStruct, sharding=NamedSharding(mesh, WHOLE))
+    whole = functools.partial(jax.ShapeDtypeStruct, sharding=NamedSharding(mesh, REPLICATED))
 
     def params() -> Any:
         model = build_model(config)

@@ -26,7 +26,7 @@ PUBLIC = {
     "tlinformer_jax.interop": "Weights under the published checkpoint's names.",
     "tlinformer_jax.models.block": "The paper's block: one function for each kind of layer.",
     "tlinformer_jax.config.run": "The configuration of a run.",
-    "tlinformer_jax.errors": "Errors that a user can mend.",
+    "tlinformer_jax.errors": "Errors that a user can correct.",
 }
 CHOSEN = {
     "tlinformer_jax.models.block": ("compress", "hidden", "restore"),

@@ -119,18 +119,18 @@ def draw_signals(rng: np.random.Generator, trial: int, durations: Durations) -> 
 
 def process_problem(outcomes: list[Outcome], number: int) -> str | None:
     """Returns what is wrong with how a trial's processes ended; None if nothing is."""
-    for place, outcome in enumerate(outcomes):
+    for index, outcome in enumerate(outcomes):
         if outcome.status is None:
-            return f"process {place} did not end"
+            return f"process {index} did not end"
         wanted = 0 if outcome.signal is None or outcome.noticed else -number
         if outcome.status != wanted and not (outcome.finished and outcome.status == 0):
-            return f"process {place} ended with status {outcome.status} instead of {wanted} ({outcome})"
+            return f"process {index} ended with status {outcome.status} instead of {wanted} ({outcome})"
         answered = outcome.noticed or outcome.finished or outcome.phase in UNANSWERED
         if number == signal.SIGTERM and outcome.status != 0 and not answered:
-            return f"process {place} did not answer SIGTERM ({outcome})"
-        later = [after.resumed for after in outcomes[place + 1 :] if after.resumed is not None]
+            return f"process {index} did not answer SIGTERM ({outcome})"
+        later = [after.resumed for after in outcomes[index + 1 :] if after.resumed is not None]
         if outcome.noticed and later and later[0] != (outcome.last_step or outcome.resumed or 0):
-            return f"process {place} stopped after step {outcome.last_step}, the next went on from {later[0]}"
+            return f"process {index} stopped after step {outcome.last_step}, the next went on from {later[0]}"
     return None
 
 

@@ -52,19 +52,21 @@ def topology_devices(name: str) -> Sequence[Any]:
 
 def program_lines(compiled: Any) -> list[str]:
     """Returns lines with the memory per chip and the exchanges in one run of a program (`jax.stages.Compiled`)."""
-    return [memory_line(compiled.memory_analysis()), *collective_lines(collectives(compiled.as_text()))]
+    return [memory_line(compiled), *collective_lines(collectives(compiled.as_text()))]
 
 
-def memory_line(found: Any) -> str:
-    """Returns a line with a program's memory on one device, from its `memory_analysis()`."""
+def memory_line(compiled: Any) -> str:
+    """Returns a line with the memory of a program (`jax.stages.Compiled`) on one device."""
     from tlinformer_jax.training.check import size_text
+    from tlinformer_jax.training.device_memory import program_bytes
 
-    arguments, outputs, temporary = found.argument_size_in_bytes, found.output_size_in_bytes, found.temp_size_in_bytes
-    total = arguments + outputs - found.alias_size_in_bytes + temporary
+    found = program_bytes(compiled)
+    if found is None:
+        return "memory by chip: the compiler does not report it"
+    arguments, outputs, aliased, temporary = map(size_text, found)
     return (
-        f"memory by chip: arguments {size_text(arguments)}, outputs {size_text(outputs)} (of them "
-        f"{size_text(found.alias_size_in_bytes)} in the arguments' place), temporary {size_text(temporary)}; total "
-        f"{size_text(total)}"
+        f"memory by chip: arguments {arguments}, outputs {outputs} (of them {aliased} in the arguments' place), "
+        f"temporary {temporary}; total {size_text(found.total)}"
     )
 
 

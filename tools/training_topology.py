@@ -48,13 +48,15 @@ def compile_for(config: "RunConfig", name: str) -> tuple[str, Any]:
 
     from tlinformer_jax.data.tokenizers import ByteTokenizer
     from tlinformer_jax.parallel.mesh import target
-    from tlinformer_jax.training.console import is_out_of_memory, model_line
-    from tlinformer_jax.training.setup import PENDING, build_run
+    from tlinformer_jax.training.console import model_line
+    from tlinformer_jax.training.device_memory import is_out_of_memory
+    from tlinformer_jax.training.setup import ANY_LENGTH, build_run, check_trainable
 
     devices = topology_devices(name)
     with target(PLATFORM, devices[0].device_kind):
         # No text is read, so the byte tokenizer replaces the real one: it fits every vocabulary.
-        run = build_run(config, ByteTokenizer(), PENDING, devices)
+        run = build_run(config, ByteTokenizer(), ANY_LENGTH, devices)
+        check_trainable(run)
         try:
             return model_line(run), run.compiled_train_step()
         except jax.errors.JaxRuntimeError as error:

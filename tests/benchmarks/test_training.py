@@ -65,7 +65,7 @@ def test_memory_that_does_not_suffice_is_a_row_not_an_end(monkeypatch):
 
     monkeypatch.setattr(training, "_timed", exhausted)
     config = training.run_config({"model": {"vocab_size": 64, "d_model": 16, "num_heads": 2}})
-    row = training.time_job(training.Job(config, ""), training.Timing(1))
+    row = training.time_case(training.Case(config, ""), training.TimingOptions(1))
     assert row["error"] == "out of memory"
     assert row["tokens_per_second"] is None
     assert training_report.best_rows([row]) == []
@@ -126,7 +126,7 @@ def test_every_config_file_can_be_timed_on_random_tokens(name, monkeypatch):
     monkeypatch.setattr(training.cli, "config_given", lambda: True)
     monkeypatch.setattr(training.cli, "config_values", lambda: config)
     flags.FLAGS(["benchmark"])
-    row, _ = training.jobs(training._base(), [""], [512], [2048])
+    row, _ = training.cases(training._base(), [""], [512], [2048])
     assert (row.config.data.sequence_length, row.config.train.batch_size) == (512, 4)
     assert row.config.model.d_model == config.model.d_model
 
@@ -134,7 +134,7 @@ def test_every_config_file_can_be_timed_on_random_tokens(name, monkeypatch):
 def test_a_field_for_all_rows_is_in_every_row():
     flags.FLAGS(["benchmark"])
     with flagsaver.flagsaver(set=["train.accumulation=2", "model.d_model=24"], architectures=["transformer"]):
-        rows = training.jobs(training._base(), ["", "train.accumulation=4"], [8], [64, 128])
+        rows = training.cases(training._base(), ["", "train.accumulation=4"], [8], [64, 128])
     fields = [(row.config.train.batch_size, row.config.train.accumulation, row.config.model.d_model) for row in rows]
     assert fields == [(8, 2, 24), (16, 2, 24), (8, 4, 24), (16, 4, 24)]
 

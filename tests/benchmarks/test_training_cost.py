@@ -90,18 +90,18 @@ def test_the_figure_shows_what_was_measured_and_leaves_out_what_did_not_fit(tmp_
 def test_a_batch_that_does_not_fit_is_followed_by_a_smaller_one(monkeypatch):
     tried = []
 
-    def time_job(job, timing):
-        tokens = job.config.train.batch_size * job.config.data.sequence_length
+    def time_case(case, options):
+        tokens = case.config.train.batch_size * case.config.data.sequence_length
         tried.append(tokens)
         fits = tokens <= 32
         return {"step_seconds": 2.0, "compile_seconds": 1.0, "step_bytes": 5, "tokens": tokens} | {
             "error": None if fits else "out of memory"
         }
 
-    monkeypatch.setattr(training_cost, "time_job", time_job)
+    monkeypatch.setattr(training_cost, "time_case", time_case)
     monkeypatch.setattr(training_cost, "line", str)
     configs = training_cost.models([0], [], {})
-    timing = training_cost.Timing(1)
+    timing = training_cost.TimingOptions(1)
     (row,) = training_cost.rows(configs, [8], [128, 64, 32, 16], timing)
     assert (row["seconds"], row["error"], tried) == (2 / 32, None, [128, 64, 32])
     (row,) = training_cost.rows(configs, [8], [128, 64], timing)

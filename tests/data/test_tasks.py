@@ -12,8 +12,8 @@ from tlinformer_jax.config.data import DataConfig
 from tlinformer_jax.data import tasks
 from tlinformer_jax.data.batches import TrainingBatches
 from tlinformer_jax.data.needles import NOISE, WORDS
-from tlinformer_jax.data.sources import answer_places, available_splits, find_split, load_split, pydoc_articles
-from tlinformer_jax.data.tasks import DEPTHS, AnswerPlaces, TaskSplit, answer_batches
+from tlinformer_jax.data.sources import answer_positions, available_splits, find_split, load_split, pydoc_articles
+from tlinformer_jax.data.tasks import DEPTHS, AnswerPositions, TaskSplit, answer_batches
 from tlinformer_jax.data.tokenizers import (
     ByteTokenizer,
     NumberTokenizer,
@@ -260,10 +260,10 @@ def test_as_many_labels_count_as_are_said_to(config):
     """The loss reads no more of a sample than these, and none before the first."""
     for length in (config.sequence_length, config.sequence_length + 10):
         answers = split_of(config).task.make(np.arange(40), length).answers
-        said = answer_places(config, build_tokenizer(config.tokenizer), length)
+        said = answer_positions(config, build_tokenizer(config.tokenizer), length)
         assert (answers.sum(axis=1) == said.most).all()
         assert said.first == np.flatnonzero(answers.any(axis=0))[0]
-    assert answer_places(DataConfig(dataset="pydoc"), build_tokenizer("bytes"), 64) is None
+    assert answer_positions(DataConfig(dataset="pydoc"), build_tokenizer("bytes"), 64) is None
 
 
 def test_regions_are_seen_from_the_window_of_the_answer():
@@ -291,7 +291,7 @@ def test_recall_of_shorter_samples_asks_for_fewer_pairs_in_proportion():
         assert (samples.tokens[:, : 2 * pairs : 2] < 32).all()
         assert (samples.tokens[:, 2 * pairs : -1] < 32).sum() == 20 * pairs  # nothing but the questions
         assert task.chance(length) == pytest.approx(sum(1 / left for left in range(1, pairs + 1)) / pairs)
-        assert answer_places(RECALL, tokenizer, length) == AnswerPlaces(2 * pairs, pairs)
+        assert answer_positions(RECALL, tokenizer, length) == AnswerPositions(2 * pairs, pairs)
 
 
 def test_chance_is_what_guessing_among_the_unused_values_gets_right():

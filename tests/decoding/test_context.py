@@ -13,8 +13,8 @@ from tests.support.models import SMALL
 from tlinformer_jax import ModelConfig, build_model
 from tlinformer_jax.decoding import Generator, cache_bytes, context_mesh, history, windowed
 from tlinformer_jax.decoding import cache as cache_module
+from tlinformer_jax.decoding.context_parallel import on_devices
 from tlinformer_jax.decoding.decoder import Decoder, step
-from tlinformer_jax.decoding.spread import on_devices
 from tlinformer_jax.errors import ConfigError
 from tlinformer_jax.interop import params_from_reference
 from tlinformer_jax.models import cached_rows

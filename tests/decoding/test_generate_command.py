@@ -24,7 +24,7 @@ from tlinformer_jax.config.train import TrainConfig
 from tlinformer_jax.data.tokenizers import ByteTokenizer, save_tokenizer
 from tlinformer_jax.decoding import Generator, stream
 from tlinformer_jax.decoding.decoder import Decoder
-from tlinformer_jax.decoding.stream import Call, TextStream
+from tlinformer_jax.decoding.stream import DeviceCall, TextStream
 from tlinformer_jax.environment import PatientStream
 from tlinformer_jax.errors import UserError
 from tlinformer_jax.interop import params_from_reference
@@ -99,10 +99,10 @@ def test_the_speed_after_the_first_call_is_a_median(workdir, monkeypatch, capsys
     calls = []
 
     def timed(seconds, tokens):
-        calls.append(Call(100.0 if len(calls) < 2 else tokens / (50 + len(calls)), tokens))
+        calls.append(DeviceCall(100.0 if len(calls) < 2 else tokens / (50 + len(calls)), tokens))
         return calls[-1]
 
-    monkeypatch.setattr(stream, "Call", timed)
+    monkeypatch.setattr(stream, "DeviceCall", timed)
     _, _, err = run(capsys, f"--workdir={workdir}", f"--prompt={PROMPT}", *DRAW)
     speeds = sorted(call.tokens / call.seconds for call in calls[1:])
     assert len(speeds) % 2, "the median is one of them"

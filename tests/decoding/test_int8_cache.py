@@ -20,8 +20,8 @@ from tlinformer_jax.config.model import ARCHITECTURES
 from tlinformer_jax.decoding import Generator, cache_bytes, context_mesh, history
 from tlinformer_jax.decoding import cache as cache_module
 from tlinformer_jax.decoding.cache import init_cache
+from tlinformer_jax.decoding.context_parallel import on_devices
 from tlinformer_jax.decoding.decoder import Decoder, step
-from tlinformer_jax.decoding.spread import on_devices
 from tlinformer_jax.errors import ConfigError
 from tlinformer_jax.interop import params_from_reference
 from tlinformer_jax.kernels import key_value

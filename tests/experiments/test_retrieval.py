@@ -69,7 +69,7 @@ def test_runs_are_counted_and_listed_and_their_shares_never_averaged():
     assert wilson_interval(3, 3) == "0.44 to 1.00"  # 3 / (3 + 1.96^2)
     assert wilson_interval(0, 0) == ""
     # H_64 / 64 = 0.0741.
-    ours, theirs = "TLinFormer, 4 layers (B = 2, H = 0)", "full attention, 4 layers"
+    ours, theirs = "TLinFormer, 4 layers (B = 2, H = 0)", "Transformer, 4 layers"
     assert lines[2:7] == [
         "| model | learning rate | runs ≥ 0.9 | 95% interval | chance | parameters |",
         "| --- | --- | --- | --- | --- | --- |",
@@ -169,7 +169,7 @@ def capacity_records() -> list[dict]:
         for rows in (1, 4, 32)
         for seed in range(2)
     ]
-    alone = [cell({"history_window": rows}, 1e-3, 0.5) for rows in (1, 4, 32)]  # full attention has no such rows
+    alone = [cell({"history_window": rows}, 1e-3, 0.5) for rows in (1, 4, 32)]  # the Transformer has no such rows
     return [record | {"name": f"run{number}"} for number, record in enumerate([*by_pairs, *by_rows, *alone])]
 
 
@@ -340,7 +340,7 @@ def test_answers_by_the_position_of_the_question(tmp_path):
         ["0.001", "1", " |  | 0.400 | 0.500 | 0.500 | 0.500 | 0.500 | 0.050 |"],
         ["0.003", "0", " |  | 0.000 | 0.000 | 0.000 | 0.000 | 0.000 | 0.000 |"],
     ]
-    assert not any(line.startswith("| full attention") for line in lines[start:])  # it asks at the end alone
+    assert not any(line.startswith("| Transformer") for line in lines[start:])  # it asks at the end alone
 
 
 @pytest.mark.slow
@@ -360,7 +360,7 @@ def test_attention_finds_pairs_and_the_report_says_so(tmp_path):
     assert tested["figures"]["loss"] != result["validation"]["loss"]
     other = json.loads((tmp_path / "records" / "16-2_tlin-2-seed0.json").read_text())
     assert (other["steps"], other["target"]["reached"]) == (200, False)
-    assert "| full attention, 2 layers | 0.002 | 1 of 1 | " in done.stdout
+    assert "| Transformer, 2 layers | 0.002 | 1 of 1 | " in done.stdout
     assert "| 99% reached |" in done.stdout
     write_report(tmp_path / "records", tmp_path / "results.md")
     assert "99% reached" in (tmp_path / "results.md").read_text()

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks.flops import attention_by_device
+from tests.support.device_load import attention_by_device
 from tests.test_model import SMALL, golden_scale
 from tlinformer_jax.config.model import ExecutionPlan
 from tlinformer_jax.config.train import TrainConfig
-from tlinformer_jax.data.tasks import AnswerPlaces
+from tlinformer_jax.data.tasks import AnswerPositions
 from tlinformer_jax.errors import ConfigError
 from tlinformer_jax.models import ModelConfig, build_model, streams
 from tlinformer_jax.parallel.sharding import (
@@ -148,7 +148,7 @@ def test_sampled_windows_and_micro_batches_are_those_of_one_device():
 def test_windows_before_the_first_answer_are_left_out_on_any_mesh(first, mesh):
     data, params = batch(), golden_scale(MODEL)["params"]
     data["weights"] = jnp.where(jnp.arange(LENGTH) < first, 0, 1.0) * jnp.maximum(data["weights"], 0.5)
-    answered = program(MODEL, TRAIN, mesh, lambda length: AnswerPlaces(first, length - first))
+    answered = program(MODEL, TRAIN, mesh, lambda length: AnswerPositions(first, length - first))
     agree(gradient(MODEL, TRAIN, None, data), answered(data, params, 3))
     # Where labels before it do have weights, those of the windows left out are missed.
     wrong = answered(batch(), params, 3)
@@ -203,7 +203,7 @@ def test_a_mistake_is_noticed(mutation, monkeypatch):
 
 
 @pytest.mark.parametrize("parts", [2, 8])
-def test_every_window_is_dealt_once(parts):
+def test_every_window_is_assigned_once(parts):
     assigned = assign_windows(21, parts)
     np.testing.assert_array_equal(np.sort(assigned[assigned != NO_WINDOW]), np.arange(21))
 

@@ -5,10 +5,12 @@ import json
 import os
 import pathlib
 
+import jax
 import numpy as np
 
 from tlinformer_jax import ModelConfig
-from tlinformer_jax.interop.reference import reference_shapes
+from tlinformer_jax.interop.reference import published_views
+from tlinformer_jax.models.model import LanguageModel, build_model
 
 ROOT = pathlib.Path(__file__).parents[2]
 FOLDER = pathlib.Path(os.environ.get("TLINFORMER_GOLDEN", ROOT.parent / "shared" / "golden"))
@@ -66,11 +68,19 @@ def load(name: str, **overrides) -> Golden:
     )
 
 
+def published_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Published names and shapes of a model's parameters."""
+    model = build_model(config)
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), method=LanguageModel.parameters))["params"]
+    zeros = jax.tree.map(lambda leaf: np.broadcast_to(np.float32(0), leaf.shape), shapes)
+    return {name: view.shape for name, view in published_views(zeros, config).items()}
+
+
 def random_weights(config: ModelConfig, seed: int = 0) -> dict[str, np.ndarray]:
     """Published-name weights so large that every connection moves the logits, like the golden files'."""
     rng = np.random.default_rng(seed)
     weights = {}
-    for name, shape in reference_shapes(config).items():
+    for name, shape in published_shapes(config).items():
         if name.endswith(("norm1.weight", "norm2.weight")) or name == "transformer.norm.weight":
             value = 1 + 0.1 * rng.standard_normal(shape)
         elif name.endswith("head_norm.weight"):  # small: outputs near 0 are divided by their size, and so is rounding

@@ -12,7 +12,7 @@ from tests.training.test_skips import MODEL
 from tlinformer_jax.config.train import TrainConfig
 from tlinformer_jax.data.tokenizers import ByteTokenizer
 from tlinformer_jax.models import build_model
-from tlinformer_jax.training import loop, setup
+from tlinformer_jax.training import setup
 from tlinformer_jax.training.checkpoint import load_params
 from tlinformer_jax.training.loop import train_and_evaluate
 from tlinformer_jax.training.optimizer import Horizon
@@ -43,7 +43,7 @@ def test_it_follows_the_parameters_and_skipped_updates_leave_it():
 
 
 def last_state(config, workdir):
-    run = setup.build_run(config, ByteTokenizer(), loop.PENDING)
+    run = setup.build_run(config, ByteTokenizer())
     with Checkpoints(workdir, 9) as checkpoints:
         return run, checkpoints.restore(run.abstract_state)[0]
 

@@ -13,7 +13,7 @@ from tlinformer_jax.config.run import load_config, save_config
 from tlinformer_jax.data.subwords import HUGGING_FACE_FILE
 from tlinformer_jax.data.tokenizers import build_tokenizer, load_tokenizer
 from tlinformer_jax.errors import ConfigError, DataError
-from tlinformer_jax.training.loop import PENDING, train_and_evaluate
+from tlinformer_jax.training.loop import train_and_evaluate
 from tlinformer_jax.training.setup import build_run
 from tlinformer_jax.training.workdir import TEXTS_FILE, check_tokenizer, check_workdir, save_description
 
@@ -31,7 +31,7 @@ def with_data(config, **changes):
 
 def begin(config, workdir: pathlib.Path) -> None:
     """What a training does with its directory before the first step."""
-    run = build_run(config, build_tokenizer(config.data.tokenizer), PENDING)
+    run = build_run(config, build_tokenizer(config.data.tokenizer))
     check_tokenizer(run.tokenizer, config.data.tokenizer, workdir)
     splits = {name: run.split(name) for name in ("train", "validation")}
     check_workdir(run, splits, workdir)

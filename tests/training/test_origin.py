@@ -49,7 +49,7 @@ def test_a_new_run_starts_from_the_parameters_and_needs_neither_flag_nor_origin_
     config = other_run(config)
     train_and_evaluate(config, here, init_from=tmp_path / "source")
 
-    run = setup.build_run(config, ByteTokenizer(), loop.PENDING)
+    run = setup.build_run(config, ByteTokenizer())
     _, params = restore_params(source, run.abstract_state.params)
     (here / "checkpoints" / "3").rename(tmp_path / "3")
     (here / "checkpoints" / "4").rename(tmp_path / "4")
@@ -140,13 +140,13 @@ def test_another_architecture_of_equal_layers_starts_with_the_same_first_window(
     one = dataclasses.replace(config.model, architecture=architecture, num_blocks=blocks, hidden_depth=4 // blocks - 2)
     other = dataclasses.replace(config.model, num_blocks=2, token_shift=shift, key_taps=2 * shift)
     if shift:
-        run = setup.build_run(dataclasses.replace(config, model=other), ByteTokenizer(), loop.PENDING)
+        run = setup.build_run(dataclasses.replace(config, model=other), ByteTokenizer())
         assert not np.asarray(run.initial_state().params["shift"]).any()
     previous, logits = None, None
     for number, model in enumerate((one, other, *(() if shift else (one,)))):
         own, here = dataclasses.replace(config, model=model), tmp_path / str(number)
         train_and_evaluate(own, here, init_from=previous)
-        run = setup.build_run(own, ByteTokenizer(), loop.PENDING)
+        run = setup.build_run(own, ByteTokenizer())
         if previous is not None:
             start = restore_params(here, run.abstract_state.params, 0)[1]
             np.testing.assert_allclose(first_logits(own, start), logits, atol=2e-7, rtol=0)  # two programs round

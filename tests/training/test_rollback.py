@@ -42,7 +42,7 @@ def spoil(monkeypatch):
 
 
 def last_state(config, workdir):
-    run = setup.build_run(config, ByteTokenizer(), loop.PENDING)
+    run = setup.build_run(config, ByteTokenizer())
     with Checkpoints(workdir, 9) as checkpoints:
         return checkpoints.restore(run.abstract_state)[0]
 

@@ -59,8 +59,8 @@ def _levels(train: np.ndarray, test: np.ndarray, vocab_size: int, context: int) 
             suffixes = ends[1:][order[starts]]
             yield dataclasses.replace(level, preceded=np.bincount(suffixes, minlength=len(level.counts)))
         asked = test_ends[:-1] * vocab_size + test
-        place = np.minimum(np.searchsorted(keys, asked), len(keys) - 1)
-        found = np.where((test_ends[:-1] >= 0) & (keys[place] == asked), place, -1)
+        index = np.minimum(np.searchsorted(keys, asked), len(keys) - 1)
+        found = np.where((test_ends[:-1] >= 0) & (keys[index] == asked), index, -1)
         level = _Level(keys // vocab_size, counts, counts, found[1:], test_ends[1:-1])
         ends, test_ends = numbers, np.append(-1, found)
 
@@ -69,10 +69,10 @@ def _mixed(level: _Level, counts: np.ndarray, lower: np.ndarray) -> np.ndarray:
     """Returns the probabilities of the tokens to predict; `lower` are those with one token less of context."""
     taken = _discounts(counts)[np.minimum(counts, 3)]
     total, left = np.bincount(level.contexts, counts), np.bincount(level.contexts, taken)
-    place = np.where(level.asked_contexts < len(total), level.asked_contexts, -1)
-    known = (place >= 0) & (total[place] > 0)
+    contexts = np.where(level.asked_contexts < len(total), level.asked_contexts, -1)
+    known = (contexts >= 0) & (total[contexts] > 0)
     own = np.where(level.asked >= 0, (counts - taken)[level.asked], 0.0)
-    return np.where(known, (own + left[place] * lower) / np.maximum(total[place], 1), lower)
+    return np.where(known, (own + left[contexts] * lower) / np.maximum(total[contexts], 1), lower)
 
 
 def _discounts(counts: np.ndarray) -> np.ndarray:

@@ -196,13 +196,18 @@ def cluster() -> "Cluster | None":
 
 
 def define_config_flag(
-    help: str = "Config file, or the name of one of the package's; NAME:VARIANT picks a variant.", **settings: Any
+    help: str = "Config file, or the name of one of the package's; NAME:VARIANT picks a variant.",
+    flag_values: flags.FlagValues = flags.FLAGS,
+    sys_argv: list[str] | None = None,
 ) -> None:
-    """Defines --config. Fields that the file leaves out get their defaults, so that flags can override them all."""
+    """Defines --config. Fields that the file leaves out get their defaults, so that flags can override them all.
+
+    `sys_argv` is the command line, by default the program's, from which the names of the fields' flags are read.
+    """
     from ml_collections import config_flags
 
-    config_flags.DEFINE_config_file("config", None, help, lock_config=False, **settings)
-    settings.get("flag_values", flags.FLAGS)["config"].parser = _CompletedConfig()
+    config_flags.DEFINE_config_file("config", None, help, flag_values, lock_config=False, sys_argv=sys_argv)
+    flag_values["config"].parser = _CompletedConfig()
 
 
 class _CompletedConfig(flags.ArgumentParser):

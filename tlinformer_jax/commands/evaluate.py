@@ -41,7 +41,7 @@ def main() -> None:
     """Restores a checkpoint's parameters, evaluates a split or a text, and prints the figures."""
     from tlinformer_jax.evaluation.report import EvaluationOptions
     from tlinformer_jax.parallel.processes import joined
-    from tlinformer_jax.training.console import EVALUATION_ADVICE, memory_advice
+    from tlinformer_jax.training.device_memory import EVALUATION_ADVICE, memory_advice
     from tlinformer_jax.training.setup import use_compilation_cache
 
     workdir = cli.given_path(WORKDIR, "the directory of a run")

@@ -24,7 +24,7 @@ from tlinformer_jax.files import local_path, write_bytes, writing
 
 if TYPE_CHECKING:
     from tlinformer_jax.config.model import ModelConfig
-    from tlinformer_jax.decoding.stream import Stream
+    from tlinformer_jax.decoding.stream import GenerationStream
 
 WORKDIR, STEP = cli.run_flags()
 PROMPT = flags.DEFINE_string("prompt", None, "Text to continue.")
@@ -41,7 +41,7 @@ SEED = flags.DEFINE_integer(
     "seed", 0, "Seed of the first sample; sample i has seed + i.", lower_bound=0, upper_bound=NUM_SEEDS - 1
 )
 NUM_SAMPLES = flags.DEFINE_integer("num_samples", 1, "Number of continuations of the prompt.")
-CONTEXT = flags.DEFINE_integer("context", 1, "Number of devices over which the history is spread.")
+CONTEXT = flags.DEFINE_integer("context", 1, "Number of devices over which the history is split.")
 CACHE_DTYPE = flags.DEFINE_string(
     "cache_dtype",
     "auto",
@@ -87,10 +87,10 @@ def _generate() -> bool:
     workdir = cli.given_path(WORKDIR, "the directory of a run")
     save = _saver(workdir)
 
+    from tlinformer_jax.decoding.context_parallel import context_mesh
     from tlinformer_jax.decoding.generator import Generator
     from tlinformer_jax.decoding.sampling import GenerationConfig
-    from tlinformer_jax.decoding.spread import context_mesh
-    from tlinformer_jax.training.console import GENERATION_ADVICE, memory_advice
+    from tlinformer_jax.training.device_memory import GENERATION_ADVICE, memory_advice
     from tlinformer_jax.training.setup import use_compilation_cache
 
     with memory_advice(GENERATION_ADVICE):
@@ -144,7 +144,7 @@ def _saver(workdir: pathlib.Path) -> Callable[[list[np.ndarray]], None] | None:
     return save
 
 
-def _print_samples(stream: "Stream") -> bool:
+def _print_samples(stream: "GenerationStream") -> bool:
     """Prints the samples in the form that the flags choose; returns whether it was interrupted."""
     live = STREAM.value and NUM_SAMPLES.value == 1 and not JSON.value
     sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
@@ -173,7 +173,7 @@ def _print_samples(stream: "Stream") -> bool:
     return interrupted or environment.reader_is_gone()
 
 
-def _print_figures(stream: "Stream", config: "ModelConfig") -> None:
+def _print_figures(stream: "GenerationStream", config: "ModelConfig") -> None:
     """Prints speed, hits and slides, and memory on stderr."""
     from tlinformer_jax.models.cached_attention import int8_readers
 

@@ -30,7 +30,7 @@ def main() -> None:
     from tlinformer_jax.evaluation.history import measure_history
     from tlinformer_jax.evaluation.report import describe
     from tlinformer_jax.training.checkpoint import load_run
-    from tlinformer_jax.training.console import EVALUATION_ADVICE, memory_advice
+    from tlinformer_jax.training.device_memory import EVALUATION_ADVICE, memory_advice
     from tlinformer_jax.training.setup import use_compilation_cache
 
     workdir = cli.given_path(WORKDIR, "the directory of a run")

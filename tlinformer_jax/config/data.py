@@ -71,9 +71,9 @@ class DataConfig:
         out of the training split (a FASTA record or sound of more than 65,536 letters or samples counts as several).
       test_files: the same for the test split, with another 20th. [passkey, niah-2, niah-3] "" hides needles in the
         validation text.
-      shingle: [fasta] number of letters, for validation_files or test_files "". Records that share so many letters in a
-        row, directly or through other records, are a family; the held-out split takes every 20th family instead of
-        every 20th document, and no record is cut. 0 ignores families.
+      shingle: [fasta] number of letters, for validation_files or test_files "". Records that share this many
+        consecutive letters, directly or through other records, are a family; the held-out split takes every 20th family
+        instead of every 20th document, and no record is cut. 0 ignores families.
       text_field: [text, lines, tfds] the field of a .jsonl line or record, or the column, that contains the document.
       examples: [tasks] different samples in the training split; an epoch uses each once.
       num_items: [recall, recall-gap] pairs of a key and a value in a sample of N tokens; a shorter sample has

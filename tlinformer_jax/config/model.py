@@ -16,6 +16,15 @@ ARCHITECTURES = (
     "gated_deltanet",
     "gated_deltanet_hybrid",
 )
+# In tables and figures, in the order of their columns.
+ARCHITECTURE_NAMES = {
+    "transformer": "Transformer",
+    "sliding_window": "sliding window",
+    "gated_deltanet": "Gated DeltaNet",
+    "gated_deltanet_hybrid": "Gated DeltaNet, hybrid",
+    "tlinformer": "TLinFormer",
+    "tconstformer": "TConstFormer",
+}
 WINDOWED = ("tlinformer", "tconstformer")
 RECURRENT = ("gated_deltanet", "gated_deltanet_hybrid")
 COMPUTE_DTYPES = ("auto", "bfloat16", "float16", "float32")
@@ -254,7 +263,7 @@ class ModelConfig:
         last = min(HYBRID_PERIOD, self.num_layers) - 1
         return self.architecture == "gated_deltanet_hybrid" and layer % HYBRID_PERIOD == last
 
-    def place(self, layer: int) -> int:
+    def index_in_kind(self, layer: int) -> int:
         """Returns the index of a layer among the layers of its kind, attention or Gated DeltaNet."""
         return sum(self.attends(index) == self.attends(layer) for index in range(layer))
 

@@ -49,8 +49,8 @@ def load_python(given: str, flag: str, function: str) -> Any:
     except UserError:
         raise
     except SyntaxError as error:
-        place = f"{error.filename}, line {error.lineno}: " if error.filename else ""  # none for a null byte
-        raise UserError(f"{what}: {place}{error.msg}") from None
+        where = f"{error.filename}, line {error.lineno}: " if error.filename else ""  # none for a null byte
+        raise UserError(f"{what}: {where}{error.msg}") from None
     except (Exception, SystemExit) as error:
         last = traceback.extract_tb(error.__traceback__)[-1]
         if isinstance(error, OSError) and error.filename == str(file):

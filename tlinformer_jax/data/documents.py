@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from tlinformer_jax.data.streams import TokenStream, places_of
+from tlinformer_jax.data.streams import TokenStream, positions_of
 
 MOST_DOCUMENTS = 200  # of a split whose losses are summed by document
 
@@ -28,7 +28,7 @@ def document_numbers(stream: TokenStream, end_of_text: int) -> np.ndarray | None
     """
     if not 2 <= stream.num_documents <= MOST_DOCUMENTS:
         return None
-    ends = places_of(end_of_text, stream.tokens)
+    ends = positions_of(end_of_text, stream.tokens)
     if len(ends) != stream.num_documents or ends[-1] + 1 != len(stream.tokens):
         return None
     return np.repeat(np.arange(len(ends), dtype=np.uint8), np.diff(ends, prepend=-1))
@@ -77,15 +77,15 @@ class Packing:
         for row, sample in enumerate(samples):
             if sample < 0:
                 continue
-            place = 0
+            filled = 0
             for piece in range(self.firsts[sample], self.firsts[sample + 1]):
                 start, size = self.starts[piece], self.sizes[piece]
-                here = row, slice(place, place + size)
+                here = row, slice(filled, filled + size)
                 batch["inputs"][here] = tokens[start : start + size]
                 batch["labels"][here] = tokens[start + 1 : start + size + 1]
                 batch["weights"][here] = 1
-                place += size
-                batch["documents"][row, place:] += 1
+                filled += size
+                batch["documents"][row, filled:] += 1
         return batch
 
 
@@ -110,7 +110,7 @@ class DocumentStream(TokenStream):
     def _pieces(self, length: int) -> tuple[np.ndarray, np.ndarray]:
         """Returns first inputs and sizes of the documents; those longer than `length` are cut."""
         inputs = max(0, len(self.tokens) - 1)  # the last token is only a label
-        begins = np.unique(np.append(0, places_of(self.end_of_text, self.tokens)))
+        begins = np.unique(np.append(0, positions_of(self.end_of_text, self.tokens)))
         begins = begins[begins < inputs]
         sizes = np.diff(begins, append=inputs)
         counts = -(-sizes // length)
@@ -128,15 +128,15 @@ def best_fit(sizes: np.ndarray, length: int) -> np.ndarray:
     rooms: list[int] = []  # free tokens for which there is a sample, ascending
     order: Any = np.argsort(-sizes, kind="stable")[count:]
     for piece, size in zip(order.tolist(), sizes[order].tolist()):
-        place = bisect.bisect_left(rooms, size)
-        if place == len(rooms):
+        index = bisect.bisect_left(rooms, size)
+        if index == len(rooms):
             sample, room = count, length
             count += 1
         else:
-            room = rooms[place]
+            room = rooms[index]
             sample = open_samples[room].pop()
             if not open_samples[room]:
-                del rooms[place]
+                del rooms[index]
         samples[piece] = sample
         if left := room - size:
             if not open_samples[left]:

@@ -31,11 +31,11 @@ from tlinformer_jax.errors import DataError, file_errors_as
 
 Document = np.ndarray | str  # uint8 [length], or letters
 
-# Splits without files of their own take documents of train_files: of every EVERY documents, those at these places. A
-# document longer than STRETCH counts as several. With data.shingle, families of whole records take their place.
-EVERY = 20
-PLACES = {"validation": 18, "test": 19}
-STRETCH = 65_536
+# A split without files of its own takes every 20th document of train_files: those whose number has this remainder.
+# A document longer than LONGEST_PIECE counts as several. With data.shingle, families of records are counted instead.
+HELD_OUT_PERIOD = 20
+HELD_OUT_REMAINDERS = {"validation": 18, "test": 19}
+LONGEST_PIECE = 65_536
 
 RATE = 8_000  # samples of sound per second
 LEVELS = 256  # of mu-law
@@ -48,10 +48,10 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ*-"  # allowed in FASTA records if the toke
 
 
 def held_out(config: DataConfig, split: str) -> list[str]:
-    """Returns the splits that get documents of train_files, if `split` is read from there; none if it is not."""
+    """Returns the splits held out of train_files; empty if `split` is not read from train_files."""
     if config.field_of_files(split) != "train_files":
         return []
-    return [other for other in PLACES if config.field_of_files(other) == "train_files"]
+    return [other for other in HELD_OUT_REMAINDERS if config.field_of_files(other) == "train_files"]
 
 
 def identity(config: DataConfig, split: str) -> dict[str, Any]:
@@ -67,26 +67,26 @@ def read_documents(path: pathlib.Path, config: DataConfig) -> Iterator[Document]
     return readers[config.dataset](path, config)
 
 
-def deal(documents: Iterable[Document], config: DataConfig, split: str) -> Iterator[Document]:
+def documents_of_split(documents: Iterable[Document], config: DataConfig, split: str) -> Iterator[Document]:
     """Yields the documents of `split`: all of them if no other split gets some of its files.
 
-    With data.shingle, records that share this many letters in a row are in one split, and no record is cut.
+    With data.shingle, records that share this many consecutive letters are in one split, and no record is cut.
     """
     others = held_out(config, split)
     if not others:
         yield from documents
         return
-    owners = {PLACES[other]: other for other in others}
+    owners = {HELD_OUT_REMAINDERS[other]: other for other in others}
     numbered: Iterable[tuple[int, Document]]
     if config.shingle:
         records = [record for record in documents if isinstance(record, str)]
         letters = [np.frombuffer(record.encode("ascii"), np.uint8) for record in records]
         numbered = zip(ranked_groups(letters, config.shingle).tolist(), records)
     else:
-        pieces = (document[at : at + STRETCH] for document in documents for at in range(0, len(document), STRETCH))
-        numbered = enumerate(pieces)
+        size = LONGEST_PIECE
+        numbered = enumerate(document[at : at + size] for document in documents for at in range(0, len(document), size))
     for number, document in numbered:
-        if owners.get(number % EVERY, "train") == split:
+        if owners.get(number % HELD_OUT_PERIOD, "train") == split:
             yield document
 
 

@@ -51,7 +51,7 @@ def find_files(patterns: str, field: str, any_name: bool = False) -> list[pathli
             found_files = [path] if path.is_file() else [folder / name for name in sorted(names)]
             matches = [match for match in found_files if match.is_file()]  # reading a pipe would block
         if not matches:
-            packages = [package for place, package in PACKAGES.items() if place in pattern]
+            packages = [package for folder_name, package in PACKAGES.items() if folder_name in pattern]
             hint = "".join(f"; the Debian package {package} ships it" for package in packages)
             raise DataError(f"{field}: no file matches {pattern!r}{hint}")
         for match in matches:

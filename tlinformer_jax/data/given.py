@@ -9,10 +9,10 @@ is an iterable, which is read in its own order:
                 optional `weights`, [batch, N] each: trained on as given. With `input_ids`, zeros in an
                 `attention_mask` and `labels` of -100 exclude tokens from the loss
 
-A continued training must read what it has not yet read. Arrays and files can be read at any place. For an iterable, the
-working directory keeps a list of positions (POSITIONS_FILE). If it has `len` and indices, or iterators with `get_state`
-and `set_state` (grain), reading starts at the last position before the checkpoint; of any other iterable, the items
-before the position are read again and dropped. A hash of the next batch shows whether the data has changed.
+A continued training must read what it has not yet read. Arrays and files can be read from anywhere. For an iterable,
+the working directory keeps a list of positions (POSITIONS_FILE). If it has `len` and indices, or iterators with
+`get_state` and `set_state` (grain), reading starts at the last position before the checkpoint; of any other iterable,
+the items before the position are read again and dropped. A hash of the next batch shows whether the data has changed.
 """
 
 import dataclasses

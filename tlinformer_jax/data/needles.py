@@ -13,7 +13,7 @@ With one needle in a sample they are RULER's S-NIAH-1, 2 and 3, with more needle
 The text is a random section of the corpus. Each digit is encoded separately, with a space before it. Every sample draws
 its own names and values; its names are different. An evaluation sample asks for one needle, whose depth cycles through
 all possible depths with the sample's number, so that each depth is asked for equally often; in short samples the
-question occupies the last depths. In training, needles are at random places, and all are asked for, one by one.
+question occupies the last depths. In training, needles are at random positions, and all are asked for, one by one.
 """
 
 import collections
@@ -23,7 +23,7 @@ import functools
 import numpy as np
 
 from tlinformer_jax.data.streams import TokenStream
-from tlinformer_jax.data.tasks import DEPTHS, AnswerPlaces, Samples, below, distinct, random_bits
+from tlinformer_jax.data.tasks import DEPTHS, AnswerPositions, Samples, below, distinct, random_bits
 from tlinformer_jax.data.tokenizers import Tokenizer
 from tlinformer_jax.errors import ConfigError, DataError
 
@@ -104,10 +104,10 @@ class Phrases:
         """Returns the number of tokens of a hidden sentence before its value."""
         return len(self.hidden[0]) + self.names.shape[1] + len(self.hidden[1])
 
-    def places(self, length: int, questions: int) -> AnswerPlaces:
+    def answer_positions(self, length: int, questions: int) -> AnswerPositions:
         """Returns the positions of the answers to at most `questions` questions in samples of `length` tokens."""
         _, asked, answer = self.sizes()
-        return AnswerPlaces(max(0, length - (questions - 1) * asked - answer), questions * answer)
+        return AnswerPositions(max(0, length - (questions - 1) * asked - answer), questions * answer)
 
     def sentences(self, parts: tuple[np.ndarray, ...], names: np.ndarray, values: np.ndarray) -> np.ndarray:
         """Joins `parts`, names int64 [samples, n] and values [samples, n, size] to sentences [samples, n, tokens]."""
@@ -153,22 +153,22 @@ class Needles:
         hidden_size, asked_size, answer_size = phrases.sizes()
         bits = random_bits(self.key, numbers, (4 + self.form.draws) * needles)
         split = np.cumsum([2 * needles, self.form.draws * needles, 1, 1])
-        of_names, of_values, of_text, of_places, rest = np.split(bits, split, axis=1)
+        of_names, of_values, of_text, of_position, rest = np.split(bits, split, axis=1)
         names, values = distinct(of_names, len(phrases.names)), self._values(of_values)
         sentences = phrases.sentences(phrases.hidden, names, values)
         questions = phrases.sentences(phrases.asked, names[:, :count], values[:, :count])
         body = length + 1 - count * asked_size
         text = body - needles * hidden_size
         begins = below(of_text[:, 0], len(self.text.tokens) - text + 1)
-        firsts = self._places(numbers, of_places[:, 0], length, body - hidden_size)
+        firsts = self._first_positions(numbers, of_position[:, 0], length, body - hidden_size)
         tokens = np.empty((len(numbers), length + 1), np.int32)
-        places = np.empty((len(numbers), needles), np.int64)
-        for row, place, first, begin, parts, others in zip(tokens, places, firsts, begins, sentences, rest):
-            row[:body], place[:] = _hide(self.text.tokens[begin : begin + text], parts, int(first), others)
+        positions = np.empty((len(numbers), needles), np.int64)
+        for row, position, first, begin, parts, others in zip(tokens, positions, firsts, begins, sentences, rest):
+            row[:body], position[:] = _hide(self.text.tokens[begin : begin + text], parts, int(first), others)
         tokens[:, body:] = questions.reshape(len(numbers), -1)
         ends = length - 1 - np.arange(count)[::-1] * asked_size  # positions that predict an answer's last token
         ends = np.broadcast_to(ends, (len(numbers), count))
-        return Samples.of(tokens, ends, places[:, :count] + phrases.value_offset(), answer_size)
+        return Samples.of(tokens, ends, positions[:, :count] + phrases.value_offset(), answer_size)
 
     def _values(self, bits: np.ndarray) -> np.ndarray:
         """Returns the symbols of each needle's value, int64 [samples, needles, size], highest digit first."""
@@ -176,7 +176,7 @@ class Needles:
         symbols = below(bits, base**size)[..., None] // base ** np.arange(size - 1, -1, -1) % base
         return symbols.reshape(len(bits), self.needles, self.form.size)
 
-    def _places(self, numbers: np.ndarray, bits: np.ndarray, length: int, last: int) -> np.ndarray:
+    def _first_positions(self, numbers: np.ndarray, bits: np.ndarray, length: int, last: int) -> np.ndarray:
         """Returns where the first asked-for sentence of each sample begins, int64 [samples] in 0 .. last."""
         if not self.in_turn:
             return below(bits, last + 1)
@@ -187,22 +187,22 @@ class Needles:
         return lowest + below(bits, end - lowest)
 
 
-def _hide(text: np.ndarray, sentences: np.ndarray, place: int, bits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Inserts sentences [K, tokens] into a text [tokens]: the first begins at `place`, the others at random places.
+def _hide(text: np.ndarray, sentences: np.ndarray, position: int, bits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Inserts sentences [K, tokens] into a text [tokens]: the first begins at `position`, the others at random.
 
     Uses random `bits`, uint64 [2 * (K - 1)]. Returns the result, and where each sentence begins in it, int64 [K].
     """
     others, size = len(sentences) - 1, sentences.shape[1]
     room = len(text) + others * size  # tokens outside the first sentence
-    before = int((below(bits[:others], room) < place).sum())
-    before = min(max(before, others - (room - place) // size), place // size)
-    head = place - before * size  # tokens of the text before the first sentence
+    before = int((below(bits[:others], room) < position).sum())
+    before = min(max(before, others - (room - position) // size), position // size)
+    head = position - before * size  # tokens of the text before the first sentence
     early = np.sort(below(bits[others : others + before], head + 1))
     late = np.sort(head + below(bits[others + before :], len(text) - head + 1))
     cuts = np.concatenate([early, [head], late]).astype(np.int64)
     order = np.array([*range(1, 1 + before), 0, *range(1 + before, len(sentences))])
-    places = np.empty(len(sentences), np.int64)
-    places[order] = cuts + size * np.arange(len(sentences))
+    positions = np.empty(len(sentences), np.int64)
+    positions[order] = cuts + size * np.arange(len(sentences))
     parts = np.split(text, cuts)
     pieces = [parts[0], *(piece for pair in zip(sentences[order], parts[1:]) for piece in pair)]
-    return np.concatenate(pieces), places
+    return np.concatenate(pieces), positions

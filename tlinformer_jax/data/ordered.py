@@ -19,7 +19,7 @@ from tlinformer_jax.data.streams import TokenStream, in_threads, outside_vocabul
 from tlinformer_jax.errors import ConfigError, DataError, file_errors_as
 from tlinformer_jax.files import open_own, read_own, writing
 
-RECORD_EVERY = 1.0  # seconds between two recorded places; at least a hundredth of the time so far
+RECORD_EVERY = 1.0  # seconds between two records of the position; at least a hundredth of the time so far
 IDS = ("input_ids", "tokens")  # keys of token ids in a dict
 IGNORED = -100  # label of a token that does not count in the loss, as in PyTorch
 
@@ -222,7 +222,7 @@ class OrderedStream(TokenStream):
     writes: bool
 
 
-class Place(NamedTuple):
+class BatchStart(NamedTuple):
     """Where the batch of an update begins in an iterable."""
 
     step: int = 0
@@ -257,9 +257,9 @@ class OrderedBatches(TrainingBatches):
         return in_threads(lambda _: next(reader), itertools.count(), threads=1, ahead=AHEAD)
 
     def _read(self, start_step: int, rows: Rows) -> Iterator[Batch]:
-        """Yields the batches from update `start_step` on, and records places for runs that continue later."""
+        """Yields the batches from update `start_step` on, and records positions for runs that continue later."""
         stream = self.stream
-        begin = _last_place(stream.positions, start_step)
+        begin = _last_start(stream.positions, start_step)
         if start_step and stream.items.seeks:
             at = begin.items or {"epoch": 0, "item": 0}
             self._say(f"continues at item {at['item']:,} of its epoch {at['epoch']}")
@@ -275,30 +275,30 @@ class OrderedBatches(TrainingBatches):
             raise DataError(f"{stream.shape.name}: refuses the state that it had in this run ({error})") from None
         written = stream.positions if stream.writes else None
         due = began = time.monotonic()
-        for place, batch in self._packed(begin):
-            if place.step == begin.step and begin.batch not in ("", _digest(batch)):
+        for start, batch in self._packed(begin):
+            if start.step == begin.step and begin.batch not in ("", _digest(batch)):
                 self._say("has changed or was reordered since the last run here; its batches are different now")
                 if written:
                     written.unlink()
-            if place.step < start_step:
+            if start.step < start_step:
                 continue
             if written and time.monotonic() >= due:
                 due = time.monotonic() + max(RECORD_EVERY, (time.monotonic() - began) / 100)  # the file stays small
-                _add_place(written, place._replace(batch=_digest(batch)))
+                _add_start(written, start._replace(batch=_digest(batch)))
             yield {name: array[rows] for name, array in batch.items()}
 
-    def _packed(self, place: Place) -> Iterator[tuple[Place, Batch]]:
-        """Yields each batch with its place, starting at `place`, to which `items` has been moved.
+    def _packed(self, start: BatchStart) -> Iterator[tuple[BatchStart, Batch]]:
+        """Yields each batch with its start, from the batch at `start` on, to which `items` has been moved.
 
         Documents form one row of tokens, in which samples overlap by one token.
         """
         items, shape, size = self.stream.items, self.stream.shape, (self.batch_size, self.sequence_length)
-        need, offset = size[0] * size[1] + 1, place.offset
+        need, offset = size[0] * size[1] + 1, start.offset
         item, read = items.position(), self._next()
-        for step in itertools.count(place.step):
-            place = Place(step, item, offset)
+        for step in itertools.count(start.step):
+            start = BatchStart(step, item, offset)
             if isinstance(read, dict):
-                yield place, read
+                yield start, read
                 item, read = items.position(), self._next()
                 continue
             parts = [read[offset : offset + need]]
@@ -312,7 +312,7 @@ class OrderedBatches(TrainingBatches):
             offset += len(parts[-1]) - 1  # the last token is the first one of the next batch
             tokens = np.concatenate(parts).astype(np.int32)
             weights = np.ones(size, np.float32)
-            yield place, {"inputs": tokens[:-1].reshape(size), "labels": tokens[1:].reshape(size), "weights": weights}
+            yield start, {"inputs": tokens[:-1].reshape(size), "labels": tokens[1:].reshape(size), "weights": weights}
 
     def _next(self) -> np.ndarray | Batch:
         item = next(self.stream.items)
@@ -327,25 +327,25 @@ def _digest(batch: Batch) -> str:
     return hashlib.sha256(b"".join(batch[name].tobytes() for name in sorted(batch))).hexdigest()[:16]
 
 
-def _add_place(path: pathlib.Path, place: Place) -> None:
+def _add_start(path: pathlib.Path, start: BatchStart) -> None:
     try:
         with writing(f"{path}:"), open_own(path, "a") as file:
-            file.write(f"\n{json.dumps(place._asdict())}\n")  # the first newline ends a line that a kill has cut
+            file.write(f"\n{json.dumps(start._asdict())}\n")  # the first newline ends a line that a kill has cut
     except DataError:
         raise
     except (TypeError, ValueError) as error:
         raise DataError(f"train_data: get_state must return bytes, or a value that JSON can store ({error})") from None
 
 
-def _last_place(path: pathlib.Path | None, step: int) -> Place:
-    """Returns the last recorded place at or before update `step`; that of the first batch if there is none."""
-    found = Place()
+def _last_start(path: pathlib.Path | None, step: int) -> BatchStart:
+    """Returns the last recorded start at or before update `step`; that of the first batch if there is none."""
+    found = BatchStart()
     if path is None or not path.exists():
         return found
     with file_errors_as(f"{path}: cannot be read"):
         lines = read_own(path).splitlines()
     for line in lines:
         with contextlib.suppress(ValueError, TypeError):  # a line that is blank, or cut by a kill
-            place = Place(**json.loads(line))
-            found = place if found.step <= place.step <= step else found
+            start = BatchStart(**json.loads(line))
+            found = start if found.step <= start.step <= step else found
     return found

@@ -26,14 +26,14 @@ from tlinformer_jax.data import domains, given, needles, tasks, tfds, wikitext10
 from tlinformer_jax.data.cache import Identity, cached_tokens, file_identity, find_tokens
 from tlinformer_jax.data.files import check_patterns, find_files, read_documents
 from tlinformer_jax.data.streams import Counts, Encoded, TokenStream, encode_documents, ranked_groups
-from tlinformer_jax.data.tasks import AnswerPlaces, Split, TaskSplit
+from tlinformer_jax.data.tasks import AnswerPositions, Split, TaskSplit
 from tlinformer_jax.data.tokenizers import Tokenizer
 from tlinformer_jax.errors import ConfigError, DataError
 
 REPORT_EVERY = 10.0  # seconds between two lines about the progress
 SHINGLE = 13
-# Of every 8 groups, from the largest to the smallest, one is held out for validation and one for testing.
-DEAL = ("train", "train", "train", "train", "validation", "train", "test", "train")
+# The split of the group of rank r is entry r mod 8; the largest group has rank 0.
+SPLIT_BY_RANK = ("train", "train", "train", "train", "validation", "train", "test", "train")
 
 
 def available_splits(config: DataConfig) -> tuple[str, ...]:
@@ -81,16 +81,16 @@ def find_split(config: DataConfig, split: str, tokenizer: Tokenizer) -> Split | 
     return _split_of(text, config, split, tokenizer)
 
 
-def answer_places(config: DataConfig, tokenizer: Tokenizer, length: int) -> AnswerPlaces | None:
+def answer_positions(config: DataConfig, tokenizer: Tokenizer, length: int) -> AnswerPositions | None:
     """Returns the positions of the labels that count in a sample of `length` tokens; None for text, where all do."""
     if pair_size := PAIR_SIZES.get(config.dataset):
         pairs = tasks.pairs_of(length, config.num_items, config.sequence_length)
-        return AnswerPlaces(pair_size * pairs, pairs)
+        return AnswerPositions(pair_size * pairs, pairs)
     if config.dataset == "copy":
-        return AnswerPlaces(length // 2, length // 2)
+        return AnswerPositions(length // 2, length // 2)
     if form := needles.FORMS.get(config.dataset):
-        return needles.Phrases.of(tokenizer, form).places(length, config.num_items)
-    return AnswerPlaces(0, length) if config.is_task else None
+        return needles.Phrases.of(tokenizer, form).answer_positions(length, config.num_items)
+    return AnswerPositions(0, length) if config.is_task else None
 
 
 # ---- Tokenised and cached text
@@ -134,9 +134,9 @@ def _checked(
         wikitext103.check_counts(total, config, split)
     if not total.num_documents:
         where = getattr(config, config.field_of_files(split)) or config.dataset
-        share = f", of which this split gets every {domains.EVERY}th document or family"
-        dealt = share if split in domains.held_out(config, split) else ""
-        raise DataError(f"{split}: no text in {where}{dealt}")
+        held_out = split in domains.held_out(config, split)
+        share = f", of which this split gets every {domains.HELD_OUT_PERIOD}th document or family" if held_out else ""
+        raise DataError(f"{split}: no text in {where}{share}")
     if _identity(config, split, tokenizer) != identity:
         raise DataError("a file of the text changed while it was read; prepare again when it is complete")
 
@@ -145,7 +145,7 @@ def _encoded(config: DataConfig, split: str, tokenizer: Tokenizer) -> Iterator[E
     """Yields the tokens of a split's text in order, and counts."""
     if config.dataset in SYMBOL_FILES:
         documents = (document for path in _files(config, split) for document in domains.read_documents(path, config))
-        return domains.encode(domains.deal(documents, config, split), config, tokenizer)
+        return domains.encode(domains.documents_of_split(documents, config, split), config, tokenizer)
     if config.dataset.startswith(TFDS):
         pieces = tfds.read_documents(config, split)
     elif config.dataset in wikitext103.VARIANTS:
@@ -206,7 +206,7 @@ def _split_of(text: TokenStream | None, config: DataConfig, split: str, tokenize
 
 def pydoc_articles(split: str) -> list[str]:
     """Returns the articles of the split 'train', 'validation' or 'test', the groups with the most text first."""
-    return [article for rank, article in _ranked_topics() if DEAL[rank % len(DEAL)] == split]
+    return [article for rank, article in _ranked_topics() if SPLIT_BY_RANK[rank % len(SPLIT_BY_RANK)] == split]
 
 
 @functools.cache

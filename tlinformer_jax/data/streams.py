@@ -70,7 +70,7 @@ def parts_of(tokens: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
             mapping.madvise(mmap.MADV_DONTNEED)
 
 
-def places_of(token: int, tokens: np.ndarray) -> np.ndarray:
+def positions_of(token: int, tokens: np.ndarray) -> np.ndarray:
     """Returns the positions of a token in a long row, ascending, int64."""
     found = [start + np.flatnonzero(part == token) for start, part in parts_of(tokens)]
     return np.concatenate([np.empty(0, np.int64), *found])
@@ -110,7 +110,7 @@ def in_threads(
 
 
 @dataclasses.dataclass(frozen=True)
-class Piece:
+class DocumentPiece:
     """A part of a document, cut such that the tokens of all parts are the tokens of the document."""
 
     text: str
@@ -149,10 +149,10 @@ def encode_documents(documents: Iterable[tuple[str, bool]], tokenizer: Tokenizer
 
 def cut_documents(
     documents: Iterable[tuple[str, bool]], safe_cut: Callable[[str], int], size: int = PIECE_CHARACTERS
-) -> Iterator[Piece]:
-    """Cuts a stream of `(text, ends)` into pieces of about `size` characters, at places that `safe_cut` finds.
+) -> Iterator[DocumentPiece]:
+    """Cuts a stream of `(text, ends)` into pieces of about `size` characters, where `safe_cut` allows it.
 
-    A document without such a place stays whole; a DataError if it has more than LARGEST_UNCUT characters.
+    A document without such a position stays whole; a DataError if it has more than LARGEST_UNCUT characters.
     """
     rest, previous = "", ""
     try_at = size  # doubled after each failure, so that the total work is linear
@@ -164,7 +164,7 @@ def cut_documents(
             if not cut:
                 window *= 2
                 continue
-            yield Piece(rest[start : start + cut], previous, ends=False)
+            yield DocumentPiece(rest[start : start + cut], previous, ends=False)
             start, window = start + cut, size
             previous = rest[start - 1]
         rest, try_at = rest[start:], window
@@ -172,13 +172,13 @@ def cut_documents(
             limit = f"{LARGEST_UNCUT:,} characters without a place where the tokenizer allows a cut"
             raise DataError(f"the document with {rest[:40]!r} has more than {limit}; split it into several")
         if ends:
-            yield Piece(rest, previous, ends=True)
+            yield DocumentPiece(rest, previous, ends=True)
             rest, previous, try_at = "", "", size
 
 
-def group_pieces(pieces: Iterable[Piece], size: int = PIECE_CHARACTERS) -> Iterator[list[Piece]]:
+def group_pieces(pieces: Iterable[DocumentPiece], size: int = PIECE_CHARACTERS) -> Iterator[list[DocumentPiece]]:
     """Groups pieces in order until a group has `size` characters; an empty piece counts as a few characters too."""
-    group: list[Piece] = []
+    group: list[DocumentPiece] = []
     weight = 0
     for piece in pieces:
         group.append(piece)
@@ -190,7 +190,7 @@ def group_pieces(pieces: Iterable[Piece], size: int = PIECE_CHARACTERS) -> Itera
         yield group
 
 
-def encode_pieces(pieces: Iterable[Piece], tokenizer: Tokenizer, dtype: np.dtype) -> Encoded:
+def encode_pieces(pieces: Iterable[DocumentPiece], tokenizer: Tokenizer, dtype: np.dtype) -> Encoded:
     """Encodes pieces to tokens, `dtype` [length], with `end_of_text` after every document; returns the counts too."""
     parts, total = [np.empty(0, dtype)], Counts()
     for piece in pieces:
@@ -214,7 +214,7 @@ def _encode(text: str, tokenizer: Tokenizer) -> np.ndarray:
         raise DataError(f"{fault} {text[:40]!r} ({error})") from None
 
 
-def _count(piece: Piece) -> Counts:
+def _count(piece: DocumentPiece) -> Counts:
     encoded = piece.text.encode("utf-8")
     inside = piece.text and piece.previous and piece.text[0] not in ASCII_SPACE and piece.previous not in ASCII_SPACE
     last = (piece.previous + piece.text)[-1:]
@@ -240,8 +240,8 @@ def ranked_groups(sequences: Sequence[np.ndarray], length: int, weights: Sequenc
     owners = np.repeat(np.arange(count), [len(sequence) for sequence in sequences])
     starts = max(0, len(numbers) - length + 1)
     hashes = np.zeros(starts, np.uint64)
-    for place in range(length):
-        hashes = hashes * HASH + numbers[place : place + starts]
+    for offset in range(length):
+        hashes = hashes * HASH + numbers[offset : offset + starts]
     within = owners[:starts] == owners[length - 1 :]
     hashes, owners = hashes[within], owners[:starts][within]
     order = np.argsort(hashes, kind="stable")

@@ -3,8 +3,8 @@
 Sample i of a split is a pure function of the configuration, the split's name and i, so tasks are batched like text
 (`data.batches`). This module has recall, copying and state tracking; `data.needles` has facts hidden in text.
 
-An answer is one or more tokens after a question. Its tokens also occur at an earlier place, its source. The region of
-an answer says where its source is, relative to the generation window that predicts its first token:
+An answer is one or more tokens after a question. Its tokens also occur earlier in the sample, at its source. The region
+of an answer says where its source is, relative to the generation window that predicts its first token:
 
     own       in the same generation window, or in the tokens before it that are computed with it (window_overlap),
     observed  in the last W_oh rows before that window, which are in the observation window,
@@ -55,7 +55,7 @@ class Samples:
 
 
 @dataclasses.dataclass(frozen=True)
-class AnswerPlaces:
+class AnswerPositions:
     """The positions of the labels that count in a sample: none before `first`, and at most `most`."""
 
     first: int
@@ -230,9 +230,9 @@ def pairs_of(length: int, pairs: int, full_length: int) -> int:
 # ---- State tracking
 
 
-# Groups of permutations; permutation a moves thing i to place a[i]. "parity": whether the number of ones so far is odd.
-# "s5": all permutations of five things; models of constant depth are believed unable to solve its word problem at all
-# lengths (TC0 and NC1).
+# Groups of permutations; permutation a moves thing i to position a[i]. "parity": whether the number of ones is odd so
+# far. "s5": all permutations of five things; models of constant depth are believed unable to solve its word problem at
+# all lengths (TC0 and NC1).
 GROUPS = {"parity": ((0, 1), (1, 0)), "s5": tuple(itertools.permutations(range(5)))}
 
 
@@ -260,19 +260,19 @@ class StateTracking:
             raise ConfigError("data.tokenizer", f"numbers:{self.vocabulary}", allowed)
 
     def make(self, numbers: np.ndarray, length: int) -> Samples:
-        number = {permutation: place for place, permutation in enumerate(self.group)}
+        number = {permutation: index for index, permutation in enumerate(self.group)}
         products = np.array([[number[tuple(a[i] for i in b)] for b in self.group] for a in self.group])  # b, then a
         tokens = below(random_bits(self.key, numbers, length + 1), len(self.group))
         states = tokens[:, :-1].copy()
-        for place in range(1, length):
-            states[:, place] = products[tokens[:, place], states[:, place - 1]]
+        for position in range(1, length):
+            states[:, position] = products[tokens[:, position], states[:, position - 1]]
         ends = np.broadcast_to(np.arange(length), states.shape)
         samples = Samples.of(tokens, ends, np.zeros_like(states))
         return dataclasses.replace(samples, labels=(len(self.group) + states).astype(np.int32))
 
 
 # ---- Random numbers
-# SplitMix64 makes each number from a key, the sample's number and the place in the sample, so that a sample is the same
+# SplitMix64 makes each number from a key, the sample's number and the position in the sample. So a sample is the same
 # in every batch, process and thread, on every platform and with every numpy version.
 
 
@@ -304,16 +304,16 @@ def distinct(bits: np.ndarray, bound: int) -> np.ndarray:
     # Floyd's algorithm draws number j from 0 .. newest[j], and replaces it by newest[j] if it has been chosen before.
     # All are drawn at once: a loop over them would hold Python's lock longer than a small model's update takes.
     count = bits.shape[1] // 2
-    places, first = np.arange(count), bound - count
-    newest = first + places
+    draws, first = np.arange(count), bound - count
+    newest = first + draws
     drawn = below(bits[:, :count], newest + 1)
-    ordered = np.sort(drawn * count + places, axis=1)  # by number, then by place
+    ordered = np.sort(drawn * count + draws, axis=1)  # by number, then by draw
     again = np.pad(np.diff(ordered // count, axis=1) == 0, ((0, 0), (1, 0)))
     repeated = np.empty(drawn.shape, bool)  # whether an earlier draw gave the same number
     np.put_along_axis(repeated, ordered % count, again, axis=1)
     # A number of at least `first` may also have been chosen as the replacement of an earlier one, its source.
     sources = np.maximum(drawn - first, 0)
-    possible = (drawn >= first) & (sources < places)
+    possible = (drawn >= first) & (sources < draws)
     taken = repeated
     for _ in range(count):  # ends early, since replacements of replacements are rare
         found = repeated | (possible & np.take_along_axis(taken, sources, axis=1))

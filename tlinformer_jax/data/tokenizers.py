@@ -48,7 +48,7 @@ class Tokenizer(Protocol):
         """
 
     def safe_cut(self, text: str) -> int:
-        """Returns the largest known place p at which a text that begins with `text` can be cut; 0 if none is known.
+        """Returns the largest known position p at which a text that begins with `text` can be cut; 0 if none is known.
 
         encode(text[:p]) + encode(text[p:] + more) == encode(text + more) for every text `more`.
         """

@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from tlinformer_jax.config.model import ModelConfig
-from tlinformer_jax.decoding import layered, spread, windowed
+from tlinformer_jax.decoding import context_parallel, layered, windowed
 from tlinformer_jax.decoding.cache import (
     Cache,
     LayeredCache,
@@ -57,14 +57,14 @@ def step(
     rows: list[KeyValue] = []
     states: list[DeltaState] = []
     for index, layer in enumerate(params.layers):
-        place = config.place(index)
+        number = config.index_in_kind(index)
         if isinstance(layer, DeltaParams):
             assert isinstance(cache, LayeredCache)
-            mixed, state = delta_mixer(layer, x[:, None], cache.state_of(place))
+            mixed, state = delta_mixer(layer, x[:, None], cache.state_of(number))
             x = update(layer, x[:, None], mixed)[:, 0]
             states.append(state)
         else:
-            x, row = token_layer(layer, config, x, rope, *cache.read_by(config, place), key_rows=key_rows)
+            x, row = token_layer(layer, config, x, rope, *cache.read_by(config, number), key_rows=key_rows)
             rows.append(row)
         key_rows = None  # only the first layer has key rows
     if isinstance(cache, LayeredCache):
@@ -179,16 +179,16 @@ class Decoder:
         The mesh's axis `context` splits the rows of the history; the other axes hold copies.
         """
         self.config, self.mesh = model.config, mesh
-        split = spread.split_of(mesh, self.config)
+        split = context_parallel.split_of(mesh, self.config)
         self.devices = 1 if split is None else split.parts
-        typed = model.apply(spread.replicate(dict(variables), mesh), method=model.parameters)
-        sharding = None if mesh is None else NamedSharding(mesh, spread.WHOLE)
+        typed = model.apply(context_parallel.replicate(dict(variables), mesh), method=model.parameters)
+        sharding = None if mesh is None else NamedSharding(mesh, context_parallel.REPLICATED)
         self.params = jax.jit(decoder_params, static_argnums=1, out_shardings=sharding)(typed, self.config)
 
     def init_cache(self, batch: int, tokens: int, cache_dtype: str = "auto") -> Cache:
         """Returns an empty cache for sequences of up to `tokens` tokens; for `cache_dtype` see `GenerationConfig`."""
         capacity = capacity_for(self.config, tokens, self.devices)
-        return spread.init_spread_cache(self.config, batch, capacity, self.mesh, cache_dtype)
+        return context_parallel.init_split_cache(self.config, batch, capacity, self.mesh, cache_dtype)
 
     def prefill(self, cache: Cache, row: int, prompt: np.ndarray) -> tuple[Cache, Float[Array, " V"]]:
         """Fills sequence `row` from its prompt, int [length >= 1]; returns the cache and the next token's logits.
@@ -235,7 +235,7 @@ class Decoder:
     def grow(self, cache: Cache, tokens: int) -> Cache:
         """Copies a cache to one for sequences of up to `tokens` tokens; returns it unchanged if it has the room."""
         capacity = capacity_for(self.config, tokens, self.devices)
-        return cache if capacity <= cache.capacity else spread.grow(self.config, cache, capacity)
+        return cache if capacity <= cache.capacity else context_parallel.grow(self.config, cache, capacity)
 
     def _check_room(self, method: str, cache: Cache, tokens: int) -> None:
         """Raises a ValueError if a cache cannot store so many tokens: compiled code would overwrite other rows."""
@@ -245,4 +245,4 @@ class Decoder:
             raise ValueError(f"Decoder.{method}: {needed}; call Decoder.grow first")
 
     def _call(self, function: Callable[..., Any], cache: Cache, *rest: Any) -> Any:
-        return spread.on_devices(function, self.mesh, self.params, self.config, cache, *rest)
+        return context_parallel.on_devices(function, self.mesh, self.params, self.config, cache, *rest)

@@ -12,10 +12,10 @@ from jax.sharding import Mesh
 
 from tlinformer_jax.data.tokenizers import Tokenizer, check_vocab, load_tokenizer
 from tlinformer_jax.decoding.cache import check_cache_dtype
+from tlinformer_jax.decoding.context_parallel import split_of
 from tlinformer_jax.decoding.decoder import Decoder
 from tlinformer_jax.decoding.sampling import MAX_STEPS, GenerationConfig, are_integers
-from tlinformer_jax.decoding.spread import split_of
-from tlinformer_jax.decoding.stream import Generation, Stream
+from tlinformer_jax.decoding.stream import Generation, GenerationStream
 from tlinformer_jax.errors import ConfigError, UserError
 from tlinformer_jax.files import local_path
 from tlinformer_jax.models.model import LanguageModel, build_model
@@ -92,11 +92,11 @@ class Generator:
             stream.stop()
             return stream.generations
 
-    def stream(self, prompts: Prompts, **options: Any) -> Stream:
+    def stream(self, prompts: Prompts, **options: Any) -> GenerationStream:
         """Returns an iterator of pieces, which yields each piece as soon as it is drawn."""
         return self._stream(prompts, options, chunk=STREAM_CHUNK)
 
-    def _stream(self, prompts: Prompts, options: Mapping[str, Any], chunk: int = MAX_STEPS) -> Stream:
+    def _stream(self, prompts: Prompts, options: Mapping[str, Any], chunk: int = MAX_STEPS) -> GenerationStream:
         """Checks prompts and options, then prepares a stream; `chunk` is the default of the option."""
         config = GenerationConfig.of(options)
         check_cache_dtype(self.decoder.config, config.cache_dtype)
@@ -117,7 +117,7 @@ class Generator:
         if config.stop_strings and self.tokenizer is None:
             allowed = "must be empty, because the generator has no tokenizer"
             raise ConfigError("generation.stop_strings", list(config.stop_strings), allowed)
-        return Stream(self.decoder, tokens, config, self.tokenizer)
+        return GenerationStream(self.decoder, tokens, config, self.tokenizer)
 
     def _tokens_of(self, number: int, prompt: Any) -> np.ndarray:
         """Checks a prompt and returns its ids, int32 [length >= 1]."""
@@ -135,7 +135,7 @@ class Generator:
         return np.asarray(prompt, np.int32)
 
 
-def _completed(stream: Stream) -> list[Generation]:
+def _completed(stream: GenerationStream) -> list[Generation]:
     for _ in stream:
         pass
     return stream.generations

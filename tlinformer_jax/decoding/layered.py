@@ -48,7 +48,7 @@ def prefill(
 
     x, key_rows = embedded.rows, embedded.key_rows
     for number, layer in enumerate(params.wide_layers):
-        index = config.place(number)
+        index = config.index_in_kind(number)
         if isinstance(layer, DeltaParams):
             x, state = _delta_layer(layer, config, x, length)
             states = jax.tree.map(lambda array, new, at=index: array.at[at, row].set(new[0]), states, state)

@@ -29,7 +29,8 @@ from tlinformer_jax.errors import TRUE_OR_FALSE, ConfigError, Rule, check_fields
 
 # Bounds of factors: neither these numbers nor their reciprocals overflow or flush to zero.
 _LEAST, _MOST = 1e-30, 1e30
-NO_TOKEN = -1
+# Stands for a token where the logits are not finite.
+NOT_DRAWN = -1
 # Most tokens that one call of the device returns for each sequence.
 MAX_STEPS = 256
 # Dtypes of cached keys and values that grow with a sequence: the model's compute dtype, or int8.
@@ -183,8 +184,8 @@ def sample(
     for ranks: if rounding swaps two improbable tokens, no other draw changes.
 
     Returns:
-      tokens; NO_TOKEN (-1) for rows with NaN or +inf, or with only -inf.
-      log-probabilities under the softmax of `logits`, NaN for NO_TOKEN; None if not requested.
+      tokens; NOT_DRAWN (-1) for rows with NaN or +inf, or with only -inf.
+      log-probabilities under the softmax of `logits`, NaN for NOT_DRAWN; None if not requested.
     """
     scores = penalised(logits, seen, sampler)
     if sampler.temperature is None:
@@ -192,7 +193,7 @@ def sample(
     else:
         tokens = jax.vmap(_draw)(keys, positions, filtered(scores, sampler))
     # The maximum is NaN if any logit is.
-    tokens = jnp.where(jnp.isfinite(jnp.max(scores, axis=-1)), tokens, NO_TOKEN).astype(jnp.int32)
+    tokens = jnp.where(jnp.isfinite(jnp.max(scores, axis=-1)), tokens, NOT_DRAWN).astype(jnp.int32)
     if not sampler.logprobs:
         return tokens, None
     chosen = jnp.take_along_axis(logits, jnp.maximum(tokens, 0)[:, None], axis=-1)[:, 0]
@@ -271,7 +272,7 @@ def seen_tokens(prompts: Sequence[np.ndarray], vocab_size: int) -> np.ndarray:
 
 
 def mark_seen(seen: Mask, tokens: Int[Array, " B"], active: Bool[Array, " B"]) -> Mask:
-    """Marks the new tokens of active sequences in `seen`; NO_TOKEN marks nothing."""
+    """Marks the new tokens of active sequences in `seen`; NOT_DRAWN marks nothing."""
     # An index past the end is ignored; -1 would count from the end.
     columns = jnp.where(active & (tokens >= 0), tokens, seen.shape[-1])
     return seen.at[jnp.arange(seen.shape[0]), columns].set(True, mode="drop")

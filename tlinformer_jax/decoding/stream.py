@@ -74,14 +74,14 @@ class Generation:
 
 
 @dataclasses.dataclass(frozen=True)
-class Call:
+class DeviceCall:
     """One device call: its duration and its number of new tokens, without ids that the tokenizer does not have."""
 
     seconds: float
     tokens: int
 
 
-class Stream(Iterator[Piece]):
+class GenerationStream(Iterator[Piece]):
     """An iterator that yields each piece as soon as the device has drawn its tokens.
 
     Ctrl-C during `next` does not lose drawn tokens: call `stop` and read `generations`.
@@ -107,7 +107,7 @@ class Stream(Iterator[Piece]):
         self._stop_array = np.array([*self._stops, *[-1] * padding], np.int32)
         done = LENGTH if config.max_new_tokens == 0 else None
         self.generations = [Generation([], [] if config.logprobs else None, done) for _ in prompts]
-        self.calls: list[Call] = []
+        self.calls: list[DeviceCall] = []
         self._known = decoder.config.vocab_size if tokenizer is None else tokenizer.vocab_size
         self._final = max(map(len, prompts), default=0) + config.max_new_tokens
         self._device: tuple[Cache, Sequences] | None = None  # None before the first call and after the last one
@@ -152,7 +152,7 @@ class Stream(Iterator[Piece]):
         self._device, self._shapes = (cache, state), _shapes_of(cache)
         counts = (tokens >= 0).sum(0).tolist()
         known = int(((tokens >= 0) & (tokens < self._known)).sum())
-        self.calls.append(Call(time.perf_counter() - start, known))
+        self.calls.append(DeviceCall(time.perf_counter() - start, known))
         new = {row: tokens[: counts[row], row].tolist() for row in self._active}
         for row, of_row in new.items():
             self._check_finite(row, of_row, len(tokens))

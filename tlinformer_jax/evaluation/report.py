@@ -25,7 +25,7 @@ from tlinformer_jax.models.feed_forward import with_tallies
 from tlinformer_jax.models.model import LanguageModel, embed, hidden_states, prepare_params
 from tlinformer_jax.parallel.sharding import EVALUATION_AXES, process_rows, put_batch, replicated
 from tlinformer_jax.training.checkpoint import load_run
-from tlinformer_jax.training.console import EVALUATION_ADVICE, memory_advice
+from tlinformer_jax.training.device_memory import EVALUATION_ADVICE, memory_advice
 from tlinformer_jax.training.evaluation import DIGITS, Answers, Evaluation, summary
 from tlinformer_jax.training.loss import weighted_loss
 from tlinformer_jax.training.setup import Run, TrainedRun
@@ -187,7 +187,7 @@ def by_position(result: Evaluation, bins: int = BINS) -> dict[str, list[Any]]:
 
 
 def by_window_position(result: Evaluation, window: int, bins: int = BINS) -> dict[str, list[Any]]:
-    """Returns the same by position in the window: for the sample's first window, and for later ones."""
+    """Returns edges of bins of positions in the window; mean loss and tokens of each, in first and in later windows."""
     length = len(result.losses)
     edges = bin_edges(min(window, length), bins)
     rows = [np.pad(sums, (0, -length % window)).reshape(-1, window) for sums in (result.losses, result.weights)]
@@ -232,7 +232,7 @@ def lines(report: Report) -> list[str]:
         parts = [part for part in ("first", "later") if part in window]
         curves = [_rows(window["edges"], window[part], window[f"{part}_tokens"]) for part in parts]
         heads = ("position in the window", "first window", "later windows")[: 1 + len(parts)]
-        text += _table(heads, [(row[0][0], *(place[2] for place in row)) for row in zip(*curves)])
+        text += _table(heads, [(row[0][0], *(cells[2] for cells in row)) for row in zip(*curves)])
     if "by_length" in report:
         columns = ("loss", *(TASK_COLUMNS if "answers" in report else TEXT_COLUMNS))
         sizes = [[f"{part[name]:,}" for name in ("length", "batch_size", "tokens")] for part in report["by_length"]]
@@ -307,7 +307,7 @@ def text_perplexity(source: str | pathlib.Path | TrainedRun, text: str, length: 
 def evaluate_text(
     trained: TrainedRun, text: str, options: EvaluationOptions, *, text_file: str, command: Sequence[str] = ()
 ) -> Report:
-    """Returns the same as `evaluate_run`, over all tokens of a text at every length."""
+    """Evaluates a run over all tokens of a text at every length; returns a report like that of `evaluate_run`."""
     source = text_source(text, trained.run.tokenizer, text_file)
     head = describe(trained, command) | {"text_file": text_file}
     return finite(head | evaluate_source(trained, source, options))

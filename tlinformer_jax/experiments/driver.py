@@ -17,7 +17,8 @@ from tlinformer_jax.experiments.actions import check_possible, checked_actions, 
 from tlinformer_jax.experiments.job import FORMAT, RESULT_FILE, Job, Record, finished_result, write_result
 from tlinformer_jax.files import write_text, writing
 from tlinformer_jax.models.windows import trained_tokens
-from tlinformer_jax.training.console import clock, memory_advice, peak_bytes, say
+from tlinformer_jax.training.console import clock, say
+from tlinformer_jax.training.device_memory import memory_advice, peak_bytes
 from tlinformer_jax.training.loop import train_run
 from tlinformer_jax.training.metrics import METRICS_FILE
 from tlinformer_jax.training.setup import TrainedRun
@@ -129,7 +130,7 @@ def record_of(
         | {"dtype": model.compute_dtype.name},
         "validation": figures,
         "history": [[step, *(each[name] for name in measured)] for step, each in evaluations],
-        "target": target | {"most_steps": trained.run.horizon.steps} if least else None,
+        "target": target | {"most_steps": trained.run.last_step} if least else None,
         "then": {},
     }
 

@@ -21,7 +21,7 @@ HISTORY = {
 SWAPPED = "another text's"  # rows of history; see `evaluation.history`
 READERS = {"x": "read by the window", "z": "read by the observation window"}
 COLUMNS = 3  # panels side by side
-PLACES = 4  # depths at which a heat map has a tick
+DEPTH_TICKS = 4  # depths at which a heat map has a tick
 TITLE_WIDTH = 60  # characters of a line above a panel
 
 
@@ -34,19 +34,19 @@ def plot_lines(panels: Mapping[str, tuple[pd.DataFrame, str]], x_name: str, file
     """Draws a panel for each title: a line for each label in a table of label, x and y; the string is y's title."""
     columns = min(COLUMNS, len(panels))
     many = any(points["label"].nunique() > MOST_INSIDE for points, _ in panels.values())
-    figure, axes = figure_of(-(-len(panels) // columns), columns, (12.5, 4.8) if many else (7.0, 4.4))
+    figure, all_axes = figure_of(-(-len(panels) // columns), columns, (12.5, 4.8) if many else (7.0, 4.4))
     looks = styles(pd.concat(points for points, _ in panels.values())["label"])
-    for place, (title, (points, y_name)) in zip(axes, panels.items()):
+    for axes, (title, (points, y_name)) in zip(all_axes, panels.items()):
         points = points.dropna(subset="y")
         curves = [(str(label), part["x"], part["y"]) for label, part in points.groupby("label", sort=False)]
         if points["y"].min() < 0 < points["y"].max():
-            place.axhline(0, color="grey", linewidth=1)
-        draw_curves(place, curves, looks)
-        scale_x(place, x_scale)
-        place.set(xlabel=x_name, ylabel=textwrap.fill(y_name, TITLE_WIDTH))
-        place.set_title(textwrap.fill(title, TITLE_WIDTH), fontsize=10)
-    for place in axes[len(panels) :]:
-        place.remove()
+            axes.axhline(0, color="grey", linewidth=1)
+        draw_curves(axes, curves, looks)
+        scale_x(axes, x_scale)
+        axes.set(xlabel=x_name, ylabel=textwrap.fill(y_name, TITLE_WIDTH))
+        axes.set_title(textwrap.fill(title, TITLE_WIDTH), fontsize=10)
+    for axes in all_axes[len(panels) :]:
+        axes.remove()
     save(figure, file)
 
 
@@ -63,9 +63,9 @@ def plot_heat_maps(maps: Mapping[str, pd.DataFrame], setting: str, file: pathlib
         depths = shares.shape[1] - 1
         values = np.insert(shares.to_numpy(float), depths, np.nan, axis=1)  # leaves a gap before the last column
         image = axes.imshow(values, origin="lower", aspect="auto", vmin=0, vmax=1, cmap="viridis")
-        places = range(0, depths, -(-depths // PLACES))
+        ticks = range(0, depths, -(-depths // DEPTH_TICKS))
         axes.set_yticks(range(len(shares)), [f"{length:,}" for length in shares.index])
-        axes.set_xticks([*places, depths + 1], [*(f"{place / depths:.0%}" for place in places), "last\nwindows"])
+        axes.set_xticks([*ticks, depths + 1], [*(f"{tick / depths:.0%}" for tick in ticks), "last\nwindows"])
         axes.set_title("\n".join(textwrap.fill(line, TITLE_WIDTH) for line in title.split("\n")), fontsize=9)
         axes.set(xlabel="depth of the source before both windows, or in them", ylabel="tokens")
     for axes in panels[len(maps) :]:
@@ -77,17 +77,17 @@ def plot_heat_maps(maps: Mapping[str, pd.DataFrame], setting: str, file: pathlib
 
 def plot_capacity(curves: Mapping[str, pd.DataFrame], file: pathlib.Path) -> None:
     """Draws a panel for each x: each model's median accuracy over seeds, its interval, and the single runs."""
-    figure, axes = figure_of(1, len(curves))
+    figure, all_axes = figure_of(1, len(curves))
     looks = styles(pd.concat(curves.values())["label"])
-    for place, (x_name, points) in zip(axes, curves.items()):
+    for axes, (x_name, points) in zip(all_axes, curves.items()):
         for label, part in points.groupby("label", sort=False):
             spread = np.maximum(0, [part["median"] - part["low"], part["high"] - part["median"]])
-            place.errorbar(part["x"], part["median"], yerr=spread, capsize=3, label=label, markersize=5, **looks[label])
+            axes.errorbar(part["x"], part["median"], yerr=spread, capsize=3, label=label, markersize=5, **looks[label])
             runs = part[["x", "runs"]].explode("runs")
-            place.plot(runs["x"], runs["runs"], ".", color=looks[label]["color"], alpha=0.4, markersize=4)
-        scale_x(place, "log")
-        place.set(xlabel=x_name, ylabel="answers right, median over seeds", ylim=(-0.03, 1.03))
-        place.legend(fontsize=8)
+            axes.plot(runs["x"], runs["runs"], ".", color=looks[label]["color"], alpha=0.4, markersize=4)
+        scale_x(axes, "log")
+        axes.set(xlabel=x_name, ylabel="answers right, median over seeds", ylim=(-0.03, 1.03))
+        axes.legend(fontsize=8)
     save(figure, file)
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from tlinformer_jax.config.data import NEEDLES, PAIR_SIZES
-from tlinformer_jax.config.model import RECURRENT, ModelConfig
+from tlinformer_jax.config.model import ARCHITECTURE_NAMES, RECURRENT, ModelConfig
 from tlinformer_jax.data.tasks import chance_by_elimination
 from tlinformer_jax.errors import DataError, file_errors_as
 from tlinformer_jax.experiments.job import RESULT_FILE, Record, completed, essence, read_result
@@ -33,14 +33,6 @@ NUMBERS = (
     *("test.perplexity", "test.bits_per_byte"),
     *("total", "share", "chance", "found", "target.accuracy", *(f"reported.{name}" for name in ACCURACIES)),
 )
-NAMES = {
-    "transformer": "full attention",
-    "sliding_window": "sliding window",
-    "gated_deltanet": "Gated DeltaNet",
-    "gated_deltanet_hybrid": "Gated DeltaNet, hybrid",
-    "tlinformer": "TLinFormer",
-    "tconstformer": "TConstFormer",
-}
 FOUND = 0.9  # accuracy from which a run counts as having found the answers
 ENDS = (0.125, 0.875)  # shares of W_oh that a curve must cover before its chord can show a knee
 
@@ -64,7 +56,7 @@ def _with_whole_actions(path: pathlib.Path, record: Record) -> Record:
 
 
 def frame_of(records: Sequence[Record]) -> pd.DataFrame:
-    """Makes a row of each record, in the order of the report; the index is the place in `records`."""
+    """Makes a row of each record, in the order of the report; the index is the position in `records`."""
     flat = pd.json_normalize([record | {"then": None, "overrides": None, "device": None} for record in records])
     derived = pd.DataFrame([_checked(record) for record in records])
     frame = pd.concat([flat.drop(columns=["then", "overrides", "device"]), derived], axis=1)
@@ -179,7 +171,7 @@ def _setting(model: Mapping[str, Any], data: Mapping[str, Any]) -> str:
 
 def _model_name(model: Mapping[str, Any], layers: int) -> str:
     """Describes architecture, depth, and deviations from the published model."""
-    name = f"{NAMES[model['architecture']]}, {layers} layers"
+    name = f"{ARCHITECTURE_NAMES[model['architecture']]}, {layers} layers"
     if model["architecture"] in ("tlinformer", "tconstformer"):
         name += f" (B = {model['num_blocks']}, H = {model['hidden_depth']})"
     return name + _options(model)
@@ -202,7 +194,7 @@ def _options(model: Mapping[str, Any]) -> str:
 def _words(model: Mapping[str, Any]) -> str:
     """Describes architecture and windows for a legend."""
     size, rows, architecture = model["generation_window"], model["history_window"], model["architecture"]
-    words = "Transformer" if architecture == "transformer" else NAMES[architecture]
+    words = ARCHITECTURE_NAMES[architecture]
     if architecture == "sliding_window":
         words += f", {rows + size:,} tokens"
     elif architecture in ("tlinformer", "tconstformer"):
@@ -233,15 +225,15 @@ def actions_of(frame: pd.DataFrame, kind: str, part: str) -> pd.DataFrame:
     A text's evaluation on the test split is a row of its own.
     """
     found = [
-        (place, result)
-        for place, then in frame["then"].items()
+        (index, result)
+        for index, then in frame["then"].items()
         for name, done in then.items()
         for result in (done, done.get("test", {}))
         if name.partition("@")[0] == kind and part in result
     ]
-    places, results = zip(*found) if found else ((), ())
+    indices, results = zip(*found) if found else ((), ())
     parts = pd.DataFrame(results).add_prefix("done.").assign(done=results)
-    return frame.loc[list(places)].reset_index(drop=True).join(parts)
+    return frame.loc[list(indices)].reset_index(drop=True).join(parts)
 
 
 def mean_and_deviation(form: str) -> Callable[[pd.Series], str]:

@@ -33,7 +33,7 @@ DEFAULTS = {
     section: {field.name: field.default for field in dataclasses.fields(kind)} for section, kind in SECTIONS.items()
 }
 # Fields that do not change a run's figures: its devices, and where it reads its text; some only in earlier records.
-PLACES = ("train.mesh", "data.manual_dir", "data.cache_dir", "data.full_hash", "data.num_workers")
+WITHOUT_EFFECT = ("train.mesh", "data.manual_dir", "data.cache_dir", "data.full_hash", "data.num_workers")
 FILES = ("train_files", "validation_files", "test_files")
 COMMAND = (sys.executable, "-m", "tlinformer_jax.commands.sweep")  # reads jobs from its stdin
 LOG_FILE = "log.txt"
@@ -116,7 +116,7 @@ def essence(config: Mapping[str, Any]) -> dict[str, Any]:
     for name in FILES:
         paths = str(sections["data"][name]).split(",")
         sections["data"][name] = ",".join(pathlib.PurePath(path.strip()).name for path in paths)
-    return {path: value for path, value in flat(sections).items() if path not in PLACES}
+    return {path: value for path, value in flat(sections).items() if path not in WITHOUT_EFFECT}
 
 
 def flat(sections: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

@@ -49,12 +49,12 @@ from tlinformer_jax.files import write_text, writing
 TEXT = pathlib.Path(__file__).with_suffix(".md").read_text(encoding="utf-8")
 SECTIONS = {part.partition("\n")[0]: [*part.splitlines(), ""] for part in re.split(r"\n(?=##+ )", TEXT.strip())}
 LOSS = "validation loss, nats per token"
-FORM, WHOLE = "{:.3f}".format, "{:,.0f}"
+FORM, INTEGER = "{:.3f}".format, "{:,.0f}"
 # Columns of the table of groups: a column of the runs, and how it is aggregated over a group.
 COLUMNS = {
     "model": ("label", "first"),
     "architecture": (ARCHITECTURE, "first"),
-    "N": (N, mean(WHOLE)),
+    "N": (N, mean(INTEGER)),
     "W_oh + W_og": ("windows", "first"),
     "W_oh / W_total": ("share", mean("{:.3f}")),
     "B x (H + 2)": (DEPTH, "first"),
@@ -63,7 +63,7 @@ COLUMNS = {
     "bits per byte": ("validation.bits_per_byte", mean_and_deviation("{:.3f}")),
     "test perplexity": ("test.perplexity", mean_and_deviation("{:.2f}")),
     "test bits per byte": ("test.bits_per_byte", mean_and_deviation("{:.3f}")),
-    "tokens/s": (SPEED, mean(WHOLE)),
+    "tokens/s": (SPEED, mean(INTEGER)),
     "MFU": ("speed.mfu", mean("{:.1f}%", 100)),
     "wall time": ("seconds.wall", duration),
     "peak memory, GB": ("peak_bytes", mean("{:.1f}", 1e-9)),
@@ -73,16 +73,16 @@ COLUMNS = {
 # Likewise for evaluations by position.
 POSITION_COLUMNS = {
     "model": ("label", "first"),
-    "trained at N": (N, mean(WHOLE)),
-    "evaluated at": ("done.length", mean(WHOLE)),
+    "trained at N": (N, mean(INTEGER)),
+    "evaluated at": ("done.length", mean(INTEGER)),
     "split": ("done.split", "first"),
-    "tokens": ("done.tokens", mean(WHOLE)),
-    "W_og": ("config.model.generation_window", mean(WHOLE)),
+    "tokens": ("done.tokens", mean(INTEGER)),
+    "W_og": ("config.model.generation_window", mean(INTEGER)),
     "perplexity": ("perplexity", mean_and_deviation("{:.2f}")),
     "loss, first window": ("loss_first_window", mean_and_deviation("{:.3f}")),
     "loss, later windows": ("loss_later_windows", mean_and_deviation("{:.3f}")),
     "loss, start of later windows": ("start", mean_and_deviation("{:.3f}")),
-    "tokens of the start": ("start_tokens", mean(WHOLE)),
+    "tokens of the start": ("start_tokens", mean(INTEGER)),
 }
 # Columns of the tables of cuts and of all runs: a column of the frame, and its heading.
 CUTS = {

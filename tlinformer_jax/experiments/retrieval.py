@@ -1,4 +1,4 @@
-"""The report's section on tasks with answers: how many runs found them, how soon, and accuracy by place and length.
+"""The report's section on tasks with answers: how many runs found them, how soon, and accuracy by depth and length.
 
 Whether a run finds the answers depends on chance too, so runs are counted and listed, not averaged.
 """
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from tlinformer_jax.config.model import RECURRENT
+from tlinformer_jax.config.model import ARCHITECTURE_NAMES, RECURRENT
 from tlinformer_jax.data.tasks import REGIONS
 from tlinformer_jax.experiments.figures import plot_capacity, plot_heat_maps, shown
 from tlinformer_jax.experiments.frame import (
@@ -20,7 +20,6 @@ from tlinformer_jax.experiments.frame import (
     ARCHITECTURE,
     CAPACITY,
     FOUND,
-    NAMES,
     N,
     actions_of,
     counted,
@@ -33,21 +32,21 @@ PARTS = 8  # bins of a sample in the table by position of the question
 LEAST_POINTS = 3  # of a capacity curve
 RUN = ["model", "learning rate", "seed"]
 SHARES = ["answers right", "source in window", "in W_oh", "before W_oh"]
-FORM, WHOLE = "{:.3f}".format, "{:,.0f}"
+FORM, INTEGER = "{:.3f}".format, "{:,.0f}"
 ACCURACY, FOUND_RUNS = "reported.accuracy", f"runs ≥ {FOUND}"
 
 
 def overview_lines(frame: pd.DataFrame) -> list[str]:
     """Returns a table of the runs that found the answers, by setting, architecture and options; failures come first.
 
-    A setting's place is the lower end of the Wilson interval of TLinFormer's best options; settings without TLinFormer
+    Settings are sorted by the lower end of the Wilson interval of TLinFormer's best options; those without TLinFormer
     come last. Records of one seed from several sweeps count once.
     """
     same = ["setting", ARCHITECTURE, "options", "layers", "config.train.learning_rate", "seed"]
     runs = frame.sort_index().dropna(subset=ACCURACY).drop_duplicates(same).sort_values(["options", "layers"])
-    rows, places = [], []
+    rows, sort_keys = [], []
     for setting, part in _by_number(runs).groupby("setting", sort=False):
-        row, place, varied = {"setting": setting}, 1.0, (part["options"] != "").any()
+        row, sort_key, varied = {"setting": setting}, 1.0, (part["options"] != "").any()
         for architecture, models in part.groupby(ARCHITECTURE):
             cells, lowest = [], []
             several = models["layers"].nunique() > 1
@@ -56,15 +55,15 @@ def overview_lines(frame: pd.DataFrame) -> list[str]:
                 notes = [options or ("no options" if varied else ""), f"{layers} layers" if several else ""]
                 cells.append(", ".join([f"{found} of {known}", *filter(None, notes)]))
                 lowest.append(_wilson(found, known)[0])
-            row[NAMES[str(architecture)]] = "; ".join(cells)
+            row[ARCHITECTURE_NAMES[str(architecture)]] = "; ".join(cells)
             if architecture == "tlinformer":
-                place = max(lowest)
+                sort_key = max(lowest)
         rows.append(row)
-        places.append(place)
+        sort_keys.append(sort_key)
     if not rows:
         return []
-    table = pd.DataFrame(rows).iloc[np.argsort(places, kind="stable")]
-    return [*table_of(table[["setting", *(name for name in NAMES.values() if name in table)]]), ""]
+    table = pd.DataFrame(rows).iloc[np.argsort(sort_keys, kind="stable")]
+    return [*table_of(table[["setting", *(name for name in ARCHITECTURE_NAMES.values() if name in table)]]), ""]
 
 
 def retrieval_lines(frame: pd.DataFrame) -> list[str]:
@@ -74,11 +73,11 @@ def retrieval_lines(frame: pd.DataFrame) -> list[str]:
         runs = counted(part)
         table = runs[RUN[:2]].first().join(runs.apply(_finding))
         table["chance"] = runs["chance"].agg(mean("{:.3f}"))
-        table["parameters"] = runs["parameters"].agg(mean(WHOLE))
+        table["parameters"] = runs["parameters"].agg(mean(INTEGER))
         shares = part[[f"reported.{name}" for name in ACCURACIES]].set_axis(SHARES, axis=1)
         listed = part[RUN].join(shares.map(FORM, na_action="ignore"))
         listed["split"], listed["tokens"] = part["split"], (part["tokens"] / 1e6).map("{:.1f} M".format)
-        listed["found at"] = [median_update(part.loc[[place]]) for place in part.index]
+        listed["found at"] = [median_update(part.loc[[index]]) for index in part.index]
         reached = part["target.accuracy"].map("{:.0%} reached".format)
         listed["end"] = reached.where(part["target.reached"].eq(True), "all updates")
         lines += [f"### {setting}", "", *_known_columns(table), "", *_known_columns(listed), ""]
@@ -137,7 +136,7 @@ def capacity_lines(frame: pd.DataFrame, figures: pathlib.Path) -> list[str]:
             continue
         drawn[x_name] = points
         table = points[["label"]].set_axis(["model"], axis=1)
-        table[x_name] = points["x"].map(WHOLE.format)
+        table[x_name] = points["x"].map(INTEGER.format)
         table = table.join(points[[FOUND_RUNS, "95% interval", "median update"]])
         table["median"] = points["median"].map(FORM)
         pairs = zip(points["low"], points["high"])

@@ -23,19 +23,20 @@ import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from tlinformer_jax.config.run import RunConfig
-from tlinformer_jax.data.batches import AHEAD, Batch, Reader, TrainingBatches, num_samples
+from tlinformer_jax.data.batches import AHEAD, Batch, Reader, TrainingBatches
 from tlinformer_jax.data.streams import in_threads
-from tlinformer_jax.data.tasks import Split, TaskSplit
+from tlinformer_jax.data.tasks import Split
 from tlinformer_jax.data.tokenizers import build_tokenizer
 from tlinformer_jax.experiments.actions import check_possible, checked_actions, run_action
 from tlinformer_jax.experiments.driver import LOCK_FILE, record_of
 from tlinformer_jax.experiments.job import RESULT_FILE, Job, Record, write_result
 from tlinformer_jax.experiments.plan import check_together
 from tlinformer_jax.parallel.sharding import UNSPLIT
-from tlinformer_jax.training.console import memory_advice, say
-from tlinformer_jax.training.evaluation import Answers, Evaluation, eval_step, summary
+from tlinformer_jax.training.console import say
+from tlinformer_jax.training.device_memory import memory_advice
+from tlinformer_jax.training.evaluation import Evaluation, eval_step, summary
 from tlinformer_jax.training.optimizer import build_optimizer, run_horizon
-from tlinformer_jax.training.setup import PENDING, Run, TrainedRun, build_run, training_batches
+from tlinformer_jax.training.setup import Run, TrainedRun, build_run, check_trainable, training_batches
 from tlinformer_jax.training.step import batch_gradient, compiler_options, init_state
 from tlinformer_jax.training.workdir import sole_run
 
@@ -67,6 +68,7 @@ def update_copies(
     copies: Copies, batches: dict[str, Array], step: Int[Array, ""], *, run: Run
 ) -> tuple[Copies, Float[Array, " copies"]]:
     """Updates every copy and returns the losses; a copy whose loss or gradient is not finite stays unchanged."""
+    assert run.horizon is not None
     config = dataclasses.replace(run.config.train, learning_rate=1.0)  # the optimiser's updates are linear in it
     optimizer = build_optimizer(config, run.horizon)
 
@@ -96,8 +98,19 @@ def end_copies(copies: Copies, reached: Bool[Array, " copies"], step: Int[Array,
     return dataclasses.replace(copies, ended=ended, ended_at=jnp.where(going & reached, step, copies.ended_at))
 
 
+def evaluate_copies(params: Any, batch: dict[str, Array], *, run: Run) -> dict[str, Array]:
+    """Returns the sums of `eval_step` for each copy, without the losses of single tokens."""
+
+    def sums(params: Any) -> dict[str, Array]:
+        found = eval_step(params, batch, model=run.model, answers=run.answers)
+        return {name: total for name, total in found.items() if name != "token_losses"}
+
+    return jax.vmap(sums)(params)
+
+
 def first_copies(run: Run, jobs: Sequence[Job]) -> Copies:
     """Returns all copies before their first update, each initialised with its seed."""
+    assert run.horizon is not None
     keys = jnp.stack([jax.random.key(job.config.train.seed) for job in jobs])
     init = functools.partial(init_state, model=run.model, config=run.config.train, horizon=run.horizon)
     state = jax.jit(jax.vmap(init))(keys)
@@ -129,8 +142,7 @@ def train_together(jobs: Sequence[Job]) -> list[Record]:
         seconds = (time.perf_counter() - started) / len(jobs)
         records = []
         for number, (job, history) in enumerate(zip(jobs, evaluations)):
-            own = dataclasses.replace(run, config=job.config)
-            own.__dict__["eval_step"] = run.eval_step  # fills the cached property: all copies use the same program
+            own = dataclasses.replace(run, config=job.config, shared_eval_step=run.eval_step)
             params = jax.tree.map(lambda leaf, number=number: leaf[number], copies.ended)
             trained = TrainedRun(own, params, history[-1][0])
             speeds = {"tokens_per_second": None if speed is None else speed / len(jobs)}
@@ -143,7 +155,8 @@ def train_together(jobs: Sequence[Job]) -> list[Record]:
 
 
 def _prepared(config: RunConfig) -> tuple[Run, dict[str, Split]]:
-    run = build_run(config, build_tokenizer(config.data.tokenizer), PENDING, jax.devices()[:1])
+    run = build_run(config, build_tokenizer(config.data.tokenizer), devices=jax.devices()[:1])
+    check_trainable(run)
     splits = {name: run.split(name) for name in ("train", "validation")}
     return dataclasses.replace(
         run, horizon=run_horizon(config.train, training_batches(config, splits["train"]))
@@ -160,14 +173,13 @@ def _trained(
     train, options = run.config.train, compiler_options(run.config.train)
     update = jax.jit(functools.partial(update_copies, run=run), donate_argnums=0, compiler_options=options)
     end = jax.jit(end_copies, donate_argnums=0)
-    sums_of = functools.partial(eval_step, model=run.model, answers=run.answers)
-    evaluate = jax.jit(jax.vmap(sums_of, in_axes=(0, None)), compiler_options=options)
+    evaluate = jax.jit(functools.partial(evaluate_copies, run=run), compiler_options=options)
     copies = first_copies(run, jobs)
     evaluations: list[list[Evaluated]] = [[] for _ in jobs]
     batches = [training_batches(job.config, splits["train"]) for job in jobs]
     speeds: list[float] = []
     tokens = len(jobs) * train.batch_size * run.config.data.sequence_length
-    every, last = int(train.eval_every or train.updates), run.horizon.steps
+    every, last = int(train.eval_every or train.updates), run.last_step
     with contextlib.ExitStack() as stack:
         reader = stack.enter_context(contextlib.closing(prefetched(batches)))
         for first in range(0, last, every):
@@ -208,21 +220,12 @@ def prefetched(batches: Sequence[TrainingBatches]) -> Reader:
 
 
 def _evaluated(
-    run: Run, evaluate: Callable[[Any, Any], Any], params: Any, split: Split, count: int
+    run: Run, step: Callable[[Any, Any], dict[str, Any]], params: Any, split: Split, count: int
 ) -> list[dict[str, float]]:
     """Returns the figures of a split for each of `count` copies."""
-    length = run.config.data.sequence_length
-    size = run.evaluation_batch_size(length, num_samples(split, length))
-    totals: dict[str, Any] = {}
-    for batch in run.evaluation_batches(split, length, size, slice(None)):
-        sums = evaluate(params, batch)
-        sums.pop("token_losses", None)
-        totals = sums if not totals else jax.tree.map(jnp.add, totals, sums)
-    found = {name: np.asarray(total, np.float64) for name, total in totals.items()}
-    results = []
+    sums, results = run.sums_over(split, step, params), []
     for number in range(count):
-        own = {name: total[number] for name, total in found.items()}
-        answers = Answers.of(own, split.task.chance(length)) if isinstance(split, TaskSplit) else None
-        result = Evaluation(own["losses"], own["weights"], answers)
+        own = {name: total[number] for name, total in sums.items()}
+        result = Evaluation.of(own, split, run.config.data.sequence_length)
         results.append(summary(result, split, run.config.model.generation_window))
     return results

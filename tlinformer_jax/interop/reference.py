@@ -50,7 +50,8 @@ def params_from_reference(state_dict: Mapping[str, Any], config: ModelConfig) ->
     """
     arrays = {name: np.asarray(array) for name, array in state_dict.items()}
     shapes = _shapes(config)
-    views = _placeholders(shapes, config)
+    # Zeros that take no memory.
+    views = published_views(jax.tree.map(lambda leaf: np.broadcast_to(np.float32(0), leaf.shape), shapes), config)
     faults = [f"missing {name}" for name in views if name not in arrays and name != HEAD]
     faults += [f"unknown {name}" for name in arrays if name not in views]
     for name, view in views.items():
@@ -71,11 +72,6 @@ def params_to_reference(variables: Mapping[str, Any], config: ModelConfig) -> di
     """Maps published names to float32 arrays, including both tied entries."""
     params = jax.tree.map(lambda array: np.asarray(array, np.float32), variables["params"])
     return {name: np.ascontiguousarray(view) for name, view in published_views(params, config).items()}
-
-
-def reference_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Returns published names and shapes of a model's parameters."""
-    return {name: view.shape for name, view in _placeholders(_shapes(config), config).items()}
 
 
 def layer_names(config: ModelConfig) -> list[tuple[tuple[str, ...], str]]:
@@ -116,12 +112,6 @@ def _shapes(config: ModelConfig) -> dict[str, Any]:
     """Returns a model's parameters as abstract arrays."""
     model = build_model(config)
     return jax.eval_shape(lambda: model.init(jax.random.key(0), method=LanguageModel.parameters))["params"]
-
-
-def _placeholders(shapes: dict[str, Any], config: ModelConfig) -> dict[str, np.ndarray]:
-    """Maps published names to arrays of the right shapes that take no memory."""
-    zeros = jax.tree.map(lambda leaf: np.broadcast_to(np.float32(0), leaf.shape), shapes)
-    return published_views(zeros, config)
 
 
 def _fault(array: np.ndarray, shape: tuple[int, ...]) -> str:

@@ -294,14 +294,14 @@ class BatchSplit:
         if not self.manual:
             return function
 
-        def spread(batch: Any, *whole: Any) -> Any:
+        def split(batch: Any, *whole: Any) -> Any:
             specs = (PartitionSpec(self.batch or None), *(PartitionSpec() for _ in whole))
             mapped = jax.shard_map(
                 function, axis_names=set(self.manual), in_specs=specs, out_specs=PartitionSpec(), check_vma=False
             )
             return mapped(batch, *whole)
 
-        return spread
+        return split
 
 
 UNSPLIT = BatchSplit()

@@ -191,7 +191,7 @@ class StopRequest:
         return self._noticed
 
     def poll(self) -> bool:
-        """Returns the same, after asking the other processes."""
+        """Asks the other processes; returns whether a stop was asked for, and all have agreed on it."""
         if self._together and not self._noticed:
             self._polls += 1
             self._noticed = multihost_utils.reached_preemption_sync_point(self._polls)
@@ -251,7 +251,7 @@ class Log(Callback):
     others: tuple[Callback, ...]
 
     def is_due(self, step: int) -> bool:
-        ends = step in (1, self.session.run.horizon.steps) or self.session.reader.ended() is not None
+        ends = step in (1, self.session.run.last_step) or self.session.reader.ended() is not None
         return ends or super().is_due(step) or any(other.is_due(step) for other in self.others)
 
     def __call__(self, view: TrainingView) -> None:
@@ -297,7 +297,7 @@ class Evaluate(Callback):
     figures: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def is_due(self, step: int) -> bool:
-        if step == self.session.run.horizon.steps:
+        if step == self.session.run.last_step:
             return False
         if self.every != EPOCH:
             return super().is_due(step)

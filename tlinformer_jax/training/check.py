@@ -10,8 +10,9 @@ from tlinformer_jax.config.run import RunConfig
 from tlinformer_jax.data.sources import find_split
 from tlinformer_jax.data.tokenizers import build_tokenizer
 from tlinformer_jax.training.console import length_lines, model_line, split_line
+from tlinformer_jax.training.device_memory import program_bytes
 from tlinformer_jax.training.optimizer import Horizon, run_horizon
-from tlinformer_jax.training.setup import PENDING, Run, build_run, training_batches
+from tlinformer_jax.training.setup import ANY_LENGTH, Run, build_run, check_trainable, training_batches
 
 
 class StateBytes(NamedTuple):
@@ -25,7 +26,8 @@ class StateBytes(NamedTuple):
 def check_run(config: RunConfig, compile_step: bool = False) -> str:
     """Checks a configuration and describes, as text, what a run with it needs; writes nothing."""
     tokenizer = build_tokenizer(config.data.tokenizer)
-    run = build_run(config, tokenizer, PENDING)
+    run = build_run(config, tokenizer)
+    check_trainable(run)
     splits = {name: find_split(config.data, name, tokenizer) for name in ("train", "validation")}
     splits = {name: None if split is None else run.checked(name, split) for name, split in splits.items()}
     horizon = None  # None if only the tokenised text determines it
@@ -40,8 +42,7 @@ def check_run(config: RunConfig, compile_step: bool = False) -> str:
     lines = [model_line(run), memory, *length_lines(run, horizon, splits["train"])]
     lines += [split_line(name, split, config.data.sequence_length) for name, split in splits.items()]
     if compile_step:
-        both = map(size_text, step_bytes(dataclasses.replace(run, horizon=horizon or PENDING)))
-        lines.append("compiled step by device: {}, of which {} are activations, gradients and the like".format(*both))
+        lines.append(step_line(dataclasses.replace(run, horizon=horizon or ANY_LENGTH)))
     return "\n".join(lines)
 
 
@@ -53,11 +54,13 @@ def state_bytes(run: Run) -> StateBytes:
     return StateBytes(parameters, parameters + summed, _device_bytes(run.abstract_state.opt_state))
 
 
-def step_bytes(run: Run) -> tuple[int, int]:
-    """Returns the memory of a compiled step per device, in bytes: all of it, and its temporary part."""
-    found: Any = run.compiled_train_step().memory_analysis()
-    kept = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
-    return kept + found.temp_size_in_bytes, found.temp_size_in_bytes
+def step_line(run: Run) -> str:
+    """Compiles a step, and says how much memory it needs on a device."""
+    found = program_bytes(run.compiled_train_step())
+    if found is None:
+        return "compiled step by device: the compiler does not report its memory"
+    total, temporary = size_text(found.total), size_text(found.temporary)
+    return f"compiled step by device: {total}, of which {temporary} are activations, gradients and the like"
 
 
 def _device_bytes(tree: Any, itemsize: int | None = None) -> int:

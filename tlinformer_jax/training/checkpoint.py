@@ -269,13 +269,13 @@ def is_usable(path: pathlib.Path) -> bool:
 def set_aside_damaged(path: pathlib.Path) -> None:
     """Renames an unusable checkpoint, so that its step can be saved again."""
     number = sum(other.name.startswith(f"{path.name}{DAMAGED}") for other in path.parent.iterdir())
-    place = path.with_name(f"{path.name}{DAMAGED}{f'-{number}' if number else ''}")
+    aside = path.with_name(f"{path.name}{DAMAGED}{f'-{number}' if number else ''}")
     try:
-        path.rename(place)
+        path.rename(aside)
     except OSError as error:
         say(f"checkpoint {path}: cannot be set aside ({error.strerror})")
     else:
-        say(f"checkpoint {path}: set aside as {place.name}")
+        say(f"checkpoint {path}: set aside as {aside.name}")
 
 
 # ---- Orbax's stored arrays

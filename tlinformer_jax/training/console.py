@@ -1,4 +1,4 @@
-"""Messages to the user of a run: what is trained on what data, what to do next, how to save memory."""
+"""Messages to the user of a run: what is trained on what data, and what to do next."""
 
 import contextlib
 import datetime
@@ -24,7 +24,6 @@ from tlinformer_jax.data.batches import LAG, TrainingBatches, num_samples
 from tlinformer_jax.data.documents import DocumentStream
 from tlinformer_jax.data.ordered import OrderedStream
 from tlinformer_jax.data.tasks import Split, TaskSplit
-from tlinformer_jax.errors import UserError, first_line
 from tlinformer_jax.kernels import common as kernels
 from tlinformer_jax.kernels import delta as delta_kernel
 from tlinformer_jax.models.attention import choose_backend
@@ -36,14 +35,6 @@ from tlinformer_jax.training.optimizer import Horizon
 from tlinformer_jax.training.setup import Run, flops_per_token
 from tlinformer_jax.training.step import WINDOW, Competence, TrainState
 
-TRAINING_ADVICE = (
-    "a step needs less memory with model.memory = 'low', a larger train.accumulation, a smaller train.batch_size or "
-    "data.sequence_length, or the axis fsdp of train.mesh on several devices (--check_compile prints how much memory a "
-    "step needs)"
-)
-MORE = "or a device with more memory may help (on a GPU, XLA_PYTHON_CLIENT_MEM_FRACTION sets JAX's share)"
-EVALUATION_ADVICE = f"a smaller --batch_size, {MORE}"
-GENERATION_ADVICE = f"a smaller --num_samples or --max_new_tokens, a shorter prompt, {MORE}"
 NAMED_SAMPLES = 8  # samples of a bad batch that a message names
 # Prefix of a parameter's name -> the part of a layer that it belongs to.
 PARTS = {"qkv": "attention", "out": "attention", "gate_up": "feed-forward", "down": "feed-forward", "norm": "norms"}
@@ -94,11 +85,14 @@ def parameter_table(params: Any) -> str:
 
 
 def plan_line(run: Run) -> str:
-    """Says how a step computes the windows of a sample, but of those before its first answer, which have no loss."""
+    """Says how a step computes the windows of a sample.
+
+    Windows before the first answer have no loss and are left out.
+    """
     model, length = run.config.model, run.config.data.sequence_length
-    places, split = run.answers(length), run.mesh.shape["window"] * run.mesh.shape["context"] > 1
+    positions, split = run.answers(length), run.mesh.shape["window"] * run.mesh.shape["context"] > 1
     sampled = 0 < run.config.train.sampled_windows < num_windows(model, length)
-    first = 0 if places is None or sampled else places.first // model.generation_window
+    first = 0 if positions is None or sampled else positions.first // model.generation_window
     return f"model.memory = {model.memory!r}: {training_plan(model, length, first, alone=sampled or split)}"
 
 
@@ -260,38 +254,3 @@ def describe_divergence(run: Run, state: TrainState, batches: TrainingBatches) -
     more = f" and {len(samples) - NAMED_SAMPLES} more" if len(samples) > NAMED_SAMPLES else ""
     named = ", ".join(map(str, samples[:NAMED_SAMPLES]))
     return f"at step {step} {where}{before}; its batch holds samples {named}{more} of the train split"
-
-
-# ---- Out of memory
-
-
-class OutOfMemoryError(UserError):
-    """An error for a device with too little memory for this configuration."""
-
-    status = 1  # the configuration is a valid one
-
-
-@contextlib.contextmanager
-def memory_advice(advice: str = TRAINING_ADVICE) -> Iterator[None]:
-    """Turns running out of memory into an `OutOfMemoryError` whose message ends in `advice`."""
-    try:
-        yield
-    except (jax.errors.JaxRuntimeError, ValueError, MemoryError) as error:
-        # JAX raises a ValueError when the host fetches a result that could not be computed.
-        if isinstance(error, UserError) or not is_out_of_memory(error):
-            raise
-        reason = first_line(error).removeprefix("RESOURCE_EXHAUSTED: ").rstrip(". ")
-        raise OutOfMemoryError(f"{reason}; {advice}") from error
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Returns whether a runtime error reports too little main memory of a device."""
-    text = str(error).lower()
-    # A kernel that asks for more shared memory than a core has fails with the same error name.
-    exhausted = ("resource_exhausted" in text or "out of memory" in text) and "shared memory" not in text
-    return exhausted or isinstance(error, MemoryError)
-
-
-def peak_bytes() -> int | None:
-    """Returns the peak bytes in use on the first device; None if the device does not count them."""
-    return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")

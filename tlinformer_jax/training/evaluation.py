@@ -11,15 +11,15 @@ from jaxtyping import Array, Bool, Float, Int
 
 from tlinformer_jax.data.documents import MOST_DOCUMENTS
 from tlinformer_jax.data.streams import TokenStream
-from tlinformer_jax.data.tasks import DEPTHS, REGIONS, Split
+from tlinformer_jax.data.tasks import DEPTHS, REGIONS, Split, TaskSplit
 from tlinformer_jax.models.model import LanguageModel
 from tlinformer_jax.training.loss import (
     LOSS_CHUNK,
     AnswersOf,
-    at_places,
+    at_positions,
     put_back,
     token_losses_and_hits,
-    weighted_places,
+    weighted_positions,
 )
 from tlinformer_jax.training.step import DeviceBatch
 
@@ -49,12 +49,12 @@ def eval_step(
         method=model.hidden_states,
     )
     labels, weights = batch["labels"][:, start:], batch["weights"]
-    places = None if known is None else weighted_places(weights[:, start:], known.most)
-    if places is not None:
-        hidden, labels = at_places(hidden, places), at_places(labels, places)
+    positions = None if known is None else weighted_positions(weights[:, start:], known.most)
+    if positions is not None:
+        hidden, labels = at_positions(hidden, positions), at_positions(labels, positions)
     losses, hits = token_losses_and_hits(hidden, params["embedding"], labels, LOSS_CHUNK)
-    if places is not None:
-        losses, hits = put_back(losses, places, length - start, 0), put_back(hits, places, length - start, True)
+    if positions is not None:
+        losses, hits = put_back(losses, positions, length - start, 0), put_back(hits, positions, length - start, True)
     losses = jnp.pad(losses, ((0, 0), (start, 0)))
     sums = {"losses": jnp.sum(losses * weights, axis=0), "weights": jnp.sum(weights, axis=0)}
     if "starts" not in batch:
@@ -162,6 +162,15 @@ class Evaluation:
     weights: np.ndarray  # tokens, float64 [N]
     answers: Answers | None = None  # None for a text
     documents: Documents | None = None  # None where `data.documents.document_numbers` does not know them
+
+    @classmethod
+    def of(cls, sums: dict[str, np.ndarray], stream: Split, length: int) -> "Evaluation":
+        """Makes the evaluation of a split in samples of `length` tokens from the summed `eval_step`."""
+        answers = Answers.of(sums, stream.task.chance(length)) if isinstance(stream, TaskSplit) else None
+        documents = None
+        if isinstance(stream, TokenStream) and "document_tokens" in sums:
+            documents = Documents.of(sums, stream.num_documents)
+        return cls(sums["losses"], sums["weights"], answers, documents)
 
     @property
     def loss(self) -> float:

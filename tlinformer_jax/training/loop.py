@@ -36,16 +36,16 @@ from tlinformer_jax.training.callbacks import (
     asks_to_end,
     builtin_callbacks,
 )
-from tlinformer_jax.training.console import memory_advice
+from tlinformer_jax.training.device_memory import memory_advice
 from tlinformer_jax.training.metrics import MetricsLog, Throughput
 from tlinformer_jax.training.optimizer import run_horizon
 from tlinformer_jax.training.saving import Checkpoints
 from tlinformer_jax.training.setup import (
-    PENDING,
     LoadSplit,
     Run,
     TrainedRun,
     build_run,
+    check_trainable,
     flops_per_token,
     given_data,
     training_batches,
@@ -120,7 +120,7 @@ def train_run(
         stack.enter_context(jax.set_mesh(run.mesh))
 
         # ---- Restore or start the state
-        last = run.horizon.steps
+        last = run.last_step
         compiler = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="compilation")
         stack.callback(compiler.shutdown, wait=False)  # XLA cannot be interrupted, and an error need not wait for it
         state, first, evaluated = starting_state(run, workdir, checkpoints, origin, compiler)
@@ -162,7 +162,7 @@ def starting_state(
     """Returns the newest intact checkpoint's state or a new run's, its step, and whether it has been evaluated."""
     restored = checkpoints.restore(run.abstract_state)
     first = 0 if restored is None else restored[1].step
-    if first < run.horizon.steps:
+    if first < run.last_step:
         compile_early(run, compiler)
     if restored is None:
         return first_state(run, workdir, checkpoints, origin), first, False
@@ -186,7 +186,8 @@ def prepare(
     """Builds the run, its splits and its batches, and checks them against the working directory."""
     tokenizer = build_tokenizer(config.data.tokenizer)
     directory.check_tokenizer(tokenizer, config.data.tokenizer, workdir)  # before it tokenises any text
-    run = dataclasses.replace(build_run(config, tokenizer, PENDING), load_split=load)
+    run = dataclasses.replace(build_run(config, tokenizer), load_split=load)
+    check_trainable(run)
     splits = {name: run.split(name) for name in ("train", "validation")}
     batches = training_batches(config, splits["train"])
     run = dataclasses.replace(run, horizon=run_horizon(config.train, batches))

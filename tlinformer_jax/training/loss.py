@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from tlinformer_jax.data.tasks import AnswerPlaces
+from tlinformer_jax.data.tasks import AnswerPositions
 from tlinformer_jax.kernels import loss as loss_kernel
 from tlinformer_jax.kernels.common import usable
 from tlinformer_jax.models.feed_forward import with_router_losses
@@ -38,7 +38,7 @@ from tlinformer_jax.training.window_loss import (
 
 LOSS_CHUNK = 8192  # tokens of a micro-batch whose logits are in memory at a time
 # Length of a sample -> positions of the labels that count; None if all do.
-AnswersOf = Callable[[int], AnswerPlaces | None]
+AnswersOf = Callable[[int], AnswerPositions | None]
 
 
 def summed_loss(
@@ -103,8 +103,8 @@ def weighted_loss(
     hidden: jax.Array, embedding: jax.Array, rows: DeviceBatch, most: int | None, z_loss: float
 ) -> LossAndRight:
     """Returns `summed_losses_and_hits`; for a task, computed only at the `most` rows that can have weights."""
-    if most is not None and (places := weighted_places(rows["weights"], most)) is not None:
-        hidden, rows = jax.tree.map(lambda array: at_places(array, places), (hidden, rows))
+    if most is not None and (positions := weighted_positions(rows["weights"], most)) is not None:
+        hidden, rows = jax.tree.map(lambda array: at_positions(array, positions), (hidden, rows))
     return summed_losses_and_hits(hidden, embedding, rows["labels"], rows["weights"], LOSS_CHUNK, z_loss)
 
 
@@ -221,17 +221,17 @@ def _chunks(array: jax.Array, chunk: int) -> jax.Array:
 # ---- Samples with few weighted labels
 
 
-def weighted_places(weights: jax.Array, most: int) -> jax.Array | None:
+def weighted_positions(weights: jax.Array, most: int) -> jax.Array | None:
     """Returns the positions of the labels that count, int32 [batch, most]; None if `most` is the whole sample."""
     return jax.lax.top_k(weights, most)[1] if most < weights.shape[1] else None
 
 
-def at_places(array: jax.Array, places: jax.Array) -> jax.Array:
+def at_positions(array: jax.Array, positions: jax.Array) -> jax.Array:
     """Gathers [batch, most, ...] from [batch, length, ...]."""
-    return jnp.take_along_axis(array, places.reshape(*places.shape, *(1,) * (array.ndim - 2)), axis=1)
+    return jnp.take_along_axis(array, positions.reshape(*positions.shape, *(1,) * (array.ndim - 2)), axis=1)
 
 
-def put_back(array: jax.Array, places: jax.Array, length: int, rest: Any) -> jax.Array:
-    """Inverts `at_places`, with `rest` at all other positions."""
+def put_back(array: jax.Array, positions: jax.Array, length: int, rest: Any) -> jax.Array:
+    """Inverts `at_positions`, with `rest` at all other positions."""
     rows = jnp.arange(array.shape[0])[:, None]
-    return jnp.full((array.shape[0], length), rest, array.dtype).at[rows, places].set(array)
+    return jnp.full((array.shape[0], length), rest, array.dtype).at[rows, positions].set(array)

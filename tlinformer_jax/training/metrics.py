@@ -149,7 +149,7 @@ class Throughput:
     def of(cls, run: Run) -> "Throughput":
         peak = peak_flops(jax.devices()[0].device_kind, run.config.model.compute_dtype.name)
         per_token = flops_per_token(run, run.config.data.sequence_length)
-        return cls(run.horizon.steps, per_token, None if peak is None else peak * run.mesh.size)
+        return cls(run.last_step, per_token, None if peak is None else peak * run.mesh.size)
 
     def __init__(self, total_steps: int, flops_per_token: float = 0.0, peak_flops: float | None = None) -> None:
         self._total = total_steps

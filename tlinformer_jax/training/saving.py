@@ -23,7 +23,8 @@ from tlinformer_jax.errors import DataError, first_line
 from tlinformer_jax.files import own_folder, plain_path, sync_folder, writing
 from tlinformer_jax.training import checkpoint as stored
 from tlinformer_jax.training.checkpoint import FOLDER, STATE, Manifest, read_manifest
-from tlinformer_jax.training.console import is_out_of_memory, say
+from tlinformer_jax.training.console import say
+from tlinformer_jax.training.device_memory import is_out_of_memory
 from tlinformer_jax.training.step import TrainState
 
 SAVING, DELETING = ".saving", ".deleting"

@@ -29,9 +29,9 @@ from tlinformer_jax.data.batches import (
 from tlinformer_jax.data.documents import DocumentStream
 from tlinformer_jax.data.given import POSITIONS_FILE, TokenData, given_loader, with_given_files
 from tlinformer_jax.data.ordered import OrderedBatches, OrderedStream
-from tlinformer_jax.data.sources import answer_places, load_split
-from tlinformer_jax.data.streams import RowStream, TokenStream, check_token_ids
-from tlinformer_jax.data.tasks import AnswerPlaces, Split, TaskSplit, answer_batches
+from tlinformer_jax.data.sources import answer_positions, load_split
+from tlinformer_jax.data.streams import RowStream, check_token_ids
+from tlinformer_jax.data.tasks import AnswerPositions, Split, TaskSplit, answer_batches
 from tlinformer_jax.data.tokenizers import Tokenizer, check_vocab
 from tlinformer_jax.errors import ConfigError
 from tlinformer_jax.models.model import LanguageModel, build_model
@@ -50,12 +50,12 @@ from tlinformer_jax.parallel.sharding import (
     tree_shardings,
     ways,
 )
-from tlinformer_jax.training.evaluation import Answers, Documents, Evaluation, document_sums, eval_step
+from tlinformer_jax.training.evaluation import Evaluation, document_sums, eval_step
 from tlinformer_jax.training.optimizer import Horizon
 from tlinformer_jax.training.step import TrainState, compiler_options, init_state, jit_train_step
 
-UNTRAINED = Horizon(steps=0, decay_end=0)  # a run that does not train
-PENDING = Horizon(steps=0, decay_end=1)  # a run whose length is known only once its data is read
+# For what depends on no run's length: the shapes of a train state, and the memory of a step.
+ANY_LENGTH = Horizon(steps=1, decay_end=1)
 LoadSplit = Callable[[DataConfig, str, Tokenizer], Split]
 MASKED_ITERABLE = "must be False if train_data is an iterable or validation_data contains batches"
 COMPILATION_CACHE = "~/.cache/tlinformer_jax/xla"
@@ -63,14 +63,25 @@ COMPILATION_CACHE = "~/.cache/tlinformer_jax/xla"
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """The fixed parts of a run; `load_split` loads its splits."""
+    """The fixed parts of a run; `load_split` loads its splits.
+
+    `horizon` is None in a run that does not train, and before the training data is read.
+    """
 
     config: RunConfig
     tokenizer: Tokenizer
     mesh: Mesh
     model: LanguageModel
-    horizon: Horizon
+    horizon: Horizon | None = None
     load_split: LoadSplit = load_split
+    # The evaluation step of another run that differs in nothing that is compiled; None to compile one.
+    shared_eval_step: Any = dataclasses.field(default=None, repr=False, compare=False)
+
+    @property
+    def last_step(self) -> int:
+        """The number of updates of a training run."""
+        assert self.horizon is not None
+        return self.horizon.steps
 
     @functools.cached_property
     def abstract_state(self) -> TrainState:
@@ -87,16 +98,16 @@ class Run:
         """Shardings of the train state."""
         return jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
 
-    def answers(self, length: int) -> AnswerPlaces | None:
+    def answers(self, length: int) -> AnswerPositions | None:
         """Returns the positions of a sample whose labels count; None if all do."""
-        return answer_places(self.config.data, self.tokenizer, length)
+        return answer_positions(self.config.data, self.tokenizer, length)
 
     def initial_state(self) -> TrainState:
         """Returns the state before the first update, created with its shardings."""
         return jax.jit(self._init, out_shardings=self.shardings)(jax.random.key(self.config.train.seed))
 
     def _init(self, rng: jax.Array) -> TrainState:
-        return init_state(rng, self.model, self.config.train, self.horizon, self.config.data.stages)
+        return init_state(rng, self.model, self.config.train, self.horizon or ANY_LENGTH, self.config.data.stages)
 
     def split(self, name: str, length: int | None = None) -> Split:
         """Loads a split for samples of `length` tokens (None: data.sequence_length)."""
@@ -128,6 +139,7 @@ class Run:
     @functools.cached_property
     def train_step(self) -> Any:
         """The jitted training step."""
+        assert self.horizon is not None
         return jit_train_step(
             self.shardings,
             batch_sharding(self.mesh),
@@ -157,6 +169,8 @@ class Run:
     @functools.cached_property
     def eval_step(self) -> Any:
         """The jitted evaluation step; every process gets the sums over all devices."""
+        if self.shared_eval_step is not None:
+            return self.shared_eval_step
         check_kernel(self.config.model)
         return jax.jit(
             functools.partial(eval_step, model=self.model, answers=self.answers),
@@ -175,30 +189,46 @@ class Run:
         batch_size: int | None = None,
         rest: bool = False,
     ) -> Evaluation:
-        """Evaluates the parameters on a split in samples of `length` tokens (None: data.sequence_length).
+        """Evaluates the parameters on a split in samples of `length` tokens; the arguments are those of `sums_over`."""
+        length = length or self.config.data.sequence_length
+        sums = self.sums_over(stream, self.eval_step, params, watch, length=length, batch_size=batch_size, rest=rest)
+        return Evaluation.of(sums, stream, length)
 
-        `watch` passes on the batches, and may raise to give up. With `rest`, a shorter last sample counts too.
+    def sums_over(
+        self,
+        stream: Split,
+        step: Callable[[Any, Batch], dict[str, Any]],
+        params: Any,
+        watch: Callable[[Iterable[Batch]], Iterator[Batch]] = iter,
+        *,
+        length: int | None = None,
+        batch_size: int | None = None,
+        rest: bool = False,
+    ) -> dict[str, np.ndarray]:
+        """Adds up what `step(params, batch)` returns for a split's batches, in float64, with the sums by document.
+
+        Args:
+          step: `eval_step`, or one like it. Without its `token_losses` there are no sums by document.
+          watch: passes on the batches, and may raise to give up.
+          length: tokens of a sample; None for data.sequence_length.
+          batch_size: see `evaluation_batch_size`.
+          rest: whether a shorter last sample counts too.
         """
         length = length or self.config.data.sequence_length
         batch_size = self.evaluation_batch_size(length, num_samples(stream, length, rest), batch_size)
         rows = process_rows(self.mesh, batch_size, EVALUATION_AXES)
         batches = self.evaluation_batches(stream, length, batch_size, rows, rest)
-        chance = stream.task.chance(length) if isinstance(stream, TaskSplit) else None
         owners = label_documents(stream, self.tokenizer.end_of_text, length, batch_size, rest)
         totals: dict[str, np.ndarray] = {}
         with jax.set_mesh(self.mesh):
             for batch, documents in zip(watch(batches), owners):
-                sums = self.eval_step(params, put_batch(batch, self.mesh, EVALUATION_AXES))
+                sums = step(params, put_batch(batch, self.mesh, EVALUATION_AXES))
                 token_losses = sums.pop("token_losses", None)
-                if documents is not None:
+                if documents is not None and token_losses is not None:
                     sums |= document_sums(np.asarray(token_losses), documents)
                 for name, part in sums.items():
                     totals[name] = totals.get(name, 0.0) + np.asarray(part, np.float64)
-        answers = None if chance is None else Answers.of(totals, chance)
-        found = None
-        if isinstance(stream, TokenStream) and "document_tokens" in totals:
-            found = Documents.of(totals, stream.num_documents)
-        return Evaluation(totals["losses"], totals["weights"], answers, found)
+        return totals
 
     def evaluation_batches(
         self, stream: Split, length: int, batch_size: int, rows: Rows, rest: bool = False
@@ -222,21 +252,25 @@ class TrainedRun:
 
 
 def build_run(
-    config: RunConfig, tokenizer: Tokenizer, horizon: Horizon = UNTRAINED, devices: Sequence[Any] | None = None
+    config: RunConfig, tokenizer: Tokenizer, horizon: Horizon | None = None, devices: Sequence[Any] | None = None
 ) -> Run:
-    """Builds the fixed parts of a run and checks that they fit together."""
+    """Builds the fixed parts of a run and checks that they fit together; for training see `check_trainable` too."""
     check_vocab(tokenizer, config.model.vocab_size)
     mesh = build_mesh(config.train.axes, devices)
     if mesh.shape["expert"] > 1 and not config.model.mixture:
         raise mesh_error(mesh, f"expert must be 1 for model.num_experts = {config.model.num_experts}")
     if devices is None:
         connect(mesh)
-    if horizon != UNTRAINED:
-        field = "train.batch_size" if config.train.accumulation == 1 else "train.batch_size / train.accumulation"
-        check_batch_divides(config.train.micro_batch_size, mesh, field)
-        check_sequences_divide(mesh, config.model, config.data.sequence_length, config.train.sampled_windows)
-        check_kernel(config.model)
     return Run(config, tokenizer, mesh, build_model(config.model), horizon)
+
+
+def check_trainable(run: Run) -> None:
+    """Checks that the devices can train: that the mesh can split batch and sequences, and that the attention runs."""
+    config, train = run.config, run.config.train
+    field = "train.batch_size" if train.accumulation == 1 else "train.batch_size / train.accumulation"
+    check_batch_divides(train.micro_batch_size, run.mesh, field)
+    check_sequences_divide(run.mesh, config.model, config.data.sequence_length, train.sampled_windows)
+    check_kernel(config.model)
 
 
 def check_sequences_divide(mesh: Mesh, config: ModelConfig, length: int, sampled_windows: int) -> None:
@@ -282,14 +316,14 @@ def training_batches(config: RunConfig, train: Split) -> TrainingBatches:
 def flops_per_token(run: Run, length: int) -> float:
     """Returns the model FLOPs per trained token in samples of `length` tokens."""
     model, sampled = run.config.model, run.config.train.sampled_windows
-    places = run.answers(length)
-    read, first = (None, 0) if places is None else (places.most, places.first)
+    positions = run.answers(length)
+    read, first = (None, 0) if positions is None else (positions.most, positions.first)
     flops = training_flops(model, length, sampled_windows=sampled, read=read, first=first)
     return flops / trained_tokens(model, length, sampled)
 
 
 def use_compilation_cache() -> None:
     """Keeps compiled programs between runs, unless the user has chosen a folder for them."""
-    place = os.path.expanduser(COMPILATION_CACHE)
-    if not getattr(jax.config, "jax_compilation_cache_dir", None) and os.path.isabs(place):
-        jax.config.update("jax_compilation_cache_dir", place)
+    folder = os.path.expanduser(COMPILATION_CACHE)
+    if not getattr(jax.config, "jax_compilation_cache_dir", None) and os.path.isabs(folder):
+        jax.config.update("jax_compilation_cache_dir", folder)

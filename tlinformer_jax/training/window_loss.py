@@ -126,9 +126,9 @@ class WindowLoop(NamedTuple):
         """Returns the loop over this device's windows; `assigned` comes from `assign_windows`."""
         if assigned.shape[1] == 1:
             return self
-        places = jnp.asarray(assigned, jnp.int32)[:, jax.lax.axis_index("window")]
-        beyond = jnp.where(places < 0, assigned.size, places)
-        take = functools.partial(jnp.take, indices=jnp.maximum(places, 0), axis=0)
+        windows = jnp.asarray(assigned, jnp.int32)[:, jax.lax.axis_index("window")]
+        beyond = jnp.where(windows < 0, assigned.size, windows)
+        take = functools.partial(jnp.take, indices=jnp.maximum(windows, 0), axis=0)
         fill = functools.partial(jnp.take, indices=beyond, axis=0, mode="fill", fill_value=0)
         own, indices, which = jax.tree.map(take, (self.own, self.indices, self.which))
         return self._replace(own=own, indices=indices, rows=jax.tree.map(fill, self.rows), which=which)

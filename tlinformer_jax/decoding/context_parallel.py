@@ -20,7 +20,7 @@ from tlinformer_jax.errors import ConfigError
 from tlinformer_jax.parallel.sharding import SplitRows, build_mesh, number_of
 
 AXIS = "context"
-WHOLE = PartitionSpec()
+REPLICATED = PartitionSpec()
 
 
 def context_mesh(context: int) -> Mesh | None:
@@ -47,7 +47,7 @@ def split_of(mesh: Mesh | None, config: ModelConfig) -> SplitRows | None:
     if not config.windowed:
         allowed = (
             f"must be 1 for model.architecture = {config.architecture!r}; "
-            "only the history of tlinformer and tconstformer can be spread over devices"
+            "only the history of tlinformer and tconstformer can be split over devices"
         )
         raise ConfigError("generation.context", mesh.shape[AXIS], allowed)
     return SplitRows(AXIS, mesh.shape[AXIS])
@@ -55,12 +55,12 @@ def split_of(mesh: Mesh | None, config: ModelConfig) -> SplitRows | None:
 
 def replicate(tree: Any, mesh: Mesh | None) -> Any:
     """Copies arrays to every device of the mesh; returns them unchanged without a mesh."""
-    return tree if mesh is None else jax.device_put(tree, NamedSharding(mesh, WHOLE))
+    return tree if mesh is None else jax.device_put(tree, NamedSharding(mesh, REPLICATED))
 
 
 def cache_specs(cache: Cache) -> Any:
     """Returns the partition specs of a cache's arrays, as a pytree like the cache."""
-    specs: Any = jax.tree.map(lambda _: WHOLE, cache)
+    specs: Any = jax.tree.map(lambda _: REPLICATED, cache)
     if isinstance(cache, WindowedCache):
         # Rows are the last axis of keys, values and scales.
         split = jax.tree.map(lambda array: PartitionSpec(*[None] * (array.ndim - 1), AXIS), cache.history)
@@ -68,7 +68,7 @@ def cache_specs(cache: Cache) -> Any:
     return specs
 
 
-def init_spread_cache(
+def init_split_cache(
     config: ModelConfig, batch: int, capacity: int, mesh: Mesh | None, cache_dtype: str = "auto"
 ) -> Cache:
     """Runs `cache.init_cache` on the devices of a mesh; no device ever allocates more than its part."""
@@ -96,8 +96,8 @@ def on_devices(
         return (result[0], result[1:]) if isinstance(result, tuple) else (result, ())
 
     specs = cache_specs(cache)
-    inputs = (WHOLE, specs, *[WHOLE] * len(rest))
-    mapped = jax.shard_map(one, mesh=mesh, in_specs=inputs, out_specs=(specs, WHOLE), check_vma=False)
+    inputs = (REPLICATED, specs, *[REPLICATED] * len(rest))
+    mapped = jax.shard_map(one, mesh=mesh, in_specs=inputs, out_specs=(specs, REPLICATED), check_vma=False)
     cache, others = mapped(params, cache, *rest)
     return (cache, *others) if others else cache
 
