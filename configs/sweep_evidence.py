@@ -18,6 +18,8 @@ Variants; models have 41M parameters, windows of 256 and N = 1,024 unless anothe
   256 and of 1,024, sliding window, Gated DeltaNet.
 - large (2 runs of 300 M tokens): Base and TLinFormer in the shape of configs/large.py:125m, N = 2,048.
 - knee (5 runs of 300 M tokens): TLinFormer with five shares of W_oh in W_oh + W_og = 512. --seeds=0,1 marks the knee.
+- gap (6 runs of 300 M tokens): why Base is better. base-plus and plus, plus with key taps and with a window overlap,
+  the sliding window and no-history.
 - tiny (2 runs): Base and TLinFormer on the Python reference that comes with CPython, minutes on a CPU.
 
 An update has 65,536 tokens: with larger ones there are fewer updates in which to learn to copy. Dropout (0.1), weight
@@ -76,6 +78,7 @@ VARIANTS: dict[str, tuple[int, tuple[str, ...]]] = {
     "long": (300_000_000, ("evaluate", "evaluate@65536", "history")),
     "large": (300_000_000, ("evaluate", "history")),
     "knee": (300_000_000, ("evaluate", "history")),
+    "gap": (300_000_000, ("evaluate", "history")),
     "tiny": (0, ("evaluate", "history")),
 }
 SCHEDULE, DROPOUT = "wsd:0.2", 0.1
@@ -99,6 +102,7 @@ def get_sweep(variant: str = "books") -> Sweep:
 
 
 def _rows(variant: str) -> Rows:
+    no_history = _model("base-plus", {"train.learning_rate": RATES["no-history"]}, row="base-256")
     if variant == "rates":
         return {
             f"1k-{name}-lr{rate:g}": _model(name, {"train.learning_rate": rate}) for rate in TRIED for name in RATED
@@ -114,10 +118,14 @@ def _rows(variant: str) -> Rows:
             point: _model(name, shape | {"train.learning_rate": RATES[point]}, row="2k-512-0.5")
             for point, name in names.items()
         }
+    if variant == "gap":
+        options = {"plus-taps": {"model.key_taps": 5}, "plus-overlap": {"model.window_overlap": 32}}
+        rows = {f"1k-{name}": _model(name) for name in (*COMPARED, "sliding-plus")} | {"1k-no-history": no_history}
+        return rows | {f"1k-{name}": _model("plus", fields) for name, fields in options.items()}
     if variant == "knee":
         return {f"1k-{size}-{512 - size}": _model("plus", window_fields(size, 512 - size)) for size in HISTORIES}
     rows = {f"1k-{name}": _model(name, {"train.seed": (0, 1, 2)} if name in COMPARED else {}) for name in TEXT_MODELS}
-    rows["1k-no-history"] = _model("base-plus", {"train.learning_rate": RATES["no-history"]}, row="base-256")
+    rows["1k-no-history"] = no_history
     return rows | {f"1k-{name}-dropout0": _model(name, {"model.dropout": 0.0}) for name in COMPARED}
 
 

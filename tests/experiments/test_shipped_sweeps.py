@@ -107,7 +107,7 @@ def evidence(variant: str) -> list:
 
 
 def test_the_evidence_is_gathered_on_equal_terms():
-    tokens = {"rates": 60e6, "books": 600e6, "long": 300e6, "large": 300e6, "knee": 300e6}
+    tokens = {"rates": 60e6, "books": 600e6, "long": 300e6, "large": 300e6, "knee": 300e6, "gap": 300e6}
     for variant, wanted in tokens.items():
         points = evidence(variant)
         for point in points:
@@ -125,10 +125,10 @@ def test_the_evidence_is_gathered_on_equal_terms():
         assert len({(depth(point), point.config.model.d_model) for point in points}) == 1
         sizes = [parameters(point.config.model) for point in points]
         assert sizes == pytest.approx([124e6 if variant == "large" else 41e6] * len(points), rel=0.01)
-    for point in evidence("books") + evidence("long"):
+    for point in evidence("books") + evidence("long") + evidence("gap"):
         assert ("history" in point.then) == (point.point.split("-lr")[0] != "1k-no-history")
         assert "evaluate" in point.then
-    with pytest.raises(UserError, match="variant = 'huge': must be one of rates, books, long, large, knee, tiny"):
+    with pytest.raises(UserError, match="variant = 'huge': must be one of rates, books, long, large, knee, gap, tiny"):
         evidence("huge")
 
 
@@ -177,6 +177,10 @@ def test_the_evidence_holds_what_it_promises():
     knee = evidence("knee")
     assert [windows(point) for point in knee] == [(size, 512 - size) for size in (64, 128, 256, 384, 448)]
     assert {point.study for point in knee} == {"windows"}
+    gap = {point.point.removeprefix("1k-"): point.config for point in evidence("gap")}
+    assert set(gap) == {"base-plus", "plus", "plus-taps", "plus-overlap", "sliding-plus", "no-history"}
+    assert (gap["plus-taps"].model.key_taps, gap["plus-overlap"].model.window_overlap) == (5, 32)
+    assert dataclasses.replace(gap["plus-taps"].model, key_taps=0) == gap["plus"].model
     assert {point.config.model.architecture for point in evidence("tiny")} == {"transformer", "tlinformer"}
 
 
