@@ -106,7 +106,11 @@ def test_what_a_run_cannot_have_is_refused_before_it_is_trained():
     task = SECTIONS["data"] | {"dataset": "copy", "tokenizer": "numbers:9"}
     with pytest.raises(UserError, match=r"samples: .*tokenizer = 'numbers:9'"):
         check_possible(("samples",), run_config(SECTIONS | {"data": task}))
-    check_possible(("history", "evaluate", "samples"), run_config(SECTIONS))
+    with pytest.raises(UserError, match=r"^history@33: data\.sequence_length = 33: must be even"):
+        check_possible(("history@33",), run_config(SECTIONS | {"data": task}))
+    with pytest.raises(UserError, match=r"^history@1048576: .*: the validation split has only"):
+        check_possible(("history@1048576",), run_config(SECTIONS))
+    check_possible(("history", "history@64", "evaluate", "samples"), run_config(SECTIONS))
 
 
 @pytest.mark.slow

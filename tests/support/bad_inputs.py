@@ -345,6 +345,13 @@ SWEEPS = [
     Case("jobs without a job number", "sweep", ("--points=2",), "--points: needs --point"),
     Case("an unknown action", "sweep", ("--then=dance",), "'dance' must be"),
     Case("an unknown action after training", "train", ("--then=dance",), "'dance' must be"),
+    Case("to check an unknown action", "check", ("--config={d}/small.py", "--then=dance"), "'dance' must be"),
+    Case(
+        "to check an action on samples that the text cannot fill",
+        "check",
+        ("--config={d}/small.py", "--then=history@2000"),
+        "history@2000: data.sequence_length = 2000: the validation split has only",
+    ),
     Case("a sweep without a directory", "sweep", ("--out=",), "--out: must name a directory"),
     Case("a sweep directory that is a file", "sweep", ("--out={d}/binary.txt",), "--out="),
     Case("a directory of records that is a file", "sweep", ("--results={d}/binary.txt",), "--results="),

@@ -34,7 +34,7 @@ from jaxtyping import Array, Float, Int
 from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.data.batches import num_samples, take_samples
 from tlinformer_jax.data.documents import DocumentStream
-from tlinformer_jax.data.tasks import Split
+from tlinformer_jax.data.tasks import Split, TaskSplit
 from tlinformer_jax.errors import UserError
 from tlinformer_jax.models.attention import attend
 from tlinformer_jax.models.block import dual_window_block
@@ -77,6 +77,8 @@ def measure_history(
         raise UserError(MASKED)
     length = length or trained.run.config.data.sequence_length
     check_measurable(config, length)
+    if isinstance(stream, TaskSplit):
+        stream.task.check(length)
     last = int(window_starts(config, num_windows(config, length))[-1])
     distances = distances or (0, *(4**power for power in range(2, 16) if 4**power < last))
     distances = tuple(distance for distance in distances if distance < last)
