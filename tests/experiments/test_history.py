@@ -134,4 +134,4 @@ def test_a_training_and_the_command_measure_the_same(tmp_path):
     kinds = ("mass", "cuts", "length", "same_tokens")
     assert {f"history_{kind}.{ending}" for kind in kinds for ending in ("csv", "png")} <= names
     for result, given in zip(wrong, ("4,x", "-1,4"), strict=True):
-        check_refusal(result, f"--distances={given}: must be integers >= 0, separated by commas")
+        check_refusal(result, f"--distances={given}: must be integers from 0 to 2147483647")

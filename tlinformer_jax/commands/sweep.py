@@ -73,7 +73,7 @@ def main() -> None:
     """Checks all points, trains the unfinished ones, and writes the tables."""
     sweep = load_sweep(SWEEP.value)
     if SEEDS.value is not None:
-        sweep = dataclasses.replace(sweep, seeds=cli.integers(SEEDS, LARGEST_SEED))
+        sweep = dataclasses.replace(sweep, seeds=cli.integers(SEEDS, most=LARGEST_SEED))
     then = checked_actions(sweep.then, "Sweep.then") if THEN.value is None else checked_actions(THEN.value)
     points = plan_points(dataclasses.replace(sweep, then=then), _base(sweep))
     groups = groups_of(points) if TOGETHER.value else [[point] for point in points]
