@@ -40,6 +40,8 @@ NAMES = {
     "tlinformer": "TLinFormer",
     "tconstformer": "TConstFormer",
 }
+# How tables show shares and counts.
+FORM, WHOLE = "{:.3f}".format, "{:,.0f}"
 FOUND = 0.9  # accuracy from which a run counts as having found the answers
 ENDS = (0.125, 0.875)  # shares of W_oh that a curve must cover before its chord can show a knee
 

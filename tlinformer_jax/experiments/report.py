@@ -18,8 +18,10 @@ from tlinformer_jax.experiments.frame import (
     CACHE,
     CAPACITY,
     DEPTH,
+    FORM,
     PERPLEXITY,
     SPEED,
+    WHOLE,
     N,
     actions_of,
     counted,
@@ -50,7 +52,6 @@ from tlinformer_jax.files import write_text, writing
 TEXT = pathlib.Path(__file__).with_suffix(".md").read_text(encoding="utf-8")
 SECTIONS = {part.partition("\n")[0]: [*part.splitlines(), ""] for part in re.split(r"\n(?=##+ )", TEXT.strip())}
 LOSS = "validation loss, nats per token"
-FORM, WHOLE = "{:.3f}".format, "{:,.0f}"
 # Columns of the table of groups: a column of the runs, and how it is aggregated over a group.
 COLUMNS = {
     "model": ("label", "first"),
