@@ -33,7 +33,7 @@ from tlinformer_jax.data.sources import answer_places, load_split
 from tlinformer_jax.data.streams import RowStream, TokenStream, check_token_ids
 from tlinformer_jax.data.tasks import AnswerPlaces, Split, TaskSplit, answer_batches
 from tlinformer_jax.data.tokenizers import Tokenizer, check_vocab
-from tlinformer_jax.errors import ConfigError
+from tlinformer_jax.errors import ConfigError, check_value, integer
 from tlinformer_jax.models.model import LanguageModel, build_model
 from tlinformer_jax.models.windows import num_windows, trained_tokens
 from tlinformer_jax.parallel.mesh import platform
@@ -179,6 +179,9 @@ class Run:
 
         `watch` passes on the batches, and may raise to give up. With `rest`, a shorter last sample counts too.
         """
+        for name, value in (("length", length), ("batch_size", batch_size)):
+            if value is not None:
+                check_value(f"evaluation.{name}", value, integer(1))
         length = length or self.config.data.sequence_length
         batch_size = self.evaluation_batch_size(length, num_samples(stream, length, rest), batch_size)
         rows = process_rows(self.mesh, batch_size, EVALUATION_AXES)
