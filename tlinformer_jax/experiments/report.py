@@ -183,6 +183,8 @@ def against_base(frame: pd.DataFrame) -> pd.Series:
 def loss_figure(frame: pd.DataFrame, file: pathlib.Path) -> list[str]:
     """Draws validation loss against trained tokens, minus that of the Transformer with the same N; returns its line."""
     points = frame[~frame["again"]].explode("history").dropna(subset="history")
+    if points.empty:
+        return []
     points["x"] = (points["history"].str[0] * (points["tokens"] / points["steps"]) / 1e6).round(6)
     points["y"] = points["history"].str[1].astype(float)
     parts = {f"N = {length:,}": part.assign(label=legends(part)) for length, part in points.groupby(N)}
