@@ -11,7 +11,6 @@ from benchmarks.limits import Weights, hit_work, slide_work
 from tlinformer_jax.analysis.flops import training_flops
 from tlinformer_jax.commands import cli
 from tlinformer_jax.config.model import ModelConfig
-from tlinformer_jax.errors import UserError
 from tlinformer_jax.files import markdown
 
 LENGTHS = flags.DEFINE_list("at", ["1024", "8192", "65536", "1048576"], "Lengths of the text, in tokens.")
@@ -48,10 +47,7 @@ def generation_cost(config: ModelConfig, length: int) -> tuple[float, float]:
 
 def main() -> None:
     """Prints both tables."""
-    given = ",".join(LENGTHS.value)
-    if not given or not all(text.isdecimal() and 1 <= int(text) < 2**31 for text in LENGTHS.value):
-        raise UserError(f"--at={given}: must be integers from 1 to 2147483647, separated by commas")
-    lengths = [int(text) for text in LENGTHS.value]
+    lengths = cli.integers(LENGTHS, 1)
     columns = [f"{length:,}" for length in lengths]
     trained = [
         (name, *(f"{training_cost(config, length) / 1e6:,.0f}" for length in lengths))

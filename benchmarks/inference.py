@@ -8,6 +8,7 @@ shape, changed by the shape flags.
 
 import dataclasses
 import math
+from collections.abc import Iterator
 from typing import Any
 
 from absl import flags
@@ -61,20 +62,16 @@ def main() -> None:
     from benchmarks.runner import run_benchmark
     from tlinformer_jax.training.setup import use_compilation_cache
 
-    lengths = sorted({_length(text) for text in LENGTHS.value}, key=lambda size: (size[0] * size[1], size))
-    longest = sorted({_positive("--longest", text) for text in LONGEST.value})
+    lengths = sorted(set(_lengths()), key=lambda size: (size[0] * size[1], size))
+    longest = sorted(set(cli.integers(LONGEST, 1))) if LONGEST.value or "longest" in PARTS.value else []
     if not math.isfinite(SECONDS.value):
         raise ConfigError("--seconds", SECONDS.value, "must be a finite number >= 0")
-    if not lengths:
-        raise ConfigError("--lengths", "", "must name at least one length")
     _check_names("--architectures", ARCHITECTURES.value, ALL_ARCHITECTURES)
     _check_names("--parts", PARTS.value, ALL_PARTS)
     base = _base_config()
     configs = [dataclasses.replace(base, architecture=name) for name in dict.fromkeys(ARCHITECTURES.value)]
     mesh = _mesh(configs)
     _check_cache_dtype(configs)
-    if "longest" in PARTS.value and not longest:
-        raise ConfigError("--longest", "", "must name at least one length for --parts=longest")
     out = cli.writable_workdir(OUT.value, "--out") if OUT.value else None
     profile = cli.writable_workdir(PROFILE.value, "--profile") if PROFILE.value else None
     plan = Plan(
@@ -157,17 +154,12 @@ def _base_config() -> ModelConfig:
     return dataclasses.replace(config, **changes)
 
 
-def _length(text: str) -> tuple[int, int]:
-    """Returns (tokens, sequences) of an element of --lengths."""
-    tokens, times, batch = text.partition("x")
-    return _positive("--lengths", tokens, text), _positive("--lengths", batch, text) if times else BATCH.value
-
-
-def _positive(flag: str, text: str, whole: str | None = None) -> int:
-    if not text.isascii() or not text.isdecimal() or not 1 <= int(text) < 2**31:
-        allowed = "must be integers from 1 to 2147483647, separated by commas"
-        raise ConfigError(flag, text if whole is None else whole, allowed)
-    return int(text)
+def _lengths() -> Iterator[tuple[int, int]]:
+    """Yields (tokens, sequences) of each element of --lengths."""
+    for text in LENGTHS.value or [""]:
+        tokens, times, batch = text.partition("x")
+        length, *sequences = cli.integers(LENGTHS, 1, parts=[tokens, batch] if times else [tokens])
+        yield length, sequences[0] if sequences else BATCH.value
 
 
 def _check_names(flag: str, names: list[str], allowed: tuple[str, ...]) -> None:

@@ -4,6 +4,8 @@ import json
 import pathlib
 from typing import Any
 
+from tlinformer_jax.files import write_text
+
 Row = dict[str, Any]
 
 BASELINE, MODEL = "transformer", "tlinformer"
@@ -41,13 +43,11 @@ class Report:
         self.write()
 
     def write(self) -> None:
-        """Writes the file atomically."""
+        """Writes the file."""
         self.values["ratios"] = ratios(self.values["rows"])
         if self.folder is None:
             return
-        draft = self.folder / "inference.json.draft"
-        draft.write_text(json.dumps(self.values, indent=1, allow_nan=False) + "\n", encoding="ascii")
-        draft.replace(self.folder / "inference.json")
+        write_text(self.folder / "inference.json", json.dumps(self.values, indent=1, allow_nan=False) + "\n")
 
 
 def add_cache_ratios(row: Row) -> None:

@@ -19,21 +19,8 @@ from absl import flags
 
 from benchmarks.cost import training_cost
 from benchmarks.plots import log_axes
-from benchmarks.training import (
-    ARCHITECTURES,
-    BATCH_TOKENS,
-    LENGTHS,
-    OUT,
-    SET,
-    STEPS,
-    WARMUP,
-    Case,
-    TimingOptions,
-    integers,
-    line,
-    overrides,
-    time_case,
-)
+from benchmarks.steps import Case, TimingOptions, overrides, time_case
+from benchmarks.training_report import line
 from tlinformer_jax.commands import cli
 from tlinformer_jax.config.model import ARCHITECTURE_NAMES, WINDOWED, ModelConfig
 from tlinformer_jax.config.model import ARCHITECTURES as ALL_ARCHITECTURES
@@ -42,10 +29,17 @@ from tlinformer_jax.errors import ConfigError, UserError
 from tlinformer_jax.experiments.drawing import Curve, draw_curves, figure_of, save, styles
 from tlinformer_jax.files import local_path, markdown, write_text
 
+LENGTHS = flags.DEFINE_list("lengths", [str(1024 * 2**power) for power in range(8)], "Sequence lengths in tokens.")
 WINDOWS = flags.DEFINE_list("windows", ["0", "256", "1024"], "W_oh and W_og of each TLinFormer; 0 is the Transformer.")
+ARCHITECTURES = flags.DEFINE_list("architectures", [], "Other architectures to show.")
+SET = flags.DEFINE_multi_string("set", [], "FIELD=VALUE[,FIELD=VALUE]: fields of all models.")
+BATCH_TOKENS = flags.DEFINE_list("batch_tokens", ["131072"], "Tokens of a step; the first that fit in memory are used.")
+STEPS = flags.DEFINE_integer("steps", 5, "Timed steps.", lower_bound=1)
+WARMUP = flags.DEFINE_integer("warmup_steps", 1, "Steps before those that are timed.", lower_bound=0)
 MEASURE = flags.DEFINE_bool("measure", False, "Time training steps on this machine's devices, too.")
 RECORD = flags.DEFINE_list("record", [], "Files training_cost.json to draw, instead of counting and measuring.")
 GENERATION = flags.DEFINE_list("generation", [], "Records of benchmarks.inference, inference.json, to draw beside it.")
+OUT = flags.DEFINE_string("out", "", "Directory for the record and the figure; none: print only.")
 
 Row = dict[str, Any]
 # Figures per token that a row may have, with their units and factors.
@@ -203,12 +197,11 @@ def main() -> None:
 
 def _made(folder: pathlib.Path | None) -> Row:
     """Returns a new record; its file is written after each row."""
-    if not all(text.isdecimal() for text in WINDOWS.value) or not WINDOWS.value + ARCHITECTURES.value:
-        raise UserError(f"--windows={','.join(WINDOWS.value)}: must be integers >= 0, separated by commas")
+    windows = cli.integers(WINDOWS) if WINDOWS.value or not ARCHITECTURES.value else ()
     if unknown := set(ARCHITECTURES.value) - set(ALL_ARCHITECTURES):
         raise ConfigError("--architectures", ",".join(sorted(unknown)), f"must be among {', '.join(ALL_ARCHITECTURES)}")
-    lengths, batches = integers("--lengths", LENGTHS.value), integers("--batch_tokens", BATCH_TOKENS.value)
-    configs = models([int(text) for text in WINDOWS.value], ARCHITECTURES.value, _model_fields(SET.value))
+    lengths, batches = cli.integers(LENGTHS, 1), cli.integers(BATCH_TOKENS, 1)
+    configs = models(windows, ARCHITECTURES.value, _model_fields(SET.value))
     record: Row = {
         "command": " ".join(["python -m benchmarks.training_cost", *sys.argv[1:]]),
         "device": None,
@@ -262,8 +255,4 @@ def _number(value: float) -> str:
 
 
 if __name__ == "__main__":
-    for flag, value in (("lengths", [str(1024 * 2**power) for power in range(8)]), ("steps", 5), ("warmup_steps", 1)):
-        flags.FLAGS.set_default(flag, value)
-    flags.FLAGS.set_default("batch_tokens", ["131072"])
-    flags.FLAGS.set_default("architectures", [])
     cli.run(main)

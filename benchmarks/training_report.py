@@ -9,6 +9,7 @@ from typing import Any
 
 from benchmarks.plots import log_axes
 from tlinformer_jax.experiments.drawing import Curve, draw_curves, figure_of, save
+from tlinformer_jax.files import write_text
 
 # Columns of a row; `training.time_case` explains them.
 COLUMNS = (
@@ -76,8 +77,8 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def write_results(folder: pathlib.Path, report: Mapping[str, Any]) -> None:
     """Writes training.json and training.md."""
-    (folder / "training.json").write_text(json.dumps(report, indent=1) + "\n")
-    (folder / "training.md").write_text(table(report["rows"]))
+    write_text(folder / "training.json", json.dumps(report, indent=1) + "\n")
+    write_text(folder / "training.md", table(report["rows"]))
 
 
 def plot_training(rows: Sequence[Mapping[str, Any]], device: str, folder: pathlib.Path) -> list[pathlib.Path]:

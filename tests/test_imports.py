@@ -75,3 +75,14 @@ def test_the_console_script_is_a_command():
     assert PROJECT["scripts"]["tlinformer"]
     entry = importlib.metadata.EntryPoint("tlinformer", PROJECT["scripts"]["tlinformer"], "console_scripts")
     assert callable(entry.load())
+
+
+def test_a_package_that_lists_its_modules_lists_them_all():
+    left_out = {}
+    for init in (ROOT / "tlinformer_jax").glob("*/__init__.py"):
+        listed = set(re.findall(r"[\w.]+", ast.get_docstring(ast.parse(init.read_text()))))
+        modules = {path.stem for path in init.parent.glob("*.py")} - {"__init__"}
+        if len(modules & listed) > len(modules) / 2:
+            left_out[init.parent.name] = modules - listed
+    assert len(left_out) > 5
+    assert not {name: modules for name, modules in left_out.items() if modules}

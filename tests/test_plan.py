@@ -1,10 +1,12 @@
 """How a sequence is executed, resolved from `model.memory` before anything is compiled."""
 
 import dataclasses
+import json
 
 import pytest
 
 from tlinformer_jax.config.model import ExecutionPlan, ModelConfig
+from tlinformer_jax.config.run import run_config
 from tlinformer_jax.errors import ConfigError
 from tlinformer_jax.models.windows import PairedSegment, plan_segments
 from tlinformer_jax.parallel.mesh import target
@@ -13,10 +15,22 @@ GPU, TPU, CPU = ("gpu", "NVIDIA H100 80GB HBM3"), ("tpu", "TPU v5 lite"), ("cpu"
 LONG = ModelConfig(history_window=1024, generation_window=1024, memory="low")
 
 
-@pytest.mark.parametrize("field", [{"segments": 0}, {"together": 0}, {"chunk": -1}, {"together": 1.5}])
+@pytest.mark.parametrize(
+    "field", [{"segments": 0}, {"together": 0}, {"chunk": -1}, {"together": 1.5}, {"paired": "yes"}, {"scan_layers": 1}]
+)
 def test_a_plan_that_cannot_run_is_refused(field):
     with pytest.raises(ConfigError, match=f"^model.memory.{next(iter(field))} = "):
         ExecutionPlan(**field)
+    with pytest.raises(ConfigError, match=f"^model.memory.{next(iter(field))} = "):
+        ModelConfig(memory=field)
+
+
+def test_a_configuration_with_a_plan_survives_json():
+    """As config.json and the jobs of a sweep hold it."""
+    config = run_config({"model": {"memory": ExecutionPlan(2, together=3, checkpointing=True)}})
+    assert run_config(json.loads(json.dumps(config.to_dict()))) == config
+    with pytest.raises(ConfigError, match=r"^model.memory = {'chunks': 2}: must be one of auto, low, or hold fields"):
+        ModelConfig(memory={"chunks": 2})
 
 
 @pytest.mark.parametrize(

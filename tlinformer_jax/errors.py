@@ -72,9 +72,13 @@ TRUE_OR_FALSE = Rule("must be True or False", lambda value: isinstance(value, bo
 def check_fields(section: str, values: object, rules: Mapping[str, Rule]) -> None:
     """Checks the fields of `values` by their rules; raises a ConfigError for the first that breaks one."""
     for name, rule in rules.items():
-        value = getattr(values, name)
-        if not rule.holds(value):
-            raise ConfigError(f"{section}.{name}", value, rule.allowed)
+        check_value(f"{section}.{name}", getattr(values, name), rule)
+
+
+def check_value(field: str, value: Any, rule: Rule) -> None:
+    """Raises a ConfigError if the value of a field, given by its dotted name, breaks the rule."""
+    if not rule.holds(value):
+        raise ConfigError(field, value, rule.allowed)
 
 
 # ---- Messages

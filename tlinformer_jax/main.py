@@ -83,12 +83,15 @@ def _train(config: RunConfig, workdir: pathlib.Path, profile: pathlib.Path | Non
 
 
 def _check(config: RunConfig) -> None:
+    from tlinformer_jax.data.sources import find_split
+    from tlinformer_jax.experiments.actions import check_possible, checked_actions
     from tlinformer_jax.training.check import check_run
     from tlinformer_jax.training.device_memory import memory_advice
     from tlinformer_jax.training.workdir import Origin, check_origin
 
     if INIT_FROM.value is not None:
         check_origin(Origin(local_path(INIT_FROM.value, "--init_from")), config)
+    check_possible(checked_actions(THEN.value or ()), config, find_split)
     with memory_advice():
         cli.print_result(check_run(config, CHECK_COMPILE.value))
 

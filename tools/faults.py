@@ -22,6 +22,7 @@ from absl import flags
 
 from tlinformer_jax.commands import cli
 from tlinformer_jax.config.train import NUM_SEEDS
+from tlinformer_jax.files import write_text
 
 if TYPE_CHECKING:
     from tools.fault_runs import Outcome
@@ -50,7 +51,7 @@ def main() -> None:
     values = report(trials, time.monotonic() - started)
     print(table(values), flush=True)
     if out is not None:
-        (out / f"faults_{SIGNAL.value}.json").write_text(as_json(values), encoding="utf-8")
+        write_text(out / f"faults_{SIGNAL.value}.json", as_json(values))
     if not values["lost"]:
         shutil.rmtree(root, ignore_errors=True)
         return

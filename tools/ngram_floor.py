@@ -43,8 +43,10 @@ def main() -> None:
             raise UserError(f"--context={context}: must be at most {len(tokens) - 2}, what the {name} split has")
     bits = kneser_ney_bits(*rows, tokenizer.vocab_size, context)
     for size, value in enumerate(bits):
-        per_byte = value * len(rows[1]) / test.num_bytes
-        print(f"{size} tokens of context: perplexity {2**value:.2f} per token, {per_byte:.3f} bits per byte")
+        text = f"{size} tokens of context: perplexity {2**value:.2f} per token"
+        if test.num_bytes:  # token ids of your own have none
+            text += f", {value * len(rows[1]) / test.num_bytes:.3f} bits per byte"
+        print(text)
 
 
 if __name__ == "__main__":

@@ -109,10 +109,15 @@ def main() -> None:
         root = pathlib.Path(tempfile.mkdtemp(prefix="repeatability-"))
         if name:
             print(f"\n{name}\n", flush=True)
-        if compare(train(root, config)):
-            shutil.rmtree(root, ignore_errors=True)
-        else:
-            print(f"what the runs have left is in {root}", flush=True)
+        equal = False
+        try:
+            equal = compare(train(root, config))
+        finally:  # also if a run has failed
+            if equal:
+                shutil.rmtree(root, ignore_errors=True)
+            else:
+                print(f"what the runs have left is in {root}", flush=True)
+        if not equal:
             different.append(name)
     if different:
         sys.exit(1)

@@ -66,5 +66,19 @@ def test_the_command_prints_every_order():
     assert (task.returncode, task.stderr) == (2, "error: data.dataset = 'recall': must be a text for n-grams\n")
 
 
+def test_token_ids_have_no_bytes_to_count(tmp_path):
+    tokens = np.random.default_rng(0).integers(0, 9, 300, dtype=np.uint16)
+    np.save(tmp_path / "ids.npy", tokens)
+    files = [f"--config.data.{split}_files={tmp_path}/ids.npy" for split in ("train", "validation")]
+    given = ("--config=tiny", "--config.data.dataset=tokens", "--config.data.tokenizer=ids:9", *files)
+    found = command("tools.ngram_floor", *given, "--context=1")
+    assert found.returncode == 0, found.stderr
+    assert [line.partition(": perplexity ")[0] for line in found.stdout.splitlines()] == [
+        "0 tokens of context",
+        "1 tokens of context",
+    ]
+    assert found.stdout.count(" per token\n") == 2
+
+
 def test_images_by_columns_have_the_pixel_above_before_each():
     assert by_columns(np.array([9, 1, 2, 3, 4, 5, 6, 7, 8, 0]), 2).tolist() == [9, 1, 3, 2, 4, 5, 7, 6, 8]

@@ -68,8 +68,8 @@ def test_other_failures_are_raised(text, monkeypatch):
 
 
 MISTAKES = {
-    "a length that is none": (["--lengths=10,1e6"], "--lengths = '1e6'"),
-    "no length to try": (["--parts=longest", "--longest="], "--longest = ''"),
+    "a length that is none": (["--lengths=10,1e6"], "--lengths=10,1e6: must be integers"),
+    "no length to try": (["--parts=longest", "--longest="], "--longest=: must be integers from 1"),
     "an unknown part": (["--parts=sustained,speed"], "--parts = 'speed'"),
     "an unknown architecture": (["--architectures=mamba"], "--architectures = 'mamba'"),
     "more devices than there are": (

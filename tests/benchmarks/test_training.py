@@ -4,14 +4,13 @@ import json
 
 import numpy as np
 import pytest
-from absl import flags
-from absl.testing import flagsaver
 
-from benchmarks import profiling, training, training_report
+from benchmarks import profiling, steps, training_report
 from tests.support.commands import ROOT
 from tests.support.figures import check_lines
 from tests.test_entry_points import check_refusal, command
 from tlinformer_jax.config.named import load_python
+from tlinformer_jax.config.run import run_config
 from tlinformer_jax.errors import ConfigError
 
 TINY = "model.d_model=16,model.num_heads=2,model.num_blocks=1,model.hidden_depth=0,model.d_ff=16,model.vocab_size=64"
@@ -53,7 +52,7 @@ def test_rows_results_and_best_settings(tmp_path):
 
 
 def test_as_many_steps_are_timed_as_asked():
-    assert [training.group_sizes(steps) for steps in (1, 5, 7, 50)] == [[1], [5], [3, 4], [5] * 10]
+    assert [steps.group_sizes(count) for count in (1, 5, 7, 50)] == [[1], [5], [3, 4], [5] * 10]
 
 
 @pytest.mark.slow
@@ -63,9 +62,9 @@ def test_memory_that_does_not_suffice_is_a_row_not_an_end(monkeypatch):
     def exhausted(*_):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate")
 
-    monkeypatch.setattr(training, "_timed", exhausted)
-    config = training.run_config({"model": {"vocab_size": 64, "d_model": 16, "num_heads": 2}})
-    row = training.time_case(training.Case(config, ""), training.TimingOptions(1))
+    monkeypatch.setattr(steps, "_timed", exhausted)
+    config = run_config({"model": {"vocab_size": 64, "d_model": 16, "num_heads": 2}})
+    row = steps.time_case(steps.Case(config, ""), steps.TimingOptions(1))
     assert row["error"] == "out of memory"
     assert row["tokens_per_second"] is None
     assert training_report.best_rows([row]) == []
@@ -74,12 +73,12 @@ def test_memory_that_does_not_suffice_is_a_row_not_an_end(monkeypatch):
 
 def test_documents_are_kept_apart_where_that_is_asked():
     sizes = {"model": {"vocab_size": 64}, "data": {"sequence_length": 4096}, "train": {"batch_size": 8}}
-    apart = training.run_config(sizes | {"data": sizes["data"] | {"document_masking": True}})
-    documents = training.random_batch(apart)["documents"]
+    apart = run_config(sizes | {"data": sizes["data"] | {"document_masking": True}})
+    documents = steps.random_batch(apart)["documents"]
     assert documents.shape == (8, 4096)
     assert set(np.unique(np.diff(documents, axis=1))) == {0, 1}
     assert 380 < documents[:, -1].sum() < 560  # 8 * 4096 / 70 is 468
-    assert "documents" not in training.random_batch(training.run_config(sizes))
+    assert "documents" not in steps.random_batch(run_config(sizes))
 
 
 def test_a_row_that_the_devices_cannot_share_is_refused():
@@ -87,9 +86,9 @@ def test_a_row_that_the_devices_cannot_share_is_refused():
     with pytest.raises(
         ConfigError, match=r"train\.mesh = 'window=2': window must be 1 for model.architecture = 'transformer'"
     ):
-        training.checked_mesh(training.run_config(values))
+        steps.checked_mesh(run_config(values))
     with pytest.raises(ConfigError, match=r"--batch_tokens / --lengths = 6"):
-        training.checked_mesh(training.run_config({"train": {"batch_size": 6, "mesh": "window=2"}}))
+        steps.checked_mesh(run_config({"train": {"batch_size": 6, "mesh": "window=2"}}))
 
 
 def test_a_trace_tells_as_many_kernels_as_asked(monkeypatch, tmp_path):
@@ -106,7 +105,7 @@ def test_the_best_row_is_the_fastest_of_its_length():
 
 
 def test_settings_take_numbers_words_none_and_lists_of_names():
-    fields = training.overrides(
+    fields = steps.overrides(
         "model.d_ff=None,train.mesh=fsdp=2,tensor=2,data.train_files=a.txt,b.txt,train.accumulation=4"
     )
     assert fields == {
@@ -121,29 +120,29 @@ CONFIGS = sorted(path.name for path in (ROOT / "configs").glob("*.py") if not pa
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_every_config_file_can_be_timed_on_random_tokens(name, monkeypatch):
+def test_every_config_file_can_be_timed_on_random_tokens(name):
     config = load_python(str(ROOT / "configs" / name), "--config", "get_config")
-    monkeypatch.setattr(training.cli, "config_given", lambda: True)
-    monkeypatch.setattr(training.cli, "config_values", lambda: config)
-    flags.FLAGS(["benchmark"])
-    row, _ = training.cases(training._base(), [""], [512], [2048])
+    base = steps.base_fields(config.to_dict(), 0, [])
+    row, _ = steps.cases(base, ["tlinformer", "transformer"], [512], [""], [2048])
     assert (row.config.data.sequence_length, row.config.train.batch_size) == (512, 4)
     assert row.config.model.d_model == config.model.d_model
 
 
 def test_a_field_for_all_rows_is_in_every_row():
-    flags.FLAGS(["benchmark"])
-    with flagsaver.flagsaver(set=["train.accumulation=2", "model.d_model=24"], architectures=["transformer"]):
-        rows = training.cases(training._base(), ["", "train.accumulation=4"], [8], [64, 128])
+    configured = run_config({"model": {}}).to_dict()
+    base = steps.base_fields(configured, 32, ["train.accumulation=2", "model.d_model=24"])
+    rows = steps.cases(base, ["transformer"], [8], ["", "train.accumulation=4"], [64, 128])
     fields = [(row.config.train.batch_size, row.config.train.accumulation, row.config.model.d_model) for row in rows]
     assert fields == [(8, 2, 24), (16, 2, 24), (8, 4, 24), (16, 4, 24)]
+    windows = {(row.config.model.history_window, row.config.model.generation_window) for row in rows}
+    assert windows == {(32, 32)}
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--lengths=many"], "--lengths = 'many': must be integers >= 1"),
-        (["--batch_tokens=0"], "--batch_tokens = '0': must be integers >= 1"),
+        (["--lengths=many"], "--lengths=many: must be integers from 1 to 2147483647"),
+        (["--batch_tokens=0"], "--batch_tokens=0: must be integers from 1 to"),
         (["--try=model.width=3"], "'model.width=3': must be section.field=value"),
         (["--try=model.d_model=64,steps=3"], "'steps=3': must be section.field=value"),
         (
@@ -156,6 +155,18 @@ def test_a_field_for_all_rows_is_in_every_row():
 )
 def test_mistakes_end_in_one_line(arguments, message):
     check_refusal(command("benchmarks.training", *arguments), message)
+
+
+def test_results_that_cannot_be_written_leave_those_before(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError("no space left")
+
+    training_report.write_results(tmp_path, {"rows": []})
+    before = (tmp_path / "training.json").read_text()
+    monkeypatch.setattr("tlinformer_jax.files.os.fsync", full)
+    with pytest.raises(OSError, match="no space"):
+        training_report.write_results(tmp_path, {"rows": [], "device": "cpu"})
+    assert (tmp_path / "training.json").read_text() == before
 
 
 def test_plots_have_a_line_for_every_architecture(tmp_path, drawn):

@@ -8,8 +8,11 @@ import pytest
 
 from tests.evaluation.runs import LENGTH, MODEL, trained, weights
 from tests.support import reference
+from tlinformer_jax.config.data import DataConfig
 from tlinformer_jax.data.batches import take_samples
+from tlinformer_jax.data.sources import load_split
 from tlinformer_jax.data.streams import TokenStream
+from tlinformer_jax.data.tokenizers import build_tokenizer
 from tlinformer_jax.errors import UserError
 from tlinformer_jax.evaluation.history import distance_edges, measure_history
 
@@ -176,3 +179,10 @@ def test_a_split_of_one_sample_has_no_other_text():
 def test_what_has_no_history_is_refused():
     with pytest.raises(UserError, match="samples of 4 tokens: must be longer"):
         measure_history(trained(), trained().run.split("validation"), 4)
+    copying = DataConfig(dataset="copy", tokenizer="numbers:9", sequence_length=12)
+    task = load_split(copying, "validation", build_tokenizer(copying.tokenizer))
+    with pytest.raises(UserError, match=r"data\.sequence_length = 101: must be even"):
+        measure_history(trained(), task, 101)
+    for option in ("samples", "batch_size"):
+        with pytest.raises(UserError, match=rf"^evaluation\.{option} = 0: must be an integer >= 1$"):
+            measure_history(trained(), trained().run.split("validation"), **{option: 0})

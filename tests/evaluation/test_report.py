@@ -140,6 +140,13 @@ def test_options_that_are_not_allowed(options, says):
     assert str(caught.value).startswith(says)
 
 
+@pytest.mark.parametrize("option", ["length", "batch_size"])
+@pytest.mark.parametrize("value", [0, -4, 1.5])
+def test_a_run_refuses_them_too(option, value):
+    with pytest.raises(ConfigError, match=rf"^evaluation\.{option} = {value}: must be an integer >= 1$"):
+        trained().run.evaluate(trained().params, STREAM, **{option: value})
+
+
 def test_no_array_of_all_tokens_times_the_vocabulary(monkeypatch):
     """What the compiled step needs on each device beside its arguments, against that array's part."""
     size, length = 2048, 8192

@@ -106,7 +106,11 @@ def test_what_a_run_cannot_have_is_refused_before_it_is_trained():
     task = SECTIONS["data"] | {"dataset": "copy", "tokenizer": "numbers:9"}
     with pytest.raises(UserError, match=r"samples: .*tokenizer = 'numbers:9'"):
         check_possible(("samples",), run_config(SECTIONS | {"data": task}))
-    check_possible(("history", "evaluate", "samples"), run_config(SECTIONS))
+    with pytest.raises(UserError, match=r"^history@33: data\.sequence_length = 33: must be even"):
+        check_possible(("history@33",), run_config(SECTIONS | {"data": task}))
+    with pytest.raises(UserError, match=r"^history@1048576: .*: the validation split has only"):
+        check_possible(("history@1048576",), run_config(SECTIONS))
+    check_possible(("history", "history@64", "evaluate", "samples"), run_config(SECTIONS))
 
 
 @pytest.mark.slow
@@ -130,4 +134,4 @@ def test_a_training_and_the_command_measure_the_same(tmp_path):
     kinds = ("mass", "cuts", "length", "same_tokens")
     assert {f"history_{kind}.{ending}" for kind in kinds for ending in ("csv", "png")} <= names
     for result, given in zip(wrong, ("4,x", "-1,4"), strict=True):
-        check_refusal(result, f"--distances={given}: must be integers >= 0, separated by commas")
+        check_refusal(result, f"--distances={given}: must be integers from 0 to 2147483647")

@@ -40,7 +40,7 @@ def test_the_points_are_listed_with_updates_parameters_and_tokens(own_cache):
     params = build_model(points[0].config.model).init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
     plain = sum(leaf.size for leaf in jax.tree.leaves(params))
     sizes = {"wide": plain + LAYERS * 3 * FEATURES * (48 - 24)}
-    head, *lines = list_points([[point] for point in points]).splitlines()
+    _, head, *lines = list_points([[point] for point in points], base).splitlines()
     assert head.split() == ["point", "updates", "parameters", "tokens", "fields", "that", "it", "sets"]
     for number, (point, line) in enumerate(zip(points, lines, strict=True)):
         updates, tokens = EXPECTED[point.point]
@@ -52,6 +52,18 @@ def test_the_points_are_listed_with_updates_parameters_and_tokens(own_cache):
         )
 
 
+def test_fields_of_the_base_are_above_the_points():
+    """Only those that differ from the defaults, without those that every point sets."""
+    base = default_config_dict()
+    base.model.update(d_model=48, num_heads=4, hidden_depth=2, history_window=32)
+    base.train.steps = 40
+    points = {"a": {"model.history_window": 8}, "b": {"model.history_window": 16, "train.steps": 9}}
+    listed = list_points([plan_points(Sweep(base, points))], base).splitlines()
+    assert listed[0] == "base: model.d_model=48 model.num_heads=4 train.steps=40"
+    listed = list_points([plan_points(Sweep({}, points))], {}).splitlines()
+    assert listed[0] == "base: all defaults"
+
+
 def test_the_command_prints_the_table_and_writes_nothing(tmp_path):
     """It needs no accelerator: training may use those of this machine."""
     line, environment = command_line(
@@ -60,10 +72,11 @@ def test_the_command_prints_the_table_and_writes_nothing(tmp_path):
     done = run_line(line, environment | {"JAX_PLATFORMS": "tpu"})
     assert done.returncode == 0, done.stderr
     rows = [line.split() for line in done.stdout.splitlines()]
-    assert [row[:3] for row in rows[1:]] == [
+    assert rows[0][:3] == ["base:", "data.sequence_length=64", "model.d_ff=64"]
+    assert [row[:3] for row in rows[2:]] == [
         [str(number), f"{name}-seed0", "40"] for number, name in enumerate(("8-24", "16-16", "24-8", "auto-16"))
     ]
-    assert {row[4] for row in rows[1:]} == {"20,480"}  # 40 updates of 8 samples of 64
+    assert {row[4] for row in rows[2:]} == {"20,480"}  # 40 updates of 8 samples of 64
     assert list(tmp_path.iterdir()) == []
 
 
@@ -73,6 +86,6 @@ def test_with_together_a_number_is_what_point_takes():
     )
     done = run_line(line, environment)
     assert done.returncode == 0, done.stderr
-    rows = [line.split() for line in done.stdout.splitlines()[1:]]
+    rows = [line.split() for line in done.stdout.splitlines()[2:]]
     names = [row[1] for row in rows if row[0] == "5"]
     assert names == [f"128-8-plus_tlin-4_lr0.003-seed{seed}" for seed in (0, 1, 2)]

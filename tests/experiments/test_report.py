@@ -234,6 +234,7 @@ def test_a_record_with_a_part_of_another_version_is_named(tmp_path):
 
 
 def test_figures_that_no_run_has_are_left_out(tmp_path):
+    assert "## Runs" in written(tmp_path, made_result("a", 9.0, history=[]))
     lines = written(tmp_path, made_result("a", 9.0, seconds={}, speed={}, peak_bytes=None))
     row = next(line for line in lines if line.startswith("| a | transformer"))
     assert row == "| a | transformer | 1,024 | 2 x 4 | 0 | 9.00 | 1.500 | 1.50 | 2 x Abacus |"
@@ -243,6 +244,20 @@ def test_text_in_a_block_stays_there():
     assert fenced("a`b") == ["```text", "a`b", "```", ""]
     assert fenced("a````b") == ["`````text", "a````b", "`````", ""]
     assert fenced("a\x1b[0m\tb\nc")[1] == "a\\x1b[0m\tb\nc"
+
+
+EQUAL = "must have lists of equal length, not empty: "
+BOTH = f"{EQUAL}right, answers"
+# A part of an evaluation, lists in it that are no columns of a table, and what is said of them.
+UNEVEN = (
+    ("by_position", {"edges": [0, 4, 8], "loss": []}, f"{EQUAL}loss; edges with one number more"),
+    ("by_position", {"edges": [], "loss": []}, f"{EQUAL}loss; edges"),
+    ("by_position", {"edges": [0], "loss": []}, f"{EQUAL}loss; edges"),
+    ("by_position", {"edges": [0, 4], "loss": [1.0, 2.0]}, f"{EQUAL}loss; edges"),
+    ("by_window_position", {"edges": []}, f"{EQUAL}edges"),
+    ("by_window_position", {"edges": [0, 4], "later": []}, f"{EQUAL}later; edges"),
+    ("accuracy_by_position", {"edges": [0, 4], "right": [1], "answers": []}, f"{BOTH}; edges"),
+)
 
 
 def test_what_is_no_record_is_named(tmp_path):
@@ -262,6 +277,15 @@ def test_what_is_no_record_is_named(tmp_path):
         ("evaluate", whole | {"test": {"length": 1024}}, "'then.evaluate.test.tokens' is missing"),
         ("history", MEASURED | {"cuts": [MEASURED["cuts"][0], 7]}, "'then.history.cuts[1]' must be dict"),
         ("dance", [], "'then.dance' must be dict"),
+        ("history", MEASURED | {"cuts": []}, "'then.history.cuts' must not be empty"),
+        ("history", MEASURED | {"starts": []}, "'then.history.starts' must not be empty"),
+        ("history", MEASURED | {"swapped": {"change": 1.0}}, "'then.history.swapped.affected_change' is missing"),
+        *(("evaluate", whole | {part: columns}, f"'then.evaluate.{part}' {says}") for part, columns, says in UNEVEN),
+        (
+            "evaluate",
+            whole | {"answers": {"own": {"right": [1], "answers": []}}},
+            f"'then.evaluate.answers.own' {BOTH}",
+        ),
     ):
         save(tmp_path, made_result("x", 1.0, then={action: done}))
         with pytest.raises(DataError, match=re.escape(f"x.json: {says}")):

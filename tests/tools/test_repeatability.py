@@ -6,6 +6,7 @@ import pytest
 
 from tests.support.commands import TEXT, check_refusal, command
 from tests.training.test_resume import run_config
+from tlinformer_jax.errors import UserError
 from tlinformer_jax.training.loop import train_and_evaluate
 
 SHRUNK = [
@@ -74,3 +75,18 @@ def test_every_default_is_run_and_a_difference_in_one_ends_with_status_1(monkeyp
         architecture, _, dropout = name.replace(",", "").split()
         assert {f"--config.model.architecture={architecture}", f"--config.model.dropout={dropout}"} <= set(config)
     assert told.count("what the runs have left is in") == 1
+
+
+def test_the_files_of_a_run_that_fails_are_named(monkeypatch, tmp_path, capsys):
+    from tools import repeatability
+
+    def fail(root, config):
+        raise UserError("a run ended with status 2")
+
+    monkeypatch.setattr(repeatability.sys, "argv", ["repeatability"])
+    monkeypatch.setattr(repeatability.cli, "config_given", lambda: False)
+    monkeypatch.setattr(repeatability.tempfile, "mkdtemp", lambda prefix: str(tmp_path))
+    monkeypatch.setattr(repeatability, "train", fail)
+    with pytest.raises(UserError, match="status 2"):
+        repeatability.main()
+    assert f"what the runs have left is in {tmp_path}\n" in capsys.readouterr().out

@@ -23,6 +23,7 @@ from tlinformer_jax.files import local_path
 if TYPE_CHECKING:
     from tlinformer_jax.parallel.processes import Cluster
 
+LARGEST_INTEGER = 2**31 - 1  # tokens and positions are int32
 FLAG_OF_OPTION = {"stop_strings": "stop"}  # options whose flag has another name
 
 
@@ -117,16 +118,18 @@ def given_path(flag: flags.FlagHolder[str], what: str) -> pathlib.Path:
     return local_path(flag.value, f"--{flag.name}")
 
 
-def integers(flag: flags.FlagHolder[Any], most: int | None = None) -> tuple[int, ...]:
-    """Returns the numbers of a list flag, which must be from 0 to `most` if that is given."""
+def integers(
+    flag: flags.FlagHolder[Any], least: int = 0, most: int = LARGEST_INTEGER, parts: Sequence[str] | None = None
+) -> tuple[int, ...]:
+    """Returns the numbers of a list flag, or those of `parts` of it: at least one, each from `least` to `most`."""
     try:
-        numbers = tuple(int(text) for text in flag.value)
-        if most is None or all(0 <= value <= most for value in numbers):
+        numbers = tuple(map(int, flag.value if parts is None else parts))
+        if numbers and least <= min(numbers) and max(numbers) <= most:
             return numbers
     except ValueError:
         pass
-    allowed = "integers" if most is None else f"integers from 0 to {most}"
-    raise UserError(f"--{flag.name}={','.join(flag.value)}: must be {allowed}, separated by commas")
+    allowed = f"must be integers from {least} to {most}, separated by commas"
+    raise UserError(f"--{flag.name}={','.join(flag.value)}: {allowed}")
 
 
 @contextlib.contextmanager

@@ -45,7 +45,7 @@ def main() -> None:
     from tlinformer_jax.training.setup import use_compilation_cache
 
     workdir = cli.given_path(WORKDIR, "the directory of a run")
-    lengths = tuple(dict.fromkeys(cli.integers(LENGTHS)))
+    lengths = tuple(dict.fromkeys(cli.integers(LENGTHS, 1))) if LENGTHS.value else ()
     with cli.errors_by_flag():
         options = EvaluationOptions(LENGTH.value, lengths, BY_POSITION.value, BATCH_SIZE.value)
     text = None

@@ -13,7 +13,6 @@ from typing import Any
 from absl import flags
 
 from tlinformer_jax.commands import cli
-from tlinformer_jax.errors import UserError
 from tlinformer_jax.files import writing
 
 WORKDIR, STEP = cli.run_flags()
@@ -35,9 +34,7 @@ def main() -> None:
 
     workdir = cli.given_path(WORKDIR, "the directory of a run")
     out = cli.writable_workdir(OUT.value, "--out") if OUT.value else None
-    if not all(text.isdecimal() for text in DISTANCES.value):
-        raise UserError(f"--distances={','.join(DISTANCES.value)}: must be integers >= 0, separated by commas")
-    distances = sorted({int(text) for text in DISTANCES.value})
+    distances = sorted(set(cli.integers(DISTANCES))) if DISTANCES.value else ()
     use_compilation_cache()
     trained = load_run(workdir, STEP.value)
     stream = trained.run.split(SPLIT.value, LENGTH.value)

@@ -73,9 +73,10 @@ def main() -> None:
     """Checks all points, trains the unfinished ones, and writes the tables."""
     sweep = load_sweep(SWEEP.value)
     if SEEDS.value is not None:
-        sweep = dataclasses.replace(sweep, seeds=cli.integers(SEEDS, LARGEST_SEED))
+        sweep = dataclasses.replace(sweep, seeds=cli.integers(SEEDS, most=LARGEST_SEED))
     then = checked_actions(sweep.then, "Sweep.then") if THEN.value is None else checked_actions(THEN.value)
-    points = plan_points(dataclasses.replace(sweep, then=then), _base(sweep))
+    base = _base(sweep)
+    points = plan_points(dataclasses.replace(sweep, then=then), base)
     groups = groups_of(points) if TOGETHER.value else [[point] for point in points]
     chosen = chosen_points(groups, POINT.value, POINTS.value)
     _check(chosen)
@@ -86,7 +87,7 @@ def main() -> None:
         from tlinformer_jax.experiments.listing import list_points
 
         jax.config.update("jax_platforms", "cpu")
-        cli.print_result(list_points(groups))
+        cli.print_result(list_points(groups, base))
         return
     if importlib.util.find_spec("pandas") is None:  # checked before anything is trained
         raise UserError("the tables of a sweep need pandas: pip install 'tlinformer-jax[report]'")
@@ -154,9 +155,9 @@ def _check(groups: list[list[Job]]) -> None:
 
 
 def _base(sweep: Sweep) -> Any:
-    """Returns the sweep's base with the command line's changes; None if there are none."""
+    """Returns the sweep's base with the command line's changes."""
     if "config" not in flags.FLAGS:
-        return None
+        return sweep.base
     for field in config_flags.get_override_values(flags.FLAGS["config"]):
         if field == SEED:
             raise UserError(f"--config.{field}: a sweep has several seeds; --seeds changes them")

@@ -82,7 +82,9 @@ class ExecutionPlan:
     paired: bool = False
 
     def __post_init__(self) -> None:
-        check_fields("model.memory", self, {"segments": integer(1), "together": integer(1), "chunk": integer(0)})
+        rules = dict.fromkeys(("scan_layers", "checkpointing", "paired"), TRUE_OR_FALSE)
+        rules |= {"segments": integer(1), "together": integer(1), "chunk": integer(0)}
+        check_fields("model.memory", self, rules)
 
     @property
     def one_at_a_time(self) -> "ExecutionPlan":
@@ -185,6 +187,8 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if not isinstance(self.dtype, str):  # dtypes such as jnp.bfloat16 are allowed, too
             object.__setattr__(self, "dtype", _dtype_name(self.dtype))
+        if hasattr(self.memory, "items"):  # a plan as config.json holds it
+            object.__setattr__(self, "memory", _plan_of(self.memory))
         check_fields("model", self, RULES)
         if self.mixture and self.experts_per_token > self.num_experts:
             allowed = f"must be at most model.num_experts = {self.num_experts}"
@@ -359,3 +363,12 @@ def _dtype_name(value: Any) -> str:
         return jnp.dtype(value).name
     except (TypeError, ValueError):
         raise ConfigError("model.dtype", value, f"must be one of {', '.join(COMPUTE_DTYPES)}") from None
+
+
+def _plan_of(fields: Any) -> ExecutionPlan:
+    try:
+        return ExecutionPlan(**fields)
+    except TypeError:
+        names = ", ".join(field.name for field in dataclasses.fields(ExecutionPlan))
+        allowed = f"{one_of(*MEMORY).allowed}, or hold fields of an ExecutionPlan: {names}"
+        raise ConfigError("model.memory", fields, allowed) from None

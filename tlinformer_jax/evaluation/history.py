@@ -34,8 +34,8 @@ from jaxtyping import Array, Float, Int
 from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.data.batches import num_samples, take_samples
 from tlinformer_jax.data.documents import DocumentStream
-from tlinformer_jax.data.tasks import Split
-from tlinformer_jax.errors import UserError
+from tlinformer_jax.data.tasks import Split, TaskSplit
+from tlinformer_jax.errors import UserError, check_value, integer
 from tlinformer_jax.models.attention import attend
 from tlinformer_jax.models.block import dual_window_block
 from tlinformer_jax.models.layers import LayerParams, layer_norm
@@ -73,10 +73,14 @@ def measure_history(
       of each block. The last two are empty without generation windows, and `swapped` is None if a split has one sample.
     """
     config = trained.run.config.model
+    for name, value in (("samples", samples), ("batch_size", batch_size)):
+        check_value(f"evaluation.{name}", value, integer(1))
     if isinstance(stream, DocumentStream):
         raise UserError(MASKED)
     length = length or trained.run.config.data.sequence_length
     check_measurable(config, length)
+    if isinstance(stream, TaskSplit):
+        stream.task.check(length)
     last = int(window_starts(config, num_windows(config, length))[-1])
     distances = distances or (0, *(4**power for power in range(2, 16) if 4**power < last))
     distances = tuple(distance for distance in distances if distance < last)

@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 from tlinformer_jax.data.batches import check_holds_a_sample
 from tlinformer_jax.data.sources import load_split
-from tlinformer_jax.data.tasks import TaskSplit
-from tlinformer_jax.data.tokenizers import NUMBERS, build_tokenizer
+from tlinformer_jax.data.tasks import Split, TaskSplit
+from tlinformer_jax.data.tokenizers import NUMBERS, Tokenizer, build_tokenizer
 from tlinformer_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 PROMPTS = ("The", "It was", '"I do not', "In the beginning")
 SAMPLE_TOKENS = 120
 SAMPLING = {"temperature": 0.8, "top_p": 0.95}
+LookUp = Callable[["DataConfig", str, Tokenizer], Split | None]
 
 
 def evaluate(trained: "TrainedRun", length: int | None = None) -> dict[str, Any]:
@@ -99,8 +100,11 @@ def possible_actions(names: Sequence[str], config: "RunConfig") -> tuple[str, ..
     return tuple(filter(possible, names))
 
 
-def check_possible(names: Sequence[str], config: "RunConfig") -> None:
-    """Checks, before training, that model and data allow the actions; raises a UserError if not."""
+def check_possible(names: Sequence[str], config: "RunConfig", look: LookUp = load_split) -> None:
+    """Checks, before training, that model and data allow the actions; raises a UserError if not.
+
+    With `look` = `find_split` nothing is written, and a split that is not tokenised yet is not checked.
+    """
     data, tokenizer = config.data, config.data.tokenizer
     for name in names:
         kind, *lengths = name.split("@")
@@ -108,20 +112,24 @@ def check_possible(names: Sequence[str], config: "RunConfig") -> None:
         if kind == "evaluate":
             for split in evaluated_splits(data):
                 if lengths or split != "validation":  # training checks that one for samples of its own length
-                    _check_split(data, split, length, name)
+                    _check_split(look, data, split, length, name)
         if kind == "history":
             from tlinformer_jax.evaluation.history import MASKED, check_measurable
 
             if data.document_masking:
                 raise UserError(MASKED)
             check_measurable(config.model, length)
+            if lengths:
+                _check_split(look, data, "validation", length, name)
         if kind == "samples" and tokenizer.startswith(NUMBERS):
             raise UserError(f"samples: data.tokenizer = {tokenizer!r}: must be one of texts")
 
 
-def _check_split(data: "DataConfig", name: str, length: int, action: str) -> None:
+def _check_split(look: LookUp, data: "DataConfig", name: str, length: int, action: str) -> None:
     """Checks that a split has samples of `length` tokens for the action; raises a UserError if not."""
-    split = load_split(data, name, build_tokenizer(data.tokenizer))
+    split = look(data, name, build_tokenizer(data.tokenizer))
+    if split is None:
+        return
     try:
         if isinstance(split, TaskSplit):
             split.task.check(length)

@@ -33,6 +33,8 @@ NUMBERS = (
     *("test.perplexity", "test.bits_per_byte"),
     *("total", "share", "chance", "found", "target.accuracy", *(f"reported.{name}" for name in ACCURACIES)),
 )
+# How tables show shares and counts.
+FORM, INTEGER = "{:.3f}".format, "{:,.0f}"
 FOUND = 0.9  # accuracy from which a run counts as having found the answers
 ENDS = (0.125, 0.875)  # shares of W_oh that a curve must cover before its chord can show a knee
 

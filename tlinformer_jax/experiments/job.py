@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TextIO
 
+from tlinformer_jax.config.data import FILES
 from tlinformer_jax.config.run import SECTIONS, RunConfig, run_config
 from tlinformer_jax.errors import DataError, UserError, file_errors_as
 from tlinformer_jax.files import finite, open_own, write_text, writing
@@ -34,7 +35,6 @@ DEFAULTS = {
 }
 # Fields that do not change a run's figures: its devices, and where it reads its text; some only in earlier records.
 WITHOUT_EFFECT = ("train.mesh", "data.manual_dir", "data.cache_dir", "data.full_hash", "data.num_workers")
-FILES = ("train_files", "validation_files", "test_files")
 COMMAND = (sys.executable, "-m", "tlinformer_jax.commands.sweep")  # reads jobs from its stdin
 LOG_FILE = "log.txt"
 STOPPED = 3  # exit status of a job's process that a signal stopped

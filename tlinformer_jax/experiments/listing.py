@@ -1,13 +1,15 @@
 """Lists the points of a sweep and what each would train: `python -m tlinformer_jax sweep --check`."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from tlinformer_jax.analysis.flops import num_parameters
-from tlinformer_jax.config.run import RunConfig
+from tlinformer_jax.config.run import RunConfig, default_config_dict
 from tlinformer_jax.data.sources import find_split
 from tlinformer_jax.data.tokenizers import build_tokenizer
 from tlinformer_jax.experiments.job import Job
+from tlinformer_jax.experiments.plan import overrides_between
 from tlinformer_jax.models.windows import trained_tokens
 from tlinformer_jax.training.optimizer import run_horizon
 from tlinformer_jax.training.setup import training_batches
@@ -15,19 +17,28 @@ from tlinformer_jax.training.setup import training_batches
 HEADS = ("", "point", "updates", "parameters", "tokens", "fields that it sets")
 
 
-def list_points(groups: Sequence[Sequence[Job]]) -> str:
-    """Returns a table of the points: updates, at most, parameters, and tokens trained on.
+def list_points(groups: Sequence[Sequence[Job]], base: Mapping[str, Any]) -> str:
+    """Returns a table of the points: updates, at most, parameters, and tokens trained on; above it the base's fields.
 
-    Points that one program trains are a group and share its number, which `--point` takes.
+    Points that one program trains are a group and share its number, which `--point` takes. Of the base only fields that
+    differ from their defaults are shown, without those that every point sets itself.
     """
+    changed = overrides_between(default_config_dict(), base)
+    own = [point.overrides for group in groups for point in group]
+    shared = {field: value for field, value in changed.items() if not all(field in fields for fields in own)}
     rows = [HEADS, *(_row(number, point) for number, group in enumerate(groups) for point in group)]
     widths = [max(map(len, column)) for column in zip(*rows)]
-    return "\n".join(
+    table = "\n".join(
         f"{number:>{widths[0]}}  {name:{widths[1]}}  "
         + "".join(f"{figure:>{width}}  " for figure, width in zip(figures, widths[2:]))
         + fields
         for number, name, *figures, fields in rows
     )
+    return f"base: {_shown(shared) or 'all defaults'}\n{table}"
+
+
+def _shown(fields: Mapping[str, Any]) -> str:
+    return " ".join(f"{field}={value}" for field, value in fields.items())
 
 
 def _row(number: int, point: Job) -> tuple[str, ...]:
@@ -40,7 +51,7 @@ def _row(number: int, point: Job) -> tuple[str, ...]:
         str(train.steps) if updates is None else f"{updates:,}",
         f"{_num_parameters(config.model):,}",
         "unknown" if updates is None else f"{updates * each:,.0f}",
-        " ".join(f"{field}={value}" for field, value in point.overrides.items()),
+        _shown(point.overrides),
     )
 
 

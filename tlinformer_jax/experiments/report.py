@@ -17,6 +17,8 @@ from tlinformer_jax.experiments.frame import (
     CACHE,
     CAPACITY,
     DEPTH,
+    FORM,
+    INTEGER,
     PERPLEXITY,
     SPEED,
     N,
@@ -49,7 +51,6 @@ from tlinformer_jax.files import write_text, writing
 TEXT = pathlib.Path(__file__).with_suffix(".md").read_text(encoding="utf-8")
 SECTIONS = {part.partition("\n")[0]: [*part.splitlines(), ""] for part in re.split(r"\n(?=##+ )", TEXT.strip())}
 LOSS = "validation loss, nats per token"
-FORM, INTEGER = "{:.3f}".format, "{:,.0f}"
 # Columns of the table of groups: a column of the runs, and how it is aggregated over a group.
 COLUMNS = {
     "model": ("label", "first"),
@@ -183,6 +184,8 @@ def against_base(frame: pd.DataFrame) -> pd.Series:
 def loss_figure(frame: pd.DataFrame, file: pathlib.Path) -> list[str]:
     """Draws validation loss against trained tokens, minus that of the Transformer with the same N; returns its line."""
     points = frame[~frame["again"]].explode("history").dropna(subset="history")
+    if points.empty:
+        return []
     points["x"] = (points["history"].str[0] * (points["tokens"] / points["steps"]) / 1e6).round(6)
     points["y"] = points["history"].str[1].astype(float)
     parts = {f"N = {length:,}": part.assign(label=legends(part)) for length, part in points.groupby(N)}

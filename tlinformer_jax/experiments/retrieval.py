@@ -19,7 +19,9 @@ from tlinformer_jax.experiments.frame import (
     ACCURACIES,
     ARCHITECTURE,
     CAPACITY,
+    FORM,
     FOUND,
+    INTEGER,
     N,
     actions_of,
     counted,
@@ -32,7 +34,6 @@ PARTS = 8  # bins of a sample in the table by position of the question
 LEAST_POINTS = 3  # of a capacity curve
 RUN = ["model", "learning rate", "seed"]
 SHARES = ["answers right", "source in window", "in W_oh", "before W_oh"]
-FORM, INTEGER = "{:.3f}".format, "{:,.0f}"
 ACCURACY, FOUND_RUNS = "reported.accuracy", f"runs ≥ {FOUND}"
 
 

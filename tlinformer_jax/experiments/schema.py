@@ -1,30 +1,37 @@
 """The schema of what a report reads of the actions' results, so that a damaged record is named with its field.
 
-A schema is a type; [schema], for a list; or {name: schema}, for an object, which may have other entries too. A name
-that ends in '?' may be missing; ... stands for all names.
+A schema is a type; [schema], for a list; [schema, ...], for a list that is not empty; (schema, schema), for what fits
+one of them; or {name: schema}, for an object, which may have other entries too. A name that ends in '?' may be missing;
+... stands for all names.
 """
 
 from typing import Any
 
+
+class Columns(dict[Any, Any]):
+    """The schema of an object whose lists are columns of a table with at least one row; "edges" has one number more."""
+
+
 NUMBER = int | float | None  # what is not finite is null
 NUMBERS = [NUMBER]
-COUNTS = {"right": [int], "answers": [int]}
+COUNTS = Columns({"right": [int], "answers": [int]})
+CHANGE = {"change": NUMBER, "affected_change": NUMBER}
 EVALUATION: dict[Any, Any] = {
     "length": int,
     "tokens": int,
     "split?": str,
     "figures": {...: NUMBER},
-    "by_position?": {"edges": [int], "loss": NUMBERS},
-    "by_window_position?": {"edges": [int], "later?": NUMBERS},
-    "accuracy_by_position?": {"edges": [int]} | COUNTS,
+    "by_position?": Columns({"edges": [int], "loss": NUMBERS}),
+    "by_window_position?": Columns({"edges": [int], "later?": NUMBERS}),
+    "accuracy_by_position?": Columns({"edges": [int], **COUNTS}),
     "answers?": {...: COUNTS},
 }
 HISTORY: dict[Any, Any] = {
     "length": int,
-    "starts": [int],
+    "starts": [int, ...],
     "losses": {"all": NUMBERS},
-    "cuts": [{"distance": int, "affected_tokens": int, "change": NUMBER, "affected_change": NUMBER}],
-    "swapped?": dict | None,
+    "cuts": [{"distance": int, "affected_tokens": int, **CHANGE}, ...],
+    "swapped?": (None, CHANGE),
     "same_tokens": {"distances": NUMBERS, "losses": NUMBERS},
     "mass": {"edges": [int], "x": [NUMBERS], "z": [NUMBERS]},
     "share": [int | float],
@@ -39,11 +46,16 @@ ACTIONS: dict[str, Any] = {
 
 def misfit(value: Any, schema: Any, name: str) -> str:
     """Returns what is wrong with `value`, called `name`, or with the first wrong part of it; '' if it fits."""
-    kind = type(schema) if isinstance(schema, dict | list) else schema
+    if isinstance(schema, tuple):
+        wrong = [misfit(value, alternative, name) for alternative in schema]
+        return wrong[-1] if all(wrong) else ""
+    kind: Any = next((plain for plain in (dict, list) if isinstance(schema, plain)), schema or type(None))
     if not isinstance(value, kind):
         return f"{name!r} must be {getattr(kind, '__name__', kind)}"
     parts: list[tuple[Any, Any, str]] = []
     if isinstance(schema, list):
+        if ... in schema and not value:
+            return f"{name!r} must not be empty"
         parts = [(part, schema[0], f"{name}[{index}]") for index, part in enumerate(value)]
     elif isinstance(schema, dict):
         fields = dict.fromkeys(value, schema[...]) if ... in schema else schema
@@ -53,4 +65,16 @@ def misfit(value: Any, schema: Any, name: str) -> str:
                 parts.append((value[plain], inner, f"{name}.{plain}"))
             elif plain == field:
                 return f"'{name}.{field}' is missing"
-    return next(filter(None, (misfit(*part) for part in parts)), "")
+    wrong_part = next(filter(None, (misfit(*part) for part in parts)), "")
+    return wrong_part or (_misfit_columns(value, schema, name) if isinstance(schema, Columns) else "")
+
+
+def _misfit_columns(value: Any, schema: Columns, name: str) -> str:
+    """Returns what is wrong with the lengths of an object's lists."""
+    columns = [column for field in schema if (column := field.removesuffix("?")) in value]
+    rows = {len(value[column]) - (column == "edges") for column in columns}
+    if len(rows) == 1 and min(rows) > 0:
+        return ""
+    lists = ", ".join(column for column in columns if column != "edges")
+    more = "edges with one number more" if "edges" in columns else ""
+    return f"{name!r} must have lists of equal length, not empty: {'; '.join(filter(None, (lists, more)))}"

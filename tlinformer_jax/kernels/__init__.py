@@ -4,7 +4,8 @@ dropout    attention with dropout of its weights, in training (GPU)
 norm       LayerNorm's backward pass (GPU)
 loss       cross-entropy and its gradient, in training (GPU)
 decode     a generated token: attention to the cache, projections, the rest of a layer (GPU)
-history    `prefill` and `slide`: writing and reading a cached history (GPU)
+storing    `prefill` and `slide`: writing a cached history (GPU)
+history    `prefill` and `slide`: reading it (GPU)
 key_value  cached keys and values, in the compute dtype or in int8
 splash     attention by JAX's own TPU kernel
 delta      the delta rule of Gated DeltaNet, by the kernels of jax-linear-attention if installed (GPU)

@@ -8,6 +8,7 @@ attention, rope   softmax attention, rotary positions
 key_rows          what keys know of the tokens before theirs: token shift and key taps
 feed_forward      the feed-forward of a layer, which may be a mixture of experts
 tlinformer        a window through all blocks; all windows of a sequence
+paired            all windows of a sequence in pairs, of a long history and a short one
 recompute         loops whose gradients need the memory of one step
 delta             the mixer of Gated DeltaNet
 model             the whole model, and the baselines' layers

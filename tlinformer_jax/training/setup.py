@@ -33,7 +33,7 @@ from tlinformer_jax.data.sources import answer_positions, load_split
 from tlinformer_jax.data.streams import RowStream, check_token_ids
 from tlinformer_jax.data.tasks import AnswerPositions, Split, TaskSplit, answer_batches
 from tlinformer_jax.data.tokenizers import Tokenizer, check_vocab
-from tlinformer_jax.errors import ConfigError
+from tlinformer_jax.errors import ConfigError, check_value, integer
 from tlinformer_jax.models.model import LanguageModel, build_model
 from tlinformer_jax.models.windows import num_windows, trained_tokens
 from tlinformer_jax.parallel.mesh import platform
@@ -214,6 +214,9 @@ class Run:
           batch_size: see `evaluation_batch_size`.
           rest: whether a shorter last sample counts too.
         """
+        for name, value in (("length", length), ("batch_size", batch_size)):
+            if value is not None:
+                check_value(f"evaluation.{name}", value, integer(1))
         length = length or self.config.data.sequence_length
         batch_size = self.evaluation_batch_size(length, num_samples(stream, length, rest), batch_size)
         rows = process_rows(self.mesh, batch_size, EVALUATION_AXES)
