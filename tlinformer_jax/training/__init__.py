@@ -8,5 +8,5 @@ evaluation    the loss of a split
 callbacks     actions between updates; metrics: where figures go; console: messages to the user; wandb
 saving        writes checkpoints during a run; checkpoint: their files, verified and read
 workdir       the run's directory: its lock, configuration and origin
-check         what a run needs; conversion: published weights
+check         what a run needs; device_memory: what it takes on a device; conversion: published weights
 """
