@@ -28,10 +28,12 @@ SHAPES = flags.DEFINE_string("shapes", "", "Check or time the shapes whose name 
 REPEATS = flags.DEFINE_integer("repeats", 20, "Timed calls.", lower_bound=1)
 
 RATE = 0.1
+SCALE = 36**-0.5
 # Allowed norm of the difference over norm of the exact result: float32 sums in another order, half precision rounds.
 TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2, "float16": 2e-3}
 
-# Queries, keys and options of `attend`; the batch is 2, with 12 heads of 36 features.
+# Queries, keys, and which keys a query sees (`causal`, `window`, `key_length`); the batch is 2, with 12 heads of 36
+# features.
 CHECKS: dict[str, tuple[int, int, dict[str, Any]]] = {
     "all keys": (512, 256, {}),
     "one query": (1, 300, {}),
@@ -108,15 +110,19 @@ def _by(backend: str, options: dict[str, Any]) -> Callable[..., Any]:
     """Returns attention by a backend: the output, and the log-sum-exp if no gradient is needed and it has one."""
     import jax
 
-    from tlinformer_jax.models.attention import attend
+    from tlinformer_jax.kernels.common import Scores
+    from tlinformer_jax.models.attention import attend, attend_with_lse
     from tlinformer_jax.models.layers import Dropout
+
+    scores, length = Scores(SCALE, options.get("causal", False), options.get("window")), options.get("key_length")
 
     def attention(*arrays: jax.Array, gradient: bool) -> tuple[jax.Array, ...]:
         if backend == "dropout":
-            return (attend(*arrays, backend="triton", dropout=Dropout.by_key(jax.random.key(0), RATE), **options),)
+            dropout = Dropout.by_key(jax.random.key(0), RATE)
+            return (attend(*arrays, scores, key_length=length, backend="triton", dropout=dropout),)
         if gradient or backend == "triton":
-            return (attend(*arrays, backend=backend, **options),)
-        return attend(*arrays, backend=backend, return_lse=True, **options)
+            return (attend(*arrays, scores, key_length=length, backend=backend),)
+        return attend_with_lse(*arrays, scores, key_length=length, backend=backend)
 
     return attention
 
@@ -199,12 +205,13 @@ def _timed_attention(backend: str, causal: bool) -> Callable[..., Any]:
     """Returns the attention function that `timed` calls."""
     import jax
 
+    from tlinformer_jax.kernels.common import Scores
     from tlinformer_jax.models.attention import attend
     from tlinformer_jax.models.layers import Dropout
 
     dropout = Dropout.by_key(jax.random.key(0), RATE) if backend.startswith("dropout") else None
     chosen = {"dropout": "triton", "dropout xla": "xla"}.get(backend, backend)
-    return lambda *arrays: attend(*arrays, causal=causal, backend=chosen, scale=1 / 6, dropout=dropout)
+    return lambda *arrays: attend(*arrays, Scores(SCALE, causal), backend=chosen, dropout=dropout)
 
 
 def main() -> None:

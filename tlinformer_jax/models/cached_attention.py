@@ -19,7 +19,7 @@ from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.kernels import decode as decode_kernel
 from tlinformer_jax.kernels import history as history_kernel
 from tlinformer_jax.kernels import storing as storing_kernel
-from tlinformer_jax.kernels.common import addressable, available, is_half
+from tlinformer_jax.kernels.common import Scores, addressable, available, is_half
 from tlinformer_jax.kernels.key_value import KeyValue
 from tlinformer_jax.models.attention import OutputAndLse, attend, attend_parts, merge_parts, no_parts
 from tlinformer_jax.models.cached_rows import CachedRows, attend_cached
@@ -366,17 +366,19 @@ def attend_context(
     query: Float[Array, "1 queries heads width"],
     key: Float[Array, "1 rows heads width"],
     value: Float[Array, "1 rows heads width"],
+    scores: Scores,
     *,
     head_dim: int,
     key_length: Array,
+    backend: str,
     **options: Any,
 ) -> Float[Array, "1 queries heads width"]:
     """Computes `attend` from many queries to the few rows of a compressed context; not differentiable."""
-    if use_kernels(query.dtype, head_dim, options["backend"]):
+    if use_kernels(query.dtype, head_dim, backend):
         padding = ((0, 0), (0, -key.shape[1] % history_kernel.ROW_TILE), (0, 0), (0, 0))
         key, value = (lane_rows(jnp.pad(array, padding), head_dim)[0] for array in (key, value))
-        return history_kernel.attend_few(query[0], key, value, key_length, options["scale"])[None]
-    return attend(query, key, value, key_length=key_length, **options)
+        return history_kernel.attend_few(query[0], key, value, key_length, scores.scale)[None]
+    return attend(query, key, value, scores, key_length=key_length, backend=backend, **options)
 
 
 def use_kernels(dtype: Any, head_dim: int, backend: str) -> bool:

@@ -285,8 +285,10 @@ def forward_layers(
             mixed, _ = delta_mixer(params, x)
         else:
             assert isinstance(params, LayerParams)
-            options = attention_options(config, part_of(dropout, CAUSAL_ATTENTION), stream, stream)
-            mixed = attend(*project(params, x, rope, key_rows=key_rows), causal=True, window=window, **options)
+            own = part_of(dropout, CAUSAL_ATTENTION)
+            causal = attention_options(config, own, stream, stream, causal=True, window=window)
+            query, key, value = project(params, x, rope, key_rows=key_rows)
+            mixed = attend(query, key, value, **causal)
         return update(params, x, mixed, part_of(dropout, FEED_FORWARD)), None
 
     if plan.checkpointing:
