@@ -106,15 +106,21 @@ def check(backend: str, dtype: str, name: str) -> dict[str, float]:
     return errors
 
 
+def _scores(options: dict[str, Any]) -> Any:
+    """Returns the `Scores` of one of CHECKS."""
+    from tlinformer_jax.kernels.common import Scores
+
+    return Scores(SCALE, options.get("causal", False), options.get("window"))
+
+
 def _by(backend: str, options: dict[str, Any]) -> Callable[..., Any]:
     """Returns attention by a backend: the output, and the log-sum-exp if no gradient is needed and it has one."""
     import jax
 
-    from tlinformer_jax.kernels.common import Scores
     from tlinformer_jax.models.attention import attend, attend_with_lse
     from tlinformer_jax.models.layers import Dropout
 
-    scores, length = Scores(SCALE, options.get("causal", False), options.get("window")), options.get("key_length")
+    scores, length = _scores(options), options.get("key_length")
 
     def attention(*arrays: jax.Array, gradient: bool) -> tuple[jax.Array, ...]:
         if backend == "dropout":
@@ -141,7 +147,7 @@ def _exactly(backend: str, options: dict[str, Any]) -> Callable[..., Any]:
     def attention(query: jax.Array, key: jax.Array, value: jax.Array, gradient: bool) -> tuple[jax.Array, ...]:
         (batch, queries, heads, width), keys = query.shape, key.shape[1]
         scores = jnp.einsum("bqhd,bkhd->bhqk", query, key) / width**0.5
-        seen = visible(queries, keys, options.get("causal", False), options.get("window"), options.get("key_length"))
+        seen = visible(queries, keys, _scores(options), options.get("key_length"))
         powers = jnp.exp(scores) if seen is None else jnp.where(seen, jnp.exp(scores), 0.0)
         total = powers.sum(-1, keepdims=True)
         keep = dropout_mask(Dropout.by_key(jax.random.key(0), RATE).words, batch, heads, queries, keys, RATE)

@@ -254,7 +254,7 @@ class ModelConfig:
         last = min(HYBRID_PERIOD, self.num_layers) - 1
         return self.architecture == "gated_deltanet_hybrid" and layer % HYBRID_PERIOD == last
 
-    def place(self, layer: int) -> int:
+    def index_in_kind(self, layer: int) -> int:
         """Returns the index of a layer among the layers of its kind, attention or Gated DeltaNet."""
         return sum(self.attends(index) == self.attends(layer) for index in range(layer))
 

@@ -48,7 +48,7 @@ def prefill(
 
     x, key_rows = embedded.rows, embedded.key_rows
     for number, layer in enumerate(params.wide_layers):
-        index = config.place(number)
+        index = config.index_in_kind(number)
         if isinstance(layer, DeltaParams):
             x, state = _delta_layer(layer, config, x, length)
             states = jax.tree.map(lambda array, new, at=index: array.at[at, row].set(new[0]), states, state)
@@ -72,7 +72,7 @@ def _delta_layer(layer: DeltaParams, config: ModelConfig, x: Rows, length: Int[A
         mixed, state = delta_mixer(layer, chunk, state, jnp.clip(length - start, 0, size))
         return jax.lax.dynamic_update_slice_in_dim(x, update(layer, chunk, mixed), start, axis=1), state
 
-    return for_chunks(length, x.shape[1], body, (x, DeltaState.empty(config, 1)))
+    return for_chunks(length, x.shape[1], body, (x, DeltaState.zeros(config, 1)))
 
 
 def _layer(

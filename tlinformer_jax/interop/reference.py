@@ -16,7 +16,7 @@ import numpy as np
 from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.errors import DataError
 from tlinformer_jax.models.feed_forward import EXPERTS
-from tlinformer_jax.models.model import LanguageModel, build_model
+from tlinformer_jax.models.model import parameter_shapes
 
 EMBEDDING, HEAD = "embedding.weight", "transformer.lm_head.weight"
 TOP = {"transformer.norm.weight": "norm_scale", "transformer.norm.bias": "norm_bias", "token_shift": "shift"}
@@ -49,7 +49,7 @@ def params_from_reference(state_dict: Mapping[str, Any], config: ModelConfig) ->
     and every entry with values that are not finite numbers.
     """
     arrays = {name: np.asarray(array) for name, array in state_dict.items()}
-    shapes = _shapes(config)
+    shapes = parameter_shapes(config)
     views = _placeholders(shapes, config)
     faults = [f"missing {name}" for name in views if name not in arrays and name != HEAD]
     faults += [f"unknown {name}" for name in arrays if name not in views]
@@ -75,7 +75,7 @@ def params_to_reference(variables: Mapping[str, Any], config: ModelConfig) -> di
 
 def reference_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Returns published names and shapes of a model's parameters."""
-    return {name: view.shape for name, view in _placeholders(_shapes(config), config).items()}
+    return {name: view.shape for name, view in _placeholders(parameter_shapes(config), config).items()}
 
 
 def layer_names(config: ModelConfig) -> list[tuple[tuple[str, ...], str]]:
@@ -110,12 +110,6 @@ def published_views(params: Mapping[str, Any], config: ModelConfig) -> dict[str,
             views[f"{own}w2.weight"] = down[number].T
             views[f"{own}w3.weight"] = gate_up[number, :, 1].T
     return views
-
-
-def _shapes(config: ModelConfig) -> dict[str, Any]:
-    """Returns a model's parameters as abstract arrays."""
-    model = build_model(config)
-    return jax.eval_shape(lambda: model.init(jax.random.key(0), method=LanguageModel.parameters))["params"]
 
 
 def _placeholders(shapes: dict[str, Any], config: ModelConfig) -> dict[str, np.ndarray]:

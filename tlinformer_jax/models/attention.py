@@ -258,8 +258,7 @@ def merge_parts(first: OutputAndLse, second: OutputAndLse) -> OutputAndLse:
 def visible(
     queries: int,
     keys: int,
-    causal: bool,
-    window: int | None,
+    scores: Scores,
     key_length: Array | None,
     start: Array | int = 0,
     documents: Documents | None = None,
@@ -269,9 +268,9 @@ def visible(
     Query i is at position start + i, key j at position j; `documents[0]` begins at position 0, not at `start`.
     """
     mask: Array | None = None
-    if causal:
+    if scores.causal:
         distance = start + np.arange(queries)[:, None] - np.arange(keys)[None, :]
-        seen = distance >= 0 if window is None else (distance >= 0) & (distance < window)
+        seen = distance >= 0 if scores.window is None else (distance >= 0) & (distance < scores.window)
         mask = jnp.asarray(seen)[None, None]
     if key_length is not None:
         valid = jnp.arange(keys)[None, None, None, :] < key_length[:, None, None, None]
@@ -295,7 +294,7 @@ def _attend_xla(
 ) -> OutputAndLse:
     """Computes attention by plain matrix products; scores and softmax are float32; query i is at start + i."""
     scaled = jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=jnp.float32) * scores.scale
-    mask = visible(query.shape[1], key.shape[1], scores.causal, scores.window, key_length, start, documents)
+    mask = visible(query.shape[1], key.shape[1], scores, key_length, start, documents)
     if mask is not None:
         scaled = jnp.where(mask, scaled, -jnp.inf)
     top = jnp.max(scaled, axis=-1, keepdims=True, initial=-jnp.inf)

@@ -67,8 +67,8 @@ class PairedHistory(History):
         if not self.restored:
             return slice_rows(array, start, length, batch)
         long, short = (
-            jax.lax.dynamic_slice_in_dim(rows, place, length, axis=1)
-            for rows, place in zip((array, self.second(array)), start)
+            jax.lax.dynamic_slice_in_dim(rows, first, length, axis=1)
+            for rows, first in zip((array, self.second(array)), start)
         )
         return jnp.stack([long, short], axis=1).reshape(-1, *long.shape[1:])
 
