@@ -327,16 +327,16 @@ def _attend_in_chunks(
     if (dropout is None and documents is None) or chunk >= queries:
         return _attend_xla(query, key, value, scores, key_length, dropout, documents)
 
-    def some(shared: Any, fixed: Any, item: tuple[Array, Array]) -> OutputAndLse:
-        (key, value), (key_length, dropout, documents), (query, number) = shared, fixed, item
+    def some(keys: tuple[Array, Array], constants: Any, item: tuple[Array, Array]) -> OutputAndLse:
+        (key, value), (key_length, dropout, documents), (query, number) = keys, constants, item
         return _attend_xla(query, key, value, scores, key_length, dropout, documents, number * chunk)
 
     missing = -queries % chunk
     padded = pad_rows(query, missing)
     if documents is not None:
         documents = pad_rows(documents[0], missing), documents[1]
-    fixed = key_length, dropout, documents
-    found = map_steps(some, (key, value), in_chunks(padded, chunk), fixed, padded.shape[1] // chunk)
+    constants = key_length, dropout, documents
+    found = map_steps(some, (key, value), in_chunks(padded, chunk), constants, padded.shape[1] // chunk)
     output, lse = (joined(array)[:, :queries] for array in found)
     return output, lse
 

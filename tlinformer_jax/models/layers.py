@@ -75,7 +75,7 @@ class Layer(nn.Module):
 
 
 def residual_init(config: ModelConfig) -> nn.initializers.Initializer:
-    """Returns the initializer of matrices whose output is added to the residual stream."""
+    """Returns the initializer of matrices whose product is added to the residual stream, and of `qkv_kernel`."""
     return nn.initializers.normal(INIT_STD / math.sqrt(2 * config.num_layers))
 
 
