@@ -81,18 +81,15 @@ def residual_init(config: ModelConfig) -> nn.initializers.Initializer:
 
 def norm_params(module: nn.Module, name: str, width: int) -> dict[str, Any]:
     """Declares the parameters of the LayerNorm `name` in `module`."""
-    return {
-        f"{name}_scale": module.param(f"{name}_scale", nn.initializers.ones, (width,), jnp.float32),
-        f"{name}_bias": module.param(f"{name}_bias", nn.initializers.zeros, (width,), jnp.float32),
-    }
+    inits = {f"{name}_scale": nn.initializers.ones, f"{name}_bias": nn.initializers.zeros}
+    return {each: module.param(each, init, (width,), jnp.float32) for each, init in inits.items()}
 
 
 def params_after_mixer(module: nn.Module, config: ModelConfig, heads: int, features: int, inner: int) -> dict[str, Any]:
     """Declares in `module` the fields of `ResidualParams` but the first norm, for a feed-forward of width `inner`."""
     normal, residual = nn.initializers.normal(INIT_STD), residual_init(config)
     width, dtype = config.d_model, jnp.float32
-    experts = (config.num_experts,) * config.mixture
-    name = EXPERTS if config.mixture else ""
+    experts, name = ((config.num_experts,), EXPERTS) if config.mixture else ((), "")
     fields: dict[str, Any] = {
         "out_kernel": module.param("out_kernel", residual, (heads, features, width), dtype),
         "out_bias": module.param("out_bias", nn.initializers.zeros, (width,), dtype),
