@@ -28,10 +28,12 @@ SHAPES = flags.DEFINE_string("shapes", "", "Check or time the shapes whose name 
 REPEATS = flags.DEFINE_integer("repeats", 20, "Timed calls.", lower_bound=1)
 
 RATE = 0.1
+SCALE = 36**-0.5
 # Allowed norm of the difference over norm of the exact result: float32 sums in another order, half precision rounds.
 TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2, "float16": 2e-3}
 
-# Queries, keys and options of `attend`; the batch is 2, with 12 heads of 36 features.
+# Queries, keys, and which keys a query sees (`causal`, `window`, `key_length`); the batch is 2, with 12 heads of 36
+# features.
 CHECKS: dict[str, tuple[int, int, dict[str, Any]]] = {
     "all keys": (512, 256, {}),
     "one query": (1, 300, {}),
@@ -104,19 +106,29 @@ def check(backend: str, dtype: str, name: str) -> dict[str, float]:
     return errors
 
 
+def _scores(options: dict[str, Any]) -> Any:
+    """Returns the `Scores` of one of CHECKS."""
+    from tlinformer_jax.kernels.common import Scores
+
+    return Scores(SCALE, options.get("causal", False), options.get("window"))
+
+
 def _by(backend: str, options: dict[str, Any]) -> Callable[..., Any]:
     """Returns attention by a backend: the output, and the log-sum-exp if no gradient is needed and it has one."""
     import jax
 
-    from tlinformer_jax.models.attention import attend
+    from tlinformer_jax.models.attention import attend, attend_with_lse
     from tlinformer_jax.models.layers import Dropout
+
+    scores, length = _scores(options), options.get("key_length")
 
     def attention(*arrays: jax.Array, gradient: bool) -> tuple[jax.Array, ...]:
         if backend == "dropout":
-            return (attend(*arrays, backend="triton", dropout=Dropout.by_key(jax.random.key(0), RATE), **options),)
+            dropout = Dropout.by_key(jax.random.key(0), RATE)
+            return (attend(*arrays, scores, key_length=length, backend="triton", dropout=dropout),)
         if gradient or backend == "triton":
-            return (attend(*arrays, backend=backend, **options),)
-        return attend(*arrays, backend=backend, return_lse=True, **options)
+            return (attend(*arrays, scores, key_length=length, backend=backend),)
+        return attend_with_lse(*arrays, scores, key_length=length, backend=backend)
 
     return attention
 
@@ -135,7 +147,7 @@ def _exactly(backend: str, options: dict[str, Any]) -> Callable[..., Any]:
     def attention(query: jax.Array, key: jax.Array, value: jax.Array, gradient: bool) -> tuple[jax.Array, ...]:
         (batch, queries, heads, width), keys = query.shape, key.shape[1]
         scores = jnp.einsum("bqhd,bkhd->bhqk", query, key) / width**0.5
-        seen = visible(queries, keys, options.get("causal", False), options.get("window"), options.get("key_length"))
+        seen = visible(queries, keys, _scores(options), options.get("key_length"))
         powers = jnp.exp(scores) if seen is None else jnp.where(seen, jnp.exp(scores), 0.0)
         total = powers.sum(-1, keepdims=True)
         keep = dropout_mask(Dropout.by_key(jax.random.key(0), RATE).words, batch, heads, queries, keys, RATE)
@@ -199,12 +211,13 @@ def _timed_attention(backend: str, causal: bool) -> Callable[..., Any]:
     """Returns the attention function that `timed` calls."""
     import jax
 
+    from tlinformer_jax.kernels.common import Scores
     from tlinformer_jax.models.attention import attend
     from tlinformer_jax.models.layers import Dropout
 
     dropout = Dropout.by_key(jax.random.key(0), RATE) if backend.startswith("dropout") else None
     chosen = {"dropout": "triton", "dropout xla": "xla"}.get(backend, backend)
-    return lambda *arrays: attend(*arrays, causal=causal, backend=chosen, scale=1 / 6, dropout=dropout)
+    return lambda *arrays: attend(*arrays, Scores(SCALE, causal), backend=chosen, dropout=dropout)
 
 
 def main() -> None:

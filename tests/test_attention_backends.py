@@ -13,15 +13,16 @@ from tests.support.commands import check_refusal, command
 from tlinformer_jax.kernels.common import Scores
 from tlinformer_jax.kernels.splash import attend_splash
 from tlinformer_jax.models import attention
-from tlinformer_jax.models.attention import attend
+from tlinformer_jax.models.attention import attend, attend_with_lse
 from tlinformer_jax.models.layers import Dropout
 from tlinformer_jax.parallel.sharding import batch_sharding, build_mesh
 
+SCORES = Scores(12**-0.5)
 CASES = {
-    "all": (130, 260, {}),
-    "causal": (200, 200, {"causal": True}),
-    "window": (300, 300, {"causal": True, "window": 7}),
-    "lengths": (5, 140, {"key_length": (0, 131)}),
+    "all": (130, 260, SCORES, None),
+    "causal": (200, 200, SCORES._replace(causal=True), None),
+    "window": (300, 300, SCORES._replace(causal=True, window=7), None),
+    "lengths": (5, 140, SCORES, (0, 131)),
 }
 
 
@@ -35,15 +36,14 @@ def inputs(queries: int, keys: int, batch: int = 2):
 )
 def test_splash_equals_xla(case):
     """Float32 in interpret mode: outputs to 1e-5, gradients to 1e-4."""
-    queries, keys, options = CASES[case]
-    if "key_length" in options:
-        options = {"key_length": jnp.array(options["key_length"])}
+    queries, keys, scores, lengths = CASES[case]
+    key_length = None if lengths is None else jnp.array(lengths)
     arrays = inputs(queries, keys)
     mixing = jnp.asarray(np.random.default_rng(1).standard_normal(arrays[0].shape), jnp.float32)
 
     def outcome(backend):
         def total(query, key, value):
-            output = attend(query, key, value, backend=backend, **options)
+            output = attend(query, key, value, scores, key_length=key_length, backend=backend)
             return (output * mixing).sum(), output
 
         gradients, output = jax.jit(jax.grad(total, argnums=(0, 1, 2), has_aux=True))(*arrays)
@@ -57,11 +57,11 @@ def test_splash_equals_xla(case):
 def test_splash_runs_on_every_device_of_a_mesh_on_its_share_of_the_batch():
     arrays = inputs(6, 9, batch=8)
     lengths = jnp.array([9, 0, 3, 4, 5, 6, 7, 8])
-    truth = attend(*arrays, key_length=lengths, backend="xla")
+    truth = attend(*arrays, SCORES, key_length=lengths, backend="xla")
     mesh = build_mesh({})
     with jax.set_mesh(mesh):
         placed = jax.device_put(arrays, batch_sharding(mesh))
-        output = jax.jit(lambda *a: attend(*a, key_length=lengths, backend="splash"))(*placed)
+        output = jax.jit(lambda *a: attend(*a, SCORES, key_length=lengths, backend="splash"))(*placed)
     np.testing.assert_allclose(output, truth, atol=1e-5)
     assert len({shard.device for shard in output.addressable_shards}) == 8
     assert output.addressable_shards[0].data.shape[0] == 1
@@ -82,7 +82,9 @@ def test_splash_lowers_for_a_tpu():
     assert "tpu_custom_call" in exported.mlir_module()
 
 
-@pytest.mark.parametrize("options", [{"causal": True, "window": 5}, {"key_length": jnp.array([3, 0])}])
+@pytest.mark.parametrize(
+    "options", [{"scores": SCORES._replace(causal=True, window=5)}, {"scores": SCORES, "key_length": jnp.array([3, 0])}]
+)
 def test_dropout_in_chunks_of_queries_is_the_same_law(options, monkeypatch):
     """Rate 0 equals no dropout, gradients included; the mean over many masks equals it, too; chunks are independent."""
     arrays = inputs(11, 11)
@@ -92,7 +94,7 @@ def test_dropout_in_chunks_of_queries_is_the_same_law(options, monkeypatch):
             return (attend(query, key, value, dropout=dropout, backend="xla", **options) ** 2).sum()
 
         def attended(*arrays):
-            return attend(*arrays, dropout=dropout, backend="xla", return_lse=True, **options)
+            return attend_with_lse(*arrays, dropout=dropout, backend="xla", **options)
 
         return (*jax.jit(attended)(*arrays), *jax.jit(jax.grad(total, argnums=(0, 1, 2)))(*arrays))
 
@@ -106,7 +108,7 @@ def test_dropout_in_chunks_of_queries_is_the_same_law(options, monkeypatch):
 
     many = jax.jit(jax.vmap(dropped))(jax.random.split(jax.random.key(1), 4000))
     np.testing.assert_allclose(many.mean(0), truth[0], atol=0.1)
-    equal = attend(*(jnp.ones_like(array) for array in arrays), dropout=Dropout.by_key(jax.random.key(2), 0.5))
+    equal = attend(*(jnp.ones_like(array) for array in arrays), SCORES, dropout=Dropout.by_key(jax.random.key(2), 0.5))
     rows = np.asarray(equal[0, :, 0, 0])
     assert len(set(np.round(rows[:3], 4))) + len(set(np.round(rows[3:6], 4))) > 2
     assert not np.allclose(rows[:3], rows[3:6])
@@ -117,7 +119,7 @@ def test_dropout_over_a_long_history_holds_few_scores(monkeypatch):
 
     def total(query, key, value):
         dropout = Dropout.by_key(jax.random.key(0), 0.1)
-        return attend(query, key, value, dropout=dropout, backend="xla").sum()
+        return attend(query, key, value, SCORES, dropout=dropout, backend="xla").sum()
 
     def memory():
         gradient = jax.jit(lambda *arrays: jax.grad(total, argnums=(0, 1, 2))(*arrays))
@@ -129,16 +131,16 @@ def test_dropout_over_a_long_history_holds_few_scores(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("queries", "keys", "options"),
+    ("queries", "keys", "scores", "lengths"),
     [
-        (7, 9, {}),
-        (9, 7, {"causal": True}),
-        (7, 9, {"causal": True, "window": 3}),
-        (5, 3, {"key_length": jnp.array([3, 1])}),
-        (1, 4, {}),
+        (7, 9, SCORES, None),
+        (9, 7, SCORES._replace(causal=True), None),
+        (7, 9, SCORES._replace(causal=True, window=3), None),
+        (5, 3, SCORES, (3, 1)),
+        (1, 4, SCORES, None),
     ],
 )
-def test_cudnn_gets_even_lengths_and_no_row_more_is_seen(queries, keys, options, monkeypatch):
+def test_cudnn_gets_even_lengths_and_no_row_more_is_seen(queries, keys, scores, lengths, monkeypatch):
     """JAX refuses to differentiate cuDNN's kernel at odd lengths; XLA's stands in for it here."""
     real = jax.nn.dot_product_attention
 
@@ -150,7 +152,8 @@ def test_cudnn_gets_even_lengths_and_no_row_more_is_seen(queries, keys, options,
     monkeypatch.setattr(jax.nn, "dot_product_attention", stand_in)
     rng = np.random.default_rng(0)
     arrays = [jnp.asarray(rng.standard_normal((2, n, 3, 6)), jnp.float32) for n in (queries, keys, keys)]
-    found, truth = (jax.jit(partial(attend, backend=backend, **options))(*arrays) for backend in ("cudnn", "xla"))
+    given = partial(attend, scores=scores, key_length=None if lengths is None else jnp.array(lengths))
+    found, truth = (jax.jit(partial(given, backend=backend))(*arrays) for backend in ("cudnn", "xla"))
     np.testing.assert_allclose(found, truth, atol=1e-5)
 
 

@@ -13,7 +13,7 @@ from tlinformer_jax.kernels import dropout as dropout_kernel
 from tlinformer_jax.kernels.common import Scores, threefry
 from tlinformer_jax.kernels.dropout import Tile, Tiles, attend_with_dropout
 from tlinformer_jax.models import attention
-from tlinformer_jax.models.attention import attend
+from tlinformer_jax.models.attention import attend, attend_with_lse
 from tlinformer_jax.models.layers import Dropout, dropout_mask
 
 # Tiles that no length below is a multiple of, other ones for each kernel.
@@ -139,7 +139,8 @@ def test_attend_draws_the_mask_by_dropouts_key(monkeypatch):
     ones = jnp.ones((1, 16, 2, 8))
 
     def rows(number):
-        output = attend(ones, ones, ones, dropout=Dropout.by_key(jax.random.key(number), 0.5), backend="triton")
+        dropout = Dropout.by_key(jax.random.key(number), 0.5)
+        output = attend(ones, ones, ones, Scores(1.0), dropout=dropout, backend="triton")
         return np.asarray(output[0, :, :, 0])  # kept weights of a query, over half their number
 
     first = rows(0)
@@ -185,7 +186,7 @@ def test_without_dropout_the_kernels_are_exact_attention(case, monkeypatch):
     valid = None if lengths is None else jnp.array(lengths, jnp.int32)
 
     def by_kernel(*arrays):
-        return attend(*arrays, causal=causal, window=window, key_length=valid, scale=SCALE, backend="triton")
+        return attend(*arrays, Scores(SCALE, causal, window), key_length=valid, backend="triton")
 
     def plainly(query, key, value):
         return masked_attention(query, key, value, causal, window, lengths, 0.0)
@@ -198,5 +199,5 @@ def test_without_dropout_the_kernels_are_exact_attention(case, monkeypatch):
 def test_the_kernel_refuses_the_log_sum_exp():
     ones = jnp.ones((1, 2, 1, 8))
     dropout = Dropout.by_key(jax.random.key(0), 0.1)
-    with pytest.raises(ValueError, match="'triton' does not support dropout with return_lse"):
-        attend(ones, ones, ones, backend="triton", dropout=dropout, return_lse=True)
+    with pytest.raises(ValueError, match="'triton' does not support a log-sum-exp; 'auto' and 'xla' do"):
+        attend_with_lse(ones, ones, ones, Scores(1.0), backend="triton", dropout=dropout)

@@ -23,6 +23,7 @@ from tlinformer_jax.data.tokenizers import ByteTokenizer
 from tlinformer_jax.errors import ConfigError, UserError
 from tlinformer_jax.evaluation.history import measure_history
 from tlinformer_jax.interop import params_from_reference
+from tlinformer_jax.kernels.common import Scores
 from tlinformer_jax.models import attention, block, key_rows, streams
 from tlinformer_jax.models.attention import attend
 from tlinformer_jax.models.layers import Dropout
@@ -202,9 +203,11 @@ def test_experts_do_not_carry_it_over():
 
 def seen_causal(monkeypatch):
     real = block.attend
-    monkeypatch.setattr(
-        block, "attend", lambda *qkv, **rest: real(*qkv, **rest | ({"documents": None} if "causal" in rest else {}))
-    )
+
+    def mutated(*qkv, scores, documents=None, **rest):
+        return real(*qkv, scores, documents=None if scores.causal else documents, **rest)
+
+    monkeypatch.setattr(block, "attend", mutated)
 
 
 def seen_in_compress(monkeypatch):
@@ -233,8 +236,8 @@ def seen_by_x_in_restore(monkeypatch):
 def seen_by_c_in_restore(monkeypatch):
     real = block.restore_rows
 
-    def mutated(config, never_empty, C, Qc, shared, fixed, documents):
-        return real(config, never_empty, C, Qc, shared, (fixed[0], None, fixed[2]))
+    def mutated(config, never_empty, C, Qc, layer, mask, documents):
+        return real(config, never_empty, C, Qc, layer, mask._replace(documents=None))
 
     monkeypatch.setattr(block, "restore_rows", mutated)
 
@@ -341,7 +344,7 @@ def test_a_query_without_keys_gets_nothing_and_gives_nothing(backend):
     rng = np.random.default_rng(0)
     arrays = [jnp.asarray(rng.standard_normal((2, n, 2, 12)), jnp.float32) for n in (5, 7, 7)]
     ids = jnp.array([[0, 0, 1, 2, 9]] * 2), jnp.array([[0, 0, 0, 1, 1, 2, 3]] * 2)
-    options = {"documents": ids, "key_length": jnp.array([7, 5]), "backend": backend}
+    options = {"scores": Scores(1.0), "documents": ids, "key_length": jnp.array([7, 5]), "backend": backend}
 
     def total(*arrays):
         return (attend(*arrays, **options) ** 2).sum()
@@ -362,7 +365,7 @@ def test_a_kernel_without_masks_refuses(backend):
     arrays, ids = [jnp.zeros((1, 2, 1, 8), jnp.float32)] * 3, jnp.zeros((1, 2), jnp.int32)
     dropout = Dropout.by_key(jax.random.key(0), 0.1) if backend == "triton" else None
     with pytest.raises(ValueError, match=f"'{backend}' does not support .*documents"):
-        attend(*arrays, backend=backend, documents=(ids, ids), dropout=dropout)
+        attend(*arrays, Scores(1.0), backend=backend, documents=(ids, ids), dropout=dropout)
 
 
 @pytest.mark.parametrize(

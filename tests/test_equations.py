@@ -16,7 +16,8 @@ from tlinformer_jax.parallel.mesh import target
 PACKAGE = pathlib.Path(tlinformer_jax.__file__).parent
 # What computes attention, by the name that it is called by.
 ATTENTION = {"attend", "attend_cached", "attend_chunk", "attend_context", "attend_history", "attend_parts"}
-ATTENTION |= {"attend_few", "attend_splash", "attend_with_dropout", "dot_product_attention", "softmax"}
+ATTENTION |= {"attend_few", "attend_splash", "attend_with_dropout", "attend_with_lse"}
+ATTENTION |= {"dot_product_attention", "softmax"}
 # The files in which something calls one of these, and what for.
 CALLERS = {
     "models/block.py": "the equations",

@@ -123,9 +123,9 @@ def drop_history(monkeypatch):
     """x and z no longer see the history, nor each other."""
     real = block.attend
 
-    def without(query, key, value, *, causal=False, **options):
-        attended = real(query, key, value, causal=causal, **options)
-        return attended if causal else jnp.zeros_like(attended)
+    def without(query, key, value, *, scores, **options):
+        attended = real(query, key, value, scores, **options)
+        return attended if scores.causal else jnp.zeros_like(attended)
 
     for module in (block, streams):
         monkeypatch.setattr(module, "attend", without)

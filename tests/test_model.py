@@ -14,7 +14,8 @@ from tlinformer_jax import DualWindowBlock, ModelConfig, build_model
 from tlinformer_jax.config.model import ARCHITECTURES, RECURRENT, ExecutionPlan
 from tlinformer_jax.errors import DataError
 from tlinformer_jax.interop import params_from_reference
-from tlinformer_jax.models.attention import attend
+from tlinformer_jax.kernels.common import Scores
+from tlinformer_jax.models.attention import attend, attend_with_lse
 from tlinformer_jax.models.layers import Dropout, Embedded, prepare_layers
 from tlinformer_jax.models.rope import rotary_angles
 from tlinformer_jax.models.tlinformer import forward_windows
@@ -292,20 +293,21 @@ def test_compile_time_does_not_grow_with_the_number_of_windows():
 def test_attention_dropout_is_never_dropped_silently():
     x = jnp.ones((1, 2, 1, 8))
     with pytest.raises(ValueError, match="'cudnn' does not support dropout"):
-        attend(x, x, x, dropout=Dropout.by_key(jax.random.key(0), 0.5), backend="cudnn")
+        attend(x, x, x, Scores(1.0), dropout=Dropout.by_key(jax.random.key(0), 0.5), backend="cudnn")
 
 
 def test_an_unknown_attention_backend_is_named_with_those_that_exist():
     x = jnp.ones((1, 2, 1, 8))
     with pytest.raises(ValueError, match="backend 'flash' must be one of auto, deterministic, xla, cudnn, splash, tri"):
-        attend(x, x, x, backend="flash")
+        attend(x, x, x, Scores(1.0), backend="flash")
 
 
 def test_attention_log_sum_exp_merges_partial_attentions():
     rng = np.random.default_rng(0)
     query, key, value = (jnp.asarray(rng.standard_normal((2, n, 3, 8)), jnp.float32) for n in (5, 11, 11))
-    whole, lse = attend(query, key, value, return_lse=True)
-    parts = [attend(query, key[:, s], value[:, s], return_lse=True) for s in (slice(0, 4), slice(4, 11))]
+    scores = Scores(8**-0.5)
+    whole, lse = attend_with_lse(query, key, value, scores)
+    parts = [attend_with_lse(query, key[:, s], value[:, s], scores) for s in (slice(0, 4), slice(4, 11))]
     total = jnp.logaddexp(parts[0][1], parts[1][1])
     merged = sum(output * jnp.exp(part - total)[..., None] for output, part in parts)
     np.testing.assert_allclose(merged, whole, atol=1e-6)
@@ -317,9 +319,9 @@ def test_attention_over_no_keys_is_zero_with_finite_gradients():
     lengths = jnp.array([0, 2])
 
     def total(query, key, value):
-        return attend(query, key, value, key_length=lengths).sum()
+        return attend(query, key, value, Scores(0.5), key_length=lengths).sum()
 
-    output, lse = attend(x, x, x, key_length=lengths, return_lse=True)
+    output, lse = attend_with_lse(x, x, x, Scores(0.5), key_length=lengths)
     assert (output[0] == 0).all()
     assert (lse[0] == -jnp.inf).all()
     assert (output[1] == 1).all()

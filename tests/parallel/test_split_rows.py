@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from tlinformer_jax.kernels.common import merge_softmaxes
-from tlinformer_jax.models.attention import attend
+from tlinformer_jax.kernels.common import Scores, merge_softmaxes
+from tlinformer_jax.models.attention import attend, attend_with_lse
 from tlinformer_jax.parallel.sharding import SplitRows, build_mesh
 
 PARTS = 4
@@ -57,13 +57,14 @@ def test_merged_attention_and_its_gradient_are_those_of_one_device(valid):
     )
 
     def parted(query, key, value):
-        options = {"key_length": SPLIT.count(valid), "backend": "xla", "return_lse": True}
-        return merge_softmaxes(*attend(query, SPLIT.take(key), SPLIT.take(value), **options), SPLIT.axis)[0]
+        options = {"key_length": SPLIT.count(valid), "backend": "xla"}
+        found = attend_with_lse(query, SPLIT.take(key), SPLIT.take(value), Scores(8**-0.5), **options)
+        return merge_softmaxes(*found, SPLIT.axis)[0]
 
     def loss(function, *arrays):
         return jnp.sum(function(*arrays) * slope)
 
-    whole = functools.partial(attend, key_length=valid, backend="xla")
+    whole = functools.partial(attend, scores=Scores(8**-0.5), key_length=valid, backend="xla")
     expected = jax.value_and_grad(functools.partial(loss, whole), argnums=(0, 1, 2))(query, key, value)
     # Every device computes the whole loss, so its share of it is a fourth.
     share = functools.partial(lambda *arrays: loss(parted, *arrays) / PARTS)

@@ -27,7 +27,7 @@ def test_outside_it_is_jax_own_device():
 def test_tpu():
     with target("tpu", "TPU v5 lite"):
         assert (platform(), device_kind()) == ("tpu", "TPU v5 lite")
-        assert choose_backend(HALF, None, return_lse=False) == "splash"
+        assert choose_backend(HALF, None, with_lse=False) == "splash"
         assert ModelConfig().compute_dtype == jnp.bfloat16
         assert not ModelConfig().plan().scan_layers
         assert compiler_options(TrainConfig(deterministic=True)) is None, "a TPU repeats itself anyway"
@@ -36,14 +36,14 @@ def test_tpu():
 
 def test_nvidia_gpu():
     with target("gpu", "NVIDIA H100 80GB HBM3"):
-        assert choose_backend(HALF, None, return_lse=False) == "cudnn"
+        assert choose_backend(HALF, None, with_lse=False) == "cudnn"
         assert head_multiple(jnp.bfloat16, "auto") == 8
         assert compiler_options(TrainConfig()) == {"xla_gpu_enable_triton_gemm": False}
         assert (
             compiler_options(TrainConfig(deterministic=True)) == {"xla_gpu_enable_triton_gemm": False} | DETERMINISTIC
         )
     with target("gpu", "AMD Instinct MI300X"):
-        assert choose_backend(HALF, None, return_lse=False) == "xla"
+        assert choose_backend(HALF, None, with_lse=False) == "xla"
         assert compiler_options(TrainConfig()) is None
         assert compiler_options(TrainConfig(deterministic=True)) == DETERMINISTIC
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from tlinformer_jax import ModelConfig
 from tlinformer_jax.interop.reference import published_views
-from tlinformer_jax.models.model import LanguageModel, build_model
+from tlinformer_jax.models.model import parameter_shapes
 
 ROOT = pathlib.Path(__file__).parents[2]
 FOLDER = pathlib.Path(os.environ.get("TLINFORMER_GOLDEN", ROOT.parent / "shared" / "golden"))
@@ -70,9 +70,7 @@ def load(name: str, **overrides) -> Golden:
 
 def published_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Published names and shapes of a model's parameters."""
-    model = build_model(config)
-    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), method=LanguageModel.parameters))["params"]
-    zeros = jax.tree.map(lambda leaf: np.broadcast_to(np.float32(0), leaf.shape), shapes)
+    zeros = jax.tree.map(lambda leaf: np.broadcast_to(np.float32(0), leaf.shape), parameter_shapes(config))
     return {name: view.shape for name, view in published_views(zeros, config).items()}
 
 

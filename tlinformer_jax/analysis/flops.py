@@ -10,11 +10,10 @@ import dataclasses
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.models.feed_forward import EXPERTS
-from tlinformer_jax.models.model import attention_window, build_model
+from tlinformer_jax.models.model import attention_window, parameter_shapes
 from tlinformer_jax.models.windows import num_windows
 
 # Dense bfloat16 FLOP/s per device, by a part of `device_kind` in lower case; the first match counts. NVIDIA's sheets
@@ -176,8 +175,8 @@ def active_parameters(config: ModelConfig) -> int:
 
 def _parameter_sizes(config: ModelConfig) -> list[tuple[str, int]]:
     """Returns the name and the size of each parameter."""
-    shapes = jax.eval_shape(build_model(config).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
-    return [(path[-1].key, leaf.size) for path, leaf in jax.tree_util.tree_leaves_with_path(shapes)]
+    leaves = jax.tree_util.tree_leaves_with_path(parameter_shapes(config))
+    return [(path[-1].key, leaf.size) for path, leaf in leaves]
 
 
 def _attend(pairs: float, inner: int) -> Forward:

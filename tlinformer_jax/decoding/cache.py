@@ -84,7 +84,7 @@ class WindowedCache:
     def tokens_before(
         self, row: Int[Array, "..."], positions: Int[Array, " count"], back: int = 1
     ) -> Int[Array, " count"]:
-        """Returns the ids `back` places before these positions of sequence `row`, or of sequences `row`.
+        """Returns the ids `back` positions before these positions of sequence `row`, or of sequences `row`.
 
         NO_TOKEN where that is before position 0.
         """
@@ -281,7 +281,7 @@ def init_cache(
         last = jnp.full((batch,), NO_TOKEN, jnp.int32) if config.token_shift else None
         attention = config.attention_layers
         recurrent = config.num_layers - attention
-        state = DeltaState.empty(config, recurrent, batch) if recurrent else None
+        state = DeltaState.zeros(config, recurrent, batch) if recurrent else None
         return LayeredCache(rows(capacity, attention, dtype=cache_dtype), lengths(), capacity, last, state)
     observed, own = max(config.observed_rows(capacity), 1), config.window_overlap + config.generation_window
     parts = 1 if split is None else split.parts

@@ -57,14 +57,14 @@ def step(
     rows: list[KeyValue] = []
     states: list[DeltaState] = []
     for index, layer in enumerate(params.layers):
-        number = config.index_in_kind(index)
+        index_in_kind = config.index_in_kind(index)
         if isinstance(layer, DeltaParams):
             assert isinstance(cache, LayeredCache)
-            mixed, state = delta_mixer(layer, x[:, None], cache.state_of(number))
+            mixed, state = delta_mixer(layer, x[:, None], cache.state_of(index_in_kind))
             x = update(layer, x[:, None], mixed)[:, 0]
             states.append(state)
         else:
-            x, row = token_layer(layer, config, x, rope, *cache.read_by(config, number), key_rows=key_rows)
+            x, row = token_layer(layer, config, x, rope, *cache.read_by(config, index_in_kind), key_rows=key_rows)
             rows.append(row)
         key_rows = None  # only the first layer has key rows
     if isinstance(cache, LayeredCache):

@@ -23,7 +23,7 @@ from tlinformer_jax.models.cached_attention import TokenTable, attend_context, a
 from tlinformer_jax.models.key_rows import plus, tap_sum
 from tlinformer_jax.models.layers import Dropout, Embedded, LayerParams, project, projections
 from tlinformer_jax.models.rope import Rope, Rotations, rope_table, rotate
-from tlinformer_jax.models.streams import Stream
+from tlinformer_jax.models.streams import RestoreLayer, Stream, ZMask
 
 # Block 0's projections, before rotation, depend only on the token. If the history has room for at least this many rows
 # per token of the vocabulary, the whole vocabulary is projected once, and rows are looked up. With a token shift keys
@@ -133,16 +133,15 @@ class CachedHistory:
         return output.astype(query.dtype)
 
     def restore(
-        self, restore_rows: Callable[..., Array], shared: Any, fixed: Any, next_layer: LayerParams, parts: str
+        self, restore_rows: Callable[..., Array], layer: RestoreLayer, mask: ZMask, next_layer: LayerParams, parts: str
     ) -> "CachedHistory":
         """Returns C' for the next block, with its keys cached; rows are stored if that block restores C' again."""
         attend = functools.partial(attend_context, head_dim=self.at.config.head_dim)
-        restore_rows = functools.partial(restore_rows, shared=shared, fixed=fixed, attend=attend)
         taps = next_layer.taps
 
         def rows(start: Array) -> Array:
             before = self.rows(start)
-            return restore_rows(before, self.queries(start, before))
+            return restore_rows(before, self.queries(start, before), layer, mask, attend=attend)
 
         def queries(start: Array, rows: Array) -> Array:
             return project(next_layer, rows, self.at.rope(start), "q")[0]
@@ -151,7 +150,8 @@ class CachedHistory:
             assert taps is not None
             return plus(rows, self.at.tap_sum(taps, start))
 
-        z = Stream.of(next_layer, restore_rows(self.z.rows, self.z.Q), self.z_rope, "q")
+        z_rows = restore_rows(self.z.rows, self.z.Q, layer, mask, attend=attend)
+        z = Stream.of(next_layer, z_rows, self.z_rope, "q")
         keyed = None if taps is None else key_rows
         new = dataclasses.replace(self, layer=next_layer, z=z, rows=rows, queries=queries, key_rows=keyed)
         return new._fill(keep_rows="q" in parts)

@@ -72,7 +72,7 @@ def _delta_layer(layer: DeltaParams, config: ModelConfig, x: Rows, length: Int[A
         mixed, state = delta_mixer(layer, chunk, state, jnp.clip(length - start, 0, size))
         return jax.lax.dynamic_update_slice_in_dim(x, update(layer, chunk, mixed), start, axis=1), state
 
-    return for_chunks(length, x.shape[1], body, (x, DeltaState.empty(config, 1)))
+    return for_chunks(length, x.shape[1], body, (x, DeltaState.zeros(config, 1)))
 
 
 def _layer(

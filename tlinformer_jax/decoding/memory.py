@@ -97,7 +97,7 @@ def row_bytes(config: ModelConfig, cache_dtype: str = "auto") -> int:
 
 
 def paper_row_bytes(config: ModelConfig, cache_dtype: str = "auto") -> int:
-    """Returns the same as `row_bytes` without scales, which are not in the paper's equation."""
+    """Returns the bytes of one token's key and value in one layer by the paper's equation: without scales."""
     return 2 * config.d_model * (1 if cache_dtype == INT8 else config.compute_dtype.itemsize)
 
 

@@ -232,7 +232,7 @@ def filtered(logits: Logits, sampler: Sampler) -> Logits:
 
 
 def _nucleus(ordered: Float[Array, "B k"], top_p: Float[Array, ""]) -> Int[Array, "B 1"]:
-    """Returns how many of the descending logits, of which the first is 0, have together a mass of at least top_p."""
+    """Returns how many of the largest logits together have a mass of at least top_p; `ordered` descends from 0."""
     # A token is dropped if it and all after it have at most a mass of 1 - p. The sum starts at the small end, where
     # rounding of a mass near 1 cannot lose the tail.
     tails = jax.lax.cumsum(jnp.exp(ordered), axis=1, reverse=True)

@@ -139,8 +139,8 @@ def _rebuild(
         x = Stream.of(block.restore, x_rows, x_rope)
         context.append((z.K, z.V))
         window.append((x.K, x.V))
-        following, x_rows = restore(block.restore, config, C, z, x, params.blocks[index + 1 :])
-        C = C if following is None else following
+        restored, x_rows = restore(block.restore, config, C, z, x, params.blocks[index + 1 :])
+        C = C if restored is None else restored
     cache = dataclasses.replace(
         cache,
         history=C.filled,

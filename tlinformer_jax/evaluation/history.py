@@ -36,6 +36,7 @@ from tlinformer_jax.data.batches import num_samples, take_samples
 from tlinformer_jax.data.documents import DocumentStream
 from tlinformer_jax.data.tasks import Split, TaskSplit
 from tlinformer_jax.errors import UserError, check_value, integer
+from tlinformer_jax.kernels.common import Scores
 from tlinformer_jax.models.attention import attend
 from tlinformer_jax.models.block import dual_window_block
 from tlinformer_jax.models.layers import LayerParams, layer_norm
@@ -241,7 +242,7 @@ def _probe(
         probed[f"queries_{name}_{index}"] = together * jnp.sum(counts, dtype=jnp.float32)
         if name == "x":
             read = jnp.einsum("bhqk,bkhd->bqhd", weights, C.V.astype(jnp.float32))
-            own = attend(x.Q, x.K, x.V, causal=True, backend="xla", scale=scale)
+            own = attend(x.Q, x.K, x.V, Scores(scale, causal=True), backend="xla")
             parts = jnp.stack([read, own.astype(jnp.float32)])
             norms = jnp.linalg.norm(jnp.einsum("nbqhd,hdo->nbqo", parts, layer.out_kernel), axis=-1)
             probed[f"share_{index}"] = jnp.sum(norms[0] / (norms[0] + norms[1]) * counts)

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 import tlinformer_jax
-from tlinformer_jax.analysis.flops import active_parameters
+from tlinformer_jax.analysis.flops import active_parameters, num_parameters
 from tlinformer_jax.decoding.memory import cache_bytes_at
 from tlinformer_jax.experiments.actions import check_possible, checked_actions, run_action
 from tlinformer_jax.experiments.job import FORMAT, RESULT_FILE, Job, Record, finished_result, write_result
@@ -117,7 +117,7 @@ def record_of(
         "jax": jax.__version__,
         "device": {"kind": device.device_kind, "platform": device.platform, "count": jax.device_count()},
         "config": config.to_dict(),
-        "parameters": sum(leaf.size for leaf in jax.tree.leaves(trained.params)),
+        "parameters": num_parameters(model),
         **({"active_parameters": active_parameters(model)} if model.mixture else {}),
         "steps": trained.step,
         "tokens": round(trained.step * tokens_of_step),

@@ -16,7 +16,7 @@ import numpy as np
 from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.errors import DataError
 from tlinformer_jax.models.feed_forward import EXPERTS
-from tlinformer_jax.models.model import LanguageModel, build_model
+from tlinformer_jax.models.model import parameter_shapes
 
 EMBEDDING, HEAD = "embedding.weight", "transformer.lm_head.weight"
 TOP = {"transformer.norm.weight": "norm_scale", "transformer.norm.bias": "norm_bias", "token_shift": "shift"}
@@ -49,7 +49,7 @@ def params_from_reference(state_dict: Mapping[str, Any], config: ModelConfig) ->
     and every entry with values that are not finite numbers.
     """
     arrays = {name: np.asarray(array) for name, array in state_dict.items()}
-    shapes = _shapes(config)
+    shapes = parameter_shapes(config)
     # Zeros that take no memory.
     views = published_views(jax.tree.map(lambda leaf: np.broadcast_to(np.float32(0), leaf.shape), shapes), config)
     faults = [f"missing {name}" for name in views if name not in arrays and name != HEAD]
@@ -106,12 +106,6 @@ def published_views(params: Mapping[str, Any], config: ModelConfig) -> dict[str,
             views[f"{own}w2.weight"] = down[number].T
             views[f"{own}w3.weight"] = gate_up[number, :, 1].T
     return views
-
-
-def _shapes(config: ModelConfig) -> dict[str, Any]:
-    """Returns a model's parameters as abstract arrays."""
-    model = build_model(config)
-    return jax.eval_shape(lambda: model.init(jax.random.key(0), method=LanguageModel.parameters))["params"]
 
 
 def _fault(array: np.ndarray, shape: tuple[int, ...]) -> str:

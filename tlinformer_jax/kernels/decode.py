@@ -26,7 +26,7 @@ from tlinformer_jax.kernels.key_value import KeyValue
 LANES = 128
 # Target number of programs: eight for each of the 132 multiprocessors of an H100.
 PROGRAMS = 1056
-# The same with an int8 source, for programs of one warp. Their number decides how evenly the multiprocessors are used.
+# Target with an int8 source, whose programs have one warp: enough of them use the multiprocessors evenly.
 INT8_PROGRAMS = 3168
 # Threads of a warp, and the most features of a head for which whole rows fit into its registers.
 THREADS = 32
@@ -137,15 +137,15 @@ def _attend_kernel(
     query = [piece * scale for piece in rotated(0)]
     first = 0
     for index, count in enumerate(splits):
-        place = (row, head) if layers[index] is None else (layers[index], row, head)
+        leading = (row, head) if layers[index] is None else (layers[index], row, head)
 
         @pl.when((part >= first) & (part < first + count))
-        def _(index=index, length=length_refs[index][row], place=place, first=first, count=count):
+        def _(index=index, length=length_refs[index][row], leading=leading, first=first, count=count):
             blocks = pl.cdiv(length, LANES)
             each = pl.cdiv(blocks, count)
             begin = (part - first) * each
             end = jnp.minimum(begin + each, blocks)
-            state = stream(query, caches[index], place, begin, end, length, pieces)
+            state = stream(query, caches[index], leading, begin, end, length, pieces)
             if index == 0:
                 own_key, own_value = rotated(1), [projected_ref[row, 2, head, pl.ds(*piece)] for piece in pieces]
                 state = _with_own(state, query, own_key, own_value, part == first)
@@ -160,20 +160,20 @@ def _attend_kernel(
         first += count
 
 
-def _rotated_piece(ref, cos_ref, sin_ref, place, piece: tuple[int, int], width: int) -> jax.Array:
+def _rotated_piece(ref, cos_ref, sin_ref, leading, piece: tuple[int, int], width: int) -> jax.Array:
     """Returns a piece of a rotated query or key, float32; features of a pair are half a head apart (`rope.rotate`)."""
     start, size = piece
     half = width // 2
     feature = start + iota(size)
     is_first = feature < half
     pair = jnp.where(is_first, feature, feature - half)
-    own = ref[(*place, feature)].astype(jnp.float32)
-    partner = ref[(*place, jnp.where(is_first, feature + half, feature - half))].astype(jnp.float32)
-    turned = own * cos_ref[place[0], pair] + jnp.where(is_first, -partner, partner) * sin_ref[place[0], pair]
+    own = ref[(*leading, feature)].astype(jnp.float32)
+    partner = ref[(*leading, jnp.where(is_first, feature + half, feature - half))].astype(jnp.float32)
+    turned = own * cos_ref[leading[0], pair] + jnp.where(is_first, -partner, partner) * sin_ref[leading[0], pair]
     return turned.astype(ref.dtype).astype(jnp.float32)  # rounded like cached keys
 
 
-def _stream(query, cache, place, begin, end, length, pieces):
+def _stream(query, cache, leading, begin, end, length, pieces):
     """Reads blocks begin .. end - 1 of LANES rows; returns maximum, sum of weights, and weighted values in pieces."""
     lanes = iota(LANES)
 
@@ -181,9 +181,9 @@ def _stream(query, cache, place, begin, end, length, pieces):
         top, total, sums = carry
         rows = pl.ds(index * LANES, LANES)
         # All loads start before the first value is used.
-        keys, values = ([ref[(*place, pl.ds(*piece), rows)] for piece in pieces] for ref in (cache.key, cache.value))
+        keys, values = ([ref[(*leading, pl.ds(*piece), rows)] for piece in pieces] for ref in (cache.key, cache.value))
         key_scale, value_scale = (
-            1.0 if ref is None else ref[(*place, rows)].astype(jnp.float32)
+            1.0 if ref is None else ref[(*leading, rows)].astype(jnp.float32)
             for ref in (cache.key_scale, cache.value_scale)
         )
         scores = jnp.zeros((LANES,), jnp.float32)
@@ -201,12 +201,12 @@ def _stream(query, cache, place, begin, end, length, pieces):
     return _merge_lanes(*jax.lax.fori_loop(begin, end, block, _no_rows(pieces, LANES)))
 
 
-def _stream_int8(query, cache, place, begin, end, length, pieces, *, interpret: bool):
+def _stream_int8(query, cache, leading, begin, end, length, pieces, *, interpret: bool):
     """Computes `_stream` for programs of one warp, in which each thread reads four whole rows of a block.
 
     Arrays of a block are [features, threads, rows of a thread]. Triton gives each thread neighbouring elements of the
     last axis, so a load of int8 is a word, and nothing is exchanged between threads before the last block. In `_stream`
-    threads load 16 bytes, of which only a few would be of a thread's own row: the integers go through shared memory.
+    a thread loads 16 bytes, of which only a few belong to its own row, so integers would go through shared memory.
     """
     each = LANES // THREADS
     lanes = each * iota(THREADS)[:, None] + iota(each)[None, :]
@@ -216,10 +216,11 @@ def _stream_int8(query, cache, place, begin, end, length, pieces, *, interpret: 
         top, total, sums = carry
         rows = index * LANES + lanes
         keys, values = (
-            [masked_load(ref.at[(*place, piece, rows[None])]) for piece in features] for ref in (cache.key, cache.value)
+            [masked_load(ref.at[(*leading, piece, rows[None])]) for piece in features]
+            for ref in (cache.key, cache.value)
         )
         key_scale, value_scale = (
-            1.0 if ref is None else masked_load(ref.at[(*place, rows)]).astype(jnp.float32)
+            1.0 if ref is None else masked_load(ref.at[(*leading, rows)]).astype(jnp.float32)
             for ref in (cache.key_scale, cache.value_scale)
         )
         scores = jnp.zeros((THREADS, each), jnp.float32)

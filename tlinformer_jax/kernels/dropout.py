@@ -204,23 +204,23 @@ def _query_kernel(
     *length_refs, result_ref, delta_ref, first_ref, second_ref = refs
     head, row = pl.program_id(1), pl.program_id(2)
     numbers = pl.program_id(0) * tile.queries + iota(tile.queries)
-    place = row, head
+    leading = row, head
     query, output, gradient = (
-        _load(ref, place, numbers, query_ref.shape[1]) for ref in (query_ref, output_ref, gradient_ref)
+        _load(ref, leading, numbers, query_ref.shape[1]) for ref in (query_ref, output_ref, gradient_ref)
     )
-    lse = _load_numbers(lse_ref, place, numbers)
+    lse = _load_numbers(lse_ref, leading, numbers)
     first, second = _row_states(words_ref, numbers, query_ref.shape)
     delta = jnp.sum(output.astype(jnp.float32) * gradient.astype(jnp.float32), axis=1) * (1.0 - options.rate)
 
     def block(index, sums, masked: bool):
         columns = index * tile.keys + iota(tile.keys)
         limit = length if masked else None
-        key = _load(key_ref, place, columns, limit)
+        key = _load(key_ref, leading, columns, limit)
         scores = dot(query, key, 1) * (options.scores.scale * LOG2_E)
         if masked:
             scores = _masked(scores, numbers[:, None], columns[None, :], length, options)
         weights = jnp.exp2(scores - lse[:, None])
-        slope = dot(gradient, _load(value_ref, place, columns, limit), 1)
+        slope = dot(gradient, _load(value_ref, leading, columns, limit), 1)
         keep = kept(first[:, None], second[:, None], columns[None, :], options.rate)
         slope = jnp.where(keep, slope, 0.0)
         slope = (weights * (slope - delta[:, None])).astype(query_ref.dtype)
@@ -228,9 +228,9 @@ def _query_kernel(
 
     length, blocks = _key_blocks(key_ref, length_refs, options, tile)
     sums = _loop(blocks, block, _zeros(tile.queries, query_ref))
-    _store(result_ref, place, numbers, sums * (options.scores.scale / (1.0 - options.rate)))
+    _store(result_ref, leading, numbers, sums * (options.scores.scale / (1.0 - options.rate)))
     for ref, values in zip((delta_ref, first_ref, second_ref), (delta, first, second)):
-        _store_numbers(ref, place, numbers, values)
+        _store_numbers(ref, leading, numbers, values)
 
 
 def _key_kernel(query_ref, key_ref, value_ref, gradient_ref, lse_ref, *refs, options: Options, tile: Tile) -> None:
@@ -239,17 +239,17 @@ def _key_kernel(query_ref, key_ref, value_ref, gradient_ref, lse_ref, *refs, opt
     *length_refs, key_result_ref, value_result_ref = refs[3:]
     head, row = pl.program_id(1), pl.program_id(2)
     numbers = pl.program_id(0) * tile.keys + iota(tile.keys)
-    count, place = query_ref.shape[1], (row, head)
+    count, leading = query_ref.shape[1], (row, head)
     length = _valid_keys(key_ref, length_refs)
     # Invalid keys are read as 0; their gradients are set to 0 at the end.
-    key, value = (_load(ref, place, numbers, length) for ref in (key_ref, value_ref))
+    key, value = (_load(ref, leading, numbers, length) for ref in (key_ref, value_ref))
 
     def block(index, carry, masked: bool):
         key_sums, value_sums = carry
         rows = index * tile.queries + iota(tile.queries)
         # The gradient of rows past the last query is read as 0.
-        query, gradient = (_load(ref, place, rows, count) for ref in (query_ref, gradient_ref))
-        lse, delta, first, second = (_load_numbers(ref, place, rows)[None, :] for ref in row_refs)
+        query, gradient = (_load(ref, leading, rows, count) for ref in (query_ref, gradient_ref))
+        lse, delta, first, second = (_load_numbers(ref, leading, rows)[None, :] for ref in row_refs)
         scores = dot(key, query, 1) * (options.scores.scale * LOG2_E)
         if masked:
             scores = _masked(scores, rows[None, :], numbers[:, None], None, options)
@@ -264,7 +264,7 @@ def _key_kernel(query_ref, key_ref, value_ref, gradient_ref, lse_ref, *refs, opt
     valid = (numbers < length)[:, None]
     factors = options.scores.scale / (1.0 - options.rate), 1.0 / (1.0 - options.rate)
     for ref, sums, factor in zip((key_result_ref, value_result_ref), _loop(blocks, block, (zeros, zeros)), factors):
-        _store(ref, place, numbers, jnp.where(valid, sums * factor, 0.0))
+        _store(ref, leading, numbers, jnp.where(valid, sums * factor, 0.0))
 
 
 def _key_blocks(key_ref, length_refs, options: Options, tile: Tile):
@@ -338,26 +338,26 @@ def _zeros(rows: int, ref) -> Array:
     return jnp.zeros((rows, _features(ref).size), jnp.float32)
 
 
-def _load(ref, place, rows: Array, count) -> Array:
+def _load(ref, leading, rows: Array, count) -> Array:
     """Loads rows of one head; 0 past the width, and from row `count` on (None: no limit)."""
-    features, (row, head) = _features(ref), place
+    features, (row, head) = _features(ref), leading
     mask = (features < ref.shape[3])[None, :]
     if count is not None:
         mask = mask & (rows < count)[:, None]
     return masked_load(ref.at[row, rows[:, None], head, features[None, :]], mask)
 
 
-def _store(ref, place, rows: Array, values: Array) -> None:
+def _store(ref, leading, rows: Array, values: Array) -> None:
     """Stores rows of one head."""
-    features, (row, head) = _features(ref), place
+    features, (row, head) = _features(ref), leading
     mask = (rows < ref.shape[1])[:, None] & (features < ref.shape[3])[None, :]
     masked_store(ref.at[row, rows[:, None], head, features[None, :]], values.astype(ref.dtype), mask)
 
 
-def _load_numbers(ref, place, rows: Array) -> Array:
+def _load_numbers(ref, leading, rows: Array) -> Array:
     """Loads a number for each row of one head; 0 past the last row."""
-    return masked_load(ref.at[(*place, rows)], rows < ref.shape[2])
+    return masked_load(ref.at[(*leading, rows)], rows < ref.shape[2])
 
 
-def _store_numbers(ref, place, rows: Array, values: Array) -> None:
-    masked_store(ref.at[(*place, rows)], values, rows < ref.shape[2])
+def _store_numbers(ref, leading, rows: Array, values: Array) -> None:
+    masked_store(ref.at[(*leading, rows)], values, rows < ref.shape[2])

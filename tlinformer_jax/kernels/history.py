@@ -1,8 +1,9 @@
 """GPU kernels with which prefill and slide read, in Pallas for Triton.
 
 `attend` reads the whole cache for a few queries, and `attend_few` reads a compressed context for many queries. The
-plain versions are in `models.cached_attention`: `attend_history` and `attend_context` without kernels. Gain: at a
-million tokens a slide took 32% and 3.3% longer without them, a prefill 31% and 5.4%, before both became faster.
+plain versions are in `models.cached_attention`: `attend_history` and `attend_context` without kernels. Gain at a
+million tokens, measured before slide and prefill became faster: without `attend` a slide takes 32% longer and a prefill
+31%; without `attend_few` 3.3% and 5.4%.
 
 Keys and values are [batch, heads, d_h, rows] (`models.cached_attention`); the matrix units need this order of the keys,
 too. With an int8 cache `attend` reads integers.
@@ -34,7 +35,8 @@ QUERY_TILE = 64
 ROW_TILE = 64
 WARPS = 4
 STAGES = 3
-# Most tiles of queries of a program of `attend_few`; most rows, and their width, that it loads once for all its tiles.
+# A program of `attend_few` that can load all rows at once, at most MOST_ROWS_ONCE in heads of at most MOST_WIDTH_ONCE
+# features, does so for up to QUERY_TILES tiles of queries; otherwise it computes one tile.
 QUERY_TILES = 8
 MOST_ROWS_ONCE = 256
 MOST_WIDTH_ONCE = 48
@@ -73,36 +75,36 @@ def attend(
         jax.ShapeDtypeStruct(shape, jnp.float32),
         jax.ShapeDtypeStruct(shape, jnp.float32),
     ]
-    place = jnp.stack([row, length]).astype(jnp.int32)
+    row_and_length = jnp.stack([row, length]).astype(jnp.int32)
     sums, tops, totals = call_kernel(
         kernel,
         (tiles, heads, parts),
         outputs,
-        [query, cache, place],
+        [query, cache, row_and_length],
         "attend_history",
         interpret,
         num_warps=WARPS,
         num_stages=STAGES,
     )
-    # A part without rows has none: two roundings of its finite top would differ by more than exp can take.
+    # A part without rows gets -inf: the rounding errors of its finite top, -1e30, would exceed the range of exp.
     tops = jnp.where(totals > 0, tops / LOG2_E, -jnp.inf)
     merged, lse = merge_softmaxes(sums, tops, 0, totals)
     return jnp.swapaxes(merged, 0, 1), jnp.swapaxes(lse, 0, 1)
 
 
 def _attend_kernel(
-    query_ref, cache, place_ref, sums_ref, tops_ref, totals_ref, *, scale, queries, width, parts, interpret
+    query_ref, cache, row_and_length_ref, sums_ref, tops_ref, totals_ref, *, scale, queries, width, parts, interpret
 ) -> None:
     """Computes one part of the rows for a tile of queries and one head; scaled scores are to base 2."""
     tile, head, part = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     numbers = tile * QUERY_TILE + iota(QUERY_TILE)
     pieces = feature_pieces(width, LEAST_PIECE)
     query = _load_queries(query_ref, numbers, head, queries, width)
-    length = place_ref[1]
+    length = row_and_length_ref[1]
     each = pl.cdiv(pl.cdiv(length, ROW_TILE), parts)
     begin = part * each
     blocks = (begin, begin + each)
-    top, total, sums = _stream(query, cache, (place_ref[0], head), length, blocks, width, scale, interpret)
+    top, total, sums = _stream(query, cache, (row_and_length_ref[0], head), length, blocks, width, scale, interpret)
     is_query = numbers < queries
     for (start, size), values in zip(pieces, sums):
         features = start + iota(size)
@@ -224,10 +226,10 @@ def _load_queries(ref, numbers: Array, head: Array, queries: int, width: int) ->
     return loaded
 
 
-def _stream(query, cache, place, length, blocks, width: int, scale: float, interpret: bool):
+def _stream(query, cache, leading, length, blocks, width: int, scale: float, interpret: bool):
     """Reads blocks[0] .. blocks[1] - 1 of ROW_TILE rows, of which `length` are valid, for a tile of queries.
 
-    `place` is (sequence, head), the index of the rows in the cache.
+    `leading` is (sequence, head), the first indices of the rows in the cache.
 
     Returns:
       each query's largest score before scaling and its sum of weights, float32 [QUERY_TILE], and its weighted values in
@@ -241,10 +243,10 @@ def _stream(query, cache, place, length, blocks, width: int, scale: float, inter
         features = start + iota(size)
         # Rows up to the cache's end can be read without a mask: the weight of invalid rows is 0.
         mask = None if start + size <= width else (features < width)[:, None]
-        return masked_load(ref.at[(*place, features[:, None], rows[None, :])], mask).astype(dtype)
+        return masked_load(ref.at[(*leading, features[:, None], rows[None, :])], mask).astype(dtype)
 
     def scaled(numbers: Array, ref, rows: Array) -> Array:
-        return numbers if ref is None else numbers * masked_load(ref.at[(*place, rows)]).astype(jnp.float32)[None, :]
+        return numbers if ref is None else numbers * masked_load(ref.at[(*leading, rows)]).astype(jnp.float32)[None, :]
 
     def block(index, carry, masked):
         top, total, sums = carry

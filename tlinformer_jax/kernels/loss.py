@@ -83,8 +83,7 @@ def _kernel(
             share *= 1.0 + 2.0 * z_loss * norm
         slope = (share - (numbers == target)) * weight
         mask = None if whole else numbers < columns
-        place = slope_ref.at[token, numbers]
-        masked_store(place, slope.astype(slope_ref.dtype), mask, eviction_policy="evict_first")
+        masked_store(slope_ref.at[token, numbers], slope.astype(slope_ref.dtype), mask, eviction_policy="evict_first")
 
     # From the last column back, since the last columns are still in the cache.
     for tile in range(full, -(-columns // COLUMNS)):

@@ -79,8 +79,7 @@ def _kernel(scale_ref, x_ref, gradient_ref, *refs, rows: int, width: int, progra
         result = (scaled - shift - normed * slope) * inverse
         if skip_ref is not None:
             result += read(skip_ref)
-        place = output_ref.at[numbers[:, None], features[None, :]]
-        masked_store(place, result.astype(output_ref.dtype), mask)
+        masked_store(output_ref.at[numbers[:, None], features[None, :]], result.astype(output_ref.dtype), mask)
         return scale_sum + gradient * normed, bias_sum + gradient
 
     zero = jnp.zeros((ROWS, block), jnp.float32)

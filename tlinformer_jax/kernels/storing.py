@@ -53,8 +53,8 @@ def store_products(
     _, heads, width, rows = products.shape
     kernel = functools.partial(_store_products_kernel, half=width // 2)
     grid = (heads, width // 2, rows // PRODUCT_TILE)
-    place = (row, start // PRODUCT_TILE)
-    return _write(kernel, grid, cache, [products, bias, columns], place, "store_products", interpret)
+    position = (row, start // PRODUCT_TILE)
+    return _write(kernel, grid, cache, [products, bias, columns], position, "store_products", interpret)
 
 
 def _write(
@@ -62,16 +62,16 @@ def _write(
     grid: tuple[int, ...],
     cache: KeyValue,
     operands: list[Any],
-    place: tuple[Array, Array],
+    position: tuple[Array, Array],
     name: str,
     interpret: bool,
 ) -> KeyValue:
-    """Runs a kernel that changes the cache in place; `place` is its last operand."""
+    """Runs a kernel that changes the cache in place; its last operand is `position`: sequence, first tile (or row)."""
     return call_kernel(
         kernel,
         grid,
         jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), cache),
-        [cache, *operands, jnp.stack(place).astype(jnp.int32)],
+        [cache, *operands, jnp.stack(position).astype(jnp.int32)],
         name,
         interpret,
         aliases={number: number for number, _ in enumerate(jax.tree.leaves(cache))},
@@ -80,11 +80,11 @@ def _write(
     )
 
 
-def _store_products_kernel(_, products_ref, bias_ref, column_refs, place_ref, cache, *, half: int) -> None:
+def _store_products_kernel(_, products_ref, bias_ref, column_refs, position_ref, cache, *, half: int) -> None:
     """Stores a tile of rows of one pair of features of a head."""
     head, pair, tile = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     numbers, features = tile * PRODUCT_TILE + iota(PRODUCT_TILE), (pair, half + pair)
-    to = _aligned(place_ref, tile, PRODUCT_TILE)
+    to = _aligned(position_ref, tile, PRODUCT_TILE)
 
     # All loads start before the first value is used.
     loaded = [[masked_load(products_ref.at[part, head, feature, numbers]) for feature in features] for part in (0, 1)]
@@ -97,16 +97,16 @@ def _store_products_kernel(_, products_ref, bias_ref, column_refs, place_ref, ca
 
     def write(ref, rows: list[Array]) -> None:
         for feature, values in zip(features, rows):
-            masked_store(ref.at[place_ref[0], head, feature, to], values.astype(ref.dtype))
+            masked_store(ref.at[position_ref[0], head, feature, to], values.astype(ref.dtype))
 
     one, other = (values.astype(jnp.float32) for values in biased(0))
     write(cache.key, [one * cos - other * sin, one * sin + other * cos])
     write(cache.value, biased(1))
 
 
-def _aligned(place_ref, tile: Array, size: int) -> Array:
+def _aligned(position_ref, tile: Array, size: int) -> Array:
     """Returns a tile's rows in the cache; a multiple of a constant tells Triton that it can write several at once."""
-    return (place_ref[1] + tile) * size + iota(size)
+    return (position_ref[1] + tile) * size + iota(size)
 
 
 def pair_table(
@@ -142,17 +142,17 @@ def store_tokens(
     vocab_size, _, _, pairs = table.shape
     kernel = functools.partial(_store_tokens_kernel, half=cache.key.shape[2] // 2, vocab_size=vocab_size)
     grid = (pl.cdiv(pairs, PAIR_TILE), tokens.size // TOKEN_TILE)
-    place = (row, start // TOKEN_TILE)
-    return _write(kernel, grid, cache, [table, columns, tokens], place, "store_tokens", interpret)
+    position = (row, start // TOKEN_TILE)
+    return _write(kernel, grid, cache, [table, columns, tokens], position, "store_tokens", interpret)
 
 
 def _store_tokens_kernel(
-    _, table_ref, column_refs, tokens_ref, place_ref, cache, *, half: int, vocab_size: int
+    _, table_ref, column_refs, tokens_ref, position_ref, cache, *, half: int, vocab_size: int
 ) -> None:
     """Stores a tile of rows of some pairs of features."""
     tile = pl.program_id(1)
     pairs, numbers = pl.program_id(0) * PAIR_TILE + iota(PAIR_TILE), tile * TOKEN_TILE + iota(TOKEN_TILE)
-    there, to = pairs < table_ref.shape[3], _aligned(place_ref, tile, TOKEN_TILE)
+    there, to = pairs < table_ref.shape[3], _aligned(position_ref, tile, TOKEN_TILE)
     head, pair = pairs // half, pairs % half
     # Ids past the history are arbitrary, so clip them.
     tokens = jnp.clip(masked_load(tokens_ref.at[numbers]), 0, vocab_size - 1)
@@ -164,7 +164,7 @@ def _store_tokens_kernel(
     ]
 
     def write(ref, side: int, values: Array) -> None:
-        target = ref.at[place_ref[0], head[:, None], (side * half + pair)[:, None], to[None, :]]
+        target = ref.at[position_ref[0], head[:, None], (side * half + pair)[:, None], to[None, :]]
         masked_store(target, values.astype(ref.dtype), jnp.broadcast_to(there[:, None], values.shape))
 
     one, other = (jnp.transpose(rows).astype(jnp.float32) for rows in loaded[0])
@@ -204,13 +204,13 @@ def store(
 
 
 def _store_kernel(
-    _, projected_ref, bias_ref, table_refs, tokens_ref, place_ref, cache, *, half: int, vocab_size: int
+    _, projected_ref, bias_ref, table_refs, tokens_ref, position_ref, cache, *, half: int, vocab_size: int
 ) -> None:
     """Stores a tile of rows of one head, in halves: the two features of a rotated pair are in different halves."""
     tile, head = pl.program_id(0), pl.program_id(1)
     pairs = iota(pl.next_power_of_2(half))
     numbers = tile * STORE_TILE + iota(STORE_TILE)
-    to = place_ref[1] + numbers
+    to = position_ref[1] + numbers
     there = (pairs < half)[None, :]
     # Ids past the history are arbitrary, so clip them.
     sources = numbers if tokens_ref is None else jnp.clip(masked_load(tokens_ref.at[numbers]), 0, vocab_size - 1)
@@ -229,9 +229,9 @@ def _store_kernel(
             wide = [block.astype(projected_ref.dtype).astype(jnp.float32) for block in halves]
             scale = row_scale(jnp.maximum(*(jnp.max(jnp.abs(block), axis=1) for block in wide)))
             halves = [to_integers(block, scale[:, None]) for block in wide]
-            masked_store(scale_ref.at[place_ref[0], head, to], scale.astype(scale_ref.dtype))
+            masked_store(scale_ref.at[position_ref[0], head, to], scale.astype(scale_ref.dtype))
         for first, block in zip((0, half), halves):
-            target = ref.at[place_ref[0], head, first + pairs[:, None], to[None, :]]
+            target = ref.at[position_ref[0], head, first + pairs[:, None], to[None, :]]
             mask = jnp.broadcast_to((pairs < half)[:, None], (pairs.shape[0], STORE_TILE))
             masked_store(target, jnp.transpose(block.astype(ref.dtype)), mask)
 

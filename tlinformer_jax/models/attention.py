@@ -1,4 +1,4 @@
-"""Exact softmax attention: the entry point `attend` and its back ends.
+"""Exact softmax attention: the entry points `attend` and `attend_with_lse`, and their back ends.
 
 Callers say which keys a query sees by structure (causal, local window, number of valid keys, documents), never by a
 mask tensor, so that kernels can skip the other keys.
@@ -41,66 +41,92 @@ def attend(
     query: Queries,
     key: Keys,
     value: Keys,
+    scores: Scores,
     *,
-    causal: bool = False,
-    window: int | None = None,
     key_length: Array | int | None = None,
-    dropout: Dropout | None = None,
-    backend: str = "auto",
-    return_lse: bool = False,
-    scale: float | None = None,
     never_empty: bool = False,
+    dropout: Dropout | None = None,
     documents: Documents | None = None,
-) -> Any:
+    backend: str = "auto",
+) -> Queries:
     """Computes exact softmax attention.
 
     Args:
-      causal: query i sees only keys 0 .. i (queries and keys start at the same position).
-      window: query i sees only the last `window` keys up to its own; needs `causal`.
+      scores: scale of the scores, `config.attention_scale`, and whether queries see only keys up to their own position,
+        or the last `window` of these; then queries and keys start at the same position.
       key_length: number of valid keys, which come first; a scalar or int32 [batch]. If 0, the result is 0, never NaN.
-      dropout: dropout of the attention weights, with a separate mask for each softmax.
-      backend: 'auto', 'deterministic' (the same without cuDNN), 'xla', 'cudnn' (NVIDIA, half precision), 'splash' (TPU,
-        interpreted elsewhere) or 'triton' (NVIDIA, half precision). Only XLA's log-sum-exp is differentiable.
-      return_lse: also return the log-sum-exp of the scaled scores, -inf if no key is valid.
-      scale: factor of the scores; None for 1 / sqrt(d_h). Padded heads must pass the scale of their true width.
       never_empty: `key_length` is never 0; this saves a pass over the output.
+      dropout: dropout of the attention weights, with a separate mask for each softmax.
       documents: a query sees only keys of its own document; if there are none, result and gradients are 0. 'cudnn' and
         'triton' do not support documents; 'auto' then chooses another back end.
-
-    Returns:
-      the output, shaped as the query; with `return_lse`, `OutputAndLse`.
+      backend: 'auto', 'deterministic' (the same without cuDNN), 'xla', 'cudnn' (NVIDIA, half precision), 'splash' (TPU,
+        interpreted elsewhere) or 'triton' (NVIDIA, half precision).
 
     Raises:
       ValueError: for a window without `causal`, an unknown back end, or an option that the back end does not support.
     """
-    if window is not None and not causal:
+    chosen = choose_backend(query, dropout, False, documents is not None, backend)
+    return _attend(query, key, value, scores, key_length, dropout, documents, chosen, never_empty)[0]
+
+
+def attend_with_lse(
+    query: Queries,
+    key: Keys,
+    value: Keys,
+    scores: Scores,
+    *,
+    key_length: Array | int | None = None,
+    dropout: Dropout | None = None,
+    documents: Documents | None = None,
+    backend: str = "auto",
+) -> OutputAndLse:
+    """Computes `attend`, and the log-sum-exp of the scaled scores, -inf for a query that sees no key.
+
+    'splash' and 'triton' do not support this. Only XLA's log-sum-exp is differentiable; 'auto' is XLA.
+    """
+    chosen = choose_backend(query, dropout, True, documents is not None, backend)
+    if chosen not in ("xla", "cudnn"):
+        raise _unsupported(chosen, "a log-sum-exp")
+    output, lse = _attend(query, key, value, scores, key_length, dropout, documents, chosen, with_lse=True)
+    assert lse is not None
+    return output, lse
+
+
+def _attend(
+    query: Queries,
+    key: Keys,
+    value: Keys,
+    scores: Scores,
+    key_length: Array | int | None,
+    dropout: Dropout | None,
+    documents: Documents | None,
+    backend: str,
+    never_empty: bool = False,
+    with_lse: bool = False,
+) -> tuple[Queries, Float[Array, "batch queries heads"] | None]:
+    """Calls the back end, one of BACKENDS; the log-sum-exp may be None unless `with_lse`."""
+    if scores.window is not None and not scores.causal:
         raise ValueError("attend: window needs causal=True")
     if key_length is not None:
         key_length = jnp.broadcast_to(jnp.asarray(key_length, jnp.int32), query.shape[:1])
-    scores = Scores(1.0 / math.sqrt(query.shape[-1]) if scale is None else scale, causal, window)
-    apart = documents is not None
-    chosen = choose_backend(query, dropout, return_lse, apart, backend)
-    output, lse = None, None
     if query.shape[1] == 0 or key.shape[1] == 0:  # no observation window, or no history
-        output, lse = jnp.zeros_like(query), no_parts(query)[1]
-    elif chosen == "xla":
-        output, lse = _attend_in_chunks(query, key, value, scores, key_length, dropout, documents)
-    elif chosen == "triton" and not return_lse and not apart:
-        given = (jnp.zeros((3,), jnp.uint32), 0.0) if dropout is None else (dropout.words, dropout.rate)
-        output = dropout_kernel.attend_with_dropout(query, key, value, scores, key_length, *given)
-    elif chosen == "splash" and dropout is None and not return_lse:
-        output = attend_splash(query, key, value, scores, key_length, documents, interpret=platform() != "tpu")
-    elif chosen == "cudnn" and dropout is None and not apart:
-        output, lse = _attend_cudnn(query, key, value, scores, key_length, return_lse, never_empty)
-    else:
-        raise _unsupported(chosen, dropout=dropout is not None, documents=apart, return_lse=return_lse)
-    return (output, lse) if return_lse else output
+        return jnp.zeros_like(query), no_parts(query)[1]
+    if backend == "xla":
+        return _attend_in_chunks(query, key, value, scores, key_length, dropout, documents)
+    if backend == "triton" and documents is None:
+        words, rate = (jnp.zeros((3,), jnp.uint32), 0.0) if dropout is None else (dropout.words, dropout.rate)
+        return dropout_kernel.attend_with_dropout(query, key, value, scores, key_length, words, rate), None
+    if backend == "splash" and dropout is None:
+        return attend_splash(query, key, value, scores, key_length, documents, interpret=platform() != "tpu"), None
+    if backend == "cudnn" and dropout is None and documents is None:
+        return _attend_cudnn(query, key, value, scores, key_length, with_lse, never_empty)
+    given = {"dropout": dropout, "documents": documents}
+    raise _unsupported(backend, *(name for name, option in given.items() if option is not None))
 
 
-def _unsupported(backend: str, **options: bool) -> ValueError:
-    """Returns the error for a call whose options, those that are true, a back end does not support."""
-    given = " with ".join(name for name, asked in options.items() if asked)
-    return ValueError(f"attend: backend {backend!r} does not support {given}; 'auto' and 'xla' do")
+def _unsupported(backend: str, *options: str) -> ValueError:
+    """Returns the error for a call with options that a back end does not support."""
+    return ValueError(f"attend: backend {backend!r} does not support {' with '.join(options)}; 'auto' and 'xla' do")
 
 
 def head_multiple(dtype: Any, backend: str) -> int:
@@ -109,7 +135,7 @@ def head_multiple(dtype: Any, backend: str) -> int:
 
 
 def choose_backend(
-    query: Queries, dropout: Dropout | None, return_lse: bool, documents: bool = False, backend: str = "auto"
+    query: Queries, dropout: Dropout | None, with_lse: bool, documents: bool = False, backend: str = "auto"
 ) -> str:
     """Returns the back end for 'auto' and 'deterministic'; every other `backend` is returned as it is.
 
@@ -125,9 +151,9 @@ def choose_backend(
         return backend
     triton = not documents and dropout_kernel.use_kernel(query.dtype, query.shape[-1])
     # cuDNN and splash have neither dropout nor a differentiable log-sum-exp in JAX; cuDNN and triton have no documents.
-    if dropout is not None and not return_lse:
+    if dropout is not None and not with_lse:
         return "triton" if triton else "xla"
-    if return_lse or (documents and is_nvidia_gpu()):
+    if with_lse or (documents and is_nvidia_gpu()):
         return "xla"
     if fused_kernel(query.dtype):
         return "cudnn" if backend == "auto" else "triton" if triton else "xla"
@@ -137,8 +163,8 @@ def choose_backend(
 def fused_kernel(dtype: Any, backend: str = "auto") -> bool:
     """Returns whether generation's attention is by cuDNN: if configured, or by choice in half precision on NVIDIA GPUs.
 
-    Training's is, too, unless it has dropout or documents or is 'deterministic'. Generation has no backward pass, which
-    is what 'deterministic' avoids.
+    Training uses cuDNN in the same cases, but not with dropout, documents or 'deterministic'. The last avoids cuDNN's
+    backward pass; generation has none.
     """
     return backend == "cudnn" or (backend in CHOOSING and is_half(dtype) and is_nvidia_gpu())
 
@@ -159,13 +185,13 @@ def attend_parts(
     keys = key.shape[1]
     key_length = jnp.clip(key_length, 0, keys)
     if not fused_kernel(query.dtype, backend):
-        output, lse = attend(query, key, value, key_length=key_length, backend="xla", return_lse=True, scale=scale)
+        output, lse = attend_with_lse(query, key, value, Scores(scale), key_length=key_length, backend="xla")
         return output.astype(jnp.float32), lse
     count = max(1, math.gcd(keys, 1 << 20) // KEYS_PER_PART)
     key, value = (part.reshape(count, keys // count, *part.shape[2:]) for part in (key, value))
     lengths = jnp.clip(key_length - jnp.arange(count) * (keys // count), 0, keys // count)
     query = jnp.broadcast_to(query, (count, *query.shape[1:]))
-    output, lse = attend(query, key, value, key_length=lengths, backend="cudnn", return_lse=True, scale=scale)
+    output, lse = attend_with_lse(query, key, value, Scores(scale), key_length=lengths, backend="cudnn")
     output, lse = merge_softmaxes(output.astype(jnp.float32), lse, axis=0)
     return output[None], lse[None]
 
@@ -188,30 +214,31 @@ def attend_chunk(
     """
     size = query.shape[1]
     fused = fused_kernel(query.dtype, backend)
-    options: dict[str, Any] = {"backend": "cudnn" if fused else "xla", "scale": scale}
+    chosen = "cudnn" if fused else "xla"
     if window is not None:
         # Keep only keys that a window of the chunk reaches; zeros stand in for the queries before the chunk.
         reach = min(key.shape[1] - size, window - 1)
         first = jnp.maximum(start - reach, 0)
         key, value = (jax.lax.dynamic_slice_in_dim(part, first, size + reach, axis=1) for part in (key, value))
         query = jax.lax.dynamic_update_slice_in_dim(jnp.zeros_like(key), query, start - first, axis=1)
-        output = attend(query, key, value, causal=True, window=window, **options)
+        output = attend(query, key, value, Scores(scale, causal=True, window=window), backend=chosen)
         return jax.lax.dynamic_slice_in_dim(output, start - first, size, axis=1)
 
-    def rows(number: Array) -> list[Array]:
-        return [jax.lax.dynamic_slice_in_dim(part, number * size, size, axis=1) for part in (key, value)]
+    def rows(number: Array) -> tuple[Array, Array]:
+        keys, values = (jax.lax.dynamic_slice_in_dim(part, number * size, size, axis=1) for part in (key, value))
+        return keys, values
 
-    own = attend(query, *rows(start // size), causal=True, return_lse=True, **options)
+    own = attend_with_lse(query, *rows(start // size), Scores(scale, causal=True), backend=chosen)
     if key.shape[1] == size:
         return own[0]
     parts = own[0].astype(jnp.float32), own[1]
     if fused:
-        before, lse = attend(query, key, value, key_length=start, return_lse=True, **options)
+        before, lse = attend_with_lse(query, key, value, Scores(scale), key_length=start, backend=chosen)
         return merge_parts(parts, (before.astype(jnp.float32), lse))[0].astype(query.dtype)
 
     def block(number: Array, parts: OutputAndLse) -> OutputAndLse:
         keys, values = rows(number)
-        return merge_parts(parts, attend_parts(query, keys, values, jnp.int32(size), **options))
+        return merge_parts(parts, attend_parts(query, keys, values, jnp.int32(size), scale, chosen))
 
     # One chunk of keys at a time, so that the memory for scores does not grow with the sequence.
     return jax.lax.fori_loop(0, start // size, block, parts)[0].astype(query.dtype)
@@ -231,8 +258,7 @@ def merge_parts(first: OutputAndLse, second: OutputAndLse) -> OutputAndLse:
 def visible(
     queries: int,
     keys: int,
-    causal: bool,
-    window: int | None,
+    scores: Scores,
     key_length: Array | None,
     start: Array | int = 0,
     documents: Documents | None = None,
@@ -242,9 +268,9 @@ def visible(
     Query i is at position start + i, key j at position j; `documents[0]` begins at position 0, not at `start`.
     """
     mask: Array | None = None
-    if causal:
+    if scores.causal:
         distance = start + np.arange(queries)[:, None] - np.arange(keys)[None, :]
-        seen = distance >= 0 if window is None else (distance >= 0) & (distance < window)
+        seen = distance >= 0 if scores.window is None else (distance >= 0) & (distance < scores.window)
         mask = jnp.asarray(seen)[None, None]
     if key_length is not None:
         valid = jnp.arange(keys)[None, None, None, :] < key_length[:, None, None, None]
@@ -268,7 +294,7 @@ def _attend_xla(
 ) -> OutputAndLse:
     """Computes attention by plain matrix products; scores and softmax are float32; query i is at start + i."""
     scaled = jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=jnp.float32) * scores.scale
-    mask = visible(query.shape[1], key.shape[1], scores.causal, scores.window, key_length, start, documents)
+    mask = visible(query.shape[1], key.shape[1], scores, key_length, start, documents)
     if mask is not None:
         scaled = jnp.where(mask, scaled, -jnp.inf)
     top = jnp.max(scaled, axis=-1, keepdims=True, initial=-jnp.inf)
@@ -301,16 +327,16 @@ def _attend_in_chunks(
     if (dropout is None and documents is None) or chunk >= queries:
         return _attend_xla(query, key, value, scores, key_length, dropout, documents)
 
-    def some(shared: Any, fixed: Any, item: tuple[Array, Array]) -> OutputAndLse:
-        (key, value), (key_length, dropout, documents), (query, number) = shared, fixed, item
+    def some(keys: tuple[Array, Array], constants: Any, item: tuple[Array, Array]) -> OutputAndLse:
+        (key, value), (key_length, dropout, documents), (query, number) = keys, constants, item
         return _attend_xla(query, key, value, scores, key_length, dropout, documents, number * chunk)
 
     missing = -queries % chunk
     padded = pad_rows(query, missing)
     if documents is not None:
         documents = pad_rows(documents[0], missing), documents[1]
-    fixed = key_length, dropout, documents
-    found = map_steps(some, (key, value), in_chunks(padded, chunk), fixed, padded.shape[1] // chunk)
+    constants = key_length, dropout, documents
+    found = map_steps(some, (key, value), in_chunks(padded, chunk), constants, padded.shape[1] // chunk)
     output, lse = (joined(array)[:, :queries] for array in found)
     return output, lse
 
@@ -321,20 +347,20 @@ def _attend_cudnn(
     value: Keys,
     scores: Scores,
     key_length: Array | None,
-    return_lse: bool,
+    with_lse: bool,
     never_empty: bool,
 ) -> tuple[Queries, Array | None]:
     """Calls cuDNN's fused kernel; heads are padded to a multiple of 8 features, which does not change the scores."""
     queries, keys, width = query.shape[1], key.shape[1], query.shape[-1]
-    # JAX refuses to differentiate the kernel at odd lengths. With `return_lse` it is never differentiated.
-    odd_queries, odd_keys = (0, 0) if return_lse else (queries % 2, keys % 2)
+    # JAX refuses to differentiate the kernel at odd lengths. With `with_lse` it is never differentiated.
+    odd_queries, odd_keys = (0, 0) if with_lse else (queries % 2, keys % 2)
     if odd_keys and key_length is None and not (scores.causal and queries <= keys):
         key_length, never_empty = jnp.full(query.shape[:1], keys, jnp.int32), True
     query, key, value = (
         jnp.pad(x, [(0, 0), (0, odd), (0, 0), (0, -width % 8)])
         for x, odd in ((query, odd_queries), (key, odd_keys), (value, odd_keys))
     )
-    options: dict[str, Any] = {"return_residual": return_lse}
+    options: dict[str, Any] = {"return_residual": with_lse}
     if key_length is not None:
         options["query_seq_lengths"] = jnp.full(query.shape[:1], query.shape[1], jnp.int32)
         options["key_value_seq_lengths"] = jnp.maximum(key_length, 1)
@@ -348,7 +374,7 @@ def _attend_cudnn(
         implementation="cudnn",
         **options,
     )
-    output, lse = result if return_lse else (result, None)
+    output, lse = result if with_lse else (result, None)
     output = output[:, :queries, :, :width]
     if key_length is not None and not never_empty:
         empty = (key_length == 0)[:, None, None]

@@ -41,7 +41,9 @@ from tlinformer_jax.models.rope import rope_table
 from tlinformer_jax.models.streams import (
     History,
     PlacedWindow,
+    RestoreLayer,
     Stream,
+    ZMask,
     apart,
     attention_options,
     beside,
@@ -69,7 +71,7 @@ class ReadableHistory(Protocol):
         """Returns attend(Q, Kc, Vc), where Q are the queries of the `readers`, side by side."""
 
     def restore(
-        self, restore_rows: Callable[..., Array], shared: Any, fixed: Any, next_layer: LayerParams, parts: str
+        self, restore_rows: Callable[..., Array], layer: RestoreLayer, mask: ZMask, next_layer: LayerParams, parts: str
     ) -> Any:
         """Returns C', computed by `restore_rows` and projected to `parts` by `next_layer`."""
 
@@ -84,8 +86,8 @@ def compress(
 
     The argument z contains C[h:] and Qc[h:]. In TConstFormer x does not read C.
     """
-    causal = attention_options(config, part_of(dropout, CAUSAL_ATTENTION), x, x)
-    x_attends = attend(x.Q, x.K, x.V, causal=True, **causal)
+    causal = attention_options(config, part_of(dropout, CAUSAL_ATTENTION), x, x, causal=True)
+    x_attends = attend(x.Q, x.K, x.V, **causal)
     if config.architecture == "tconstformer":
         z_attends = C.read(z.Q, config, part_of(dropout, SHARED_ATTENTION), z)
     else:
@@ -105,10 +107,10 @@ def hidden(
 
     z and x read the compressed history z, not C.
     """
-    causal = attention_options(config, part_of(dropout, CAUSAL_ATTENTION), x, x)
-    shared = attention_options(config, part_of(dropout, SHARED_ATTENTION), z, z, x)
-    z_attends, x_reads = apart(attend(beside(z.Q, x.Q), z.K, z.V, **shared), z.Q.shape[1])
-    x_attends = attend(x.Q, x.K, x.V, causal=True, **causal) + x_reads
+    causal = attention_options(config, part_of(dropout, CAUSAL_ATTENTION), x, x, causal=True)
+    reading_z = attention_options(config, part_of(dropout, SHARED_ATTENTION), z, z, x)
+    z_attends, x_reads = apart(attend(beside(z.Q, x.Q), z.K, z.V, **reading_z), z.Q.shape[1])
+    x_attends = attend(x.Q, x.K, x.V, **causal) + x_reads
     return _update(layer, (z.rows, x.rows), (z_attends, x_attends), dropout)
 
 
@@ -128,16 +130,16 @@ def restore(
 
     Qc are the queries of C from the block's `compress` layer. C' is None if no `later` block reads it.
     """
-    causal = attention_options(config, part_of(dropout, CAUSAL_ATTENTION), x, x)
-    shared = attention_options(config, part_of(dropout, SHARED_ATTENTION), z, x)
-    x_attends = attend(x.Q, x.K, x.V, causal=True, **causal) + attend(x.Q, z.K, z.V, **shared)
+    causal = attention_options(config, part_of(dropout, CAUSAL_ATTENTION), x, x, causal=True)
+    reading_z = attention_options(config, part_of(dropout, SHARED_ATTENTION), z, x)
+    x_attends = attend(x.Q, x.K, x.V, **causal) + attend(x.Q, z.K, z.V, **reading_z)
     x_rows = update(layer, x.rows, x_attends, part_of(dropout, FEED_FORWARD))
     if not later:
         return None, x_rows
     parts = "qkv" if len(later) > 1 else "kv"  # the last block does not restore C, so it needs no Qc
     restore_some = functools.partial(restore_rows, config, z.never_empty)
-    read, fixed = (layer, z.K, z.V), (z.length, z.documents, dropout)
-    return C.restore(restore_some, read, fixed, later[0].compress, parts), x_rows
+    mask = ZMask(z.length, z.documents, dropout)
+    return C.restore(restore_some, RestoreLayer(layer, z.K, z.V), mask, later[0].compress, parts), x_rows
 
 
 def restore_rows(
@@ -145,23 +147,22 @@ def restore_rows(
     never_empty: bool,
     C: CRows,
     Qc: Array,
-    shared: Any,
-    fixed: Any,
+    layer: RestoreLayer,
+    mask: ZMask,
     documents: Array | None = None,
     attend: Callable[..., Array] = attend,
 ) -> CRows:
     """Returns C' = update(C, attend(Qc, Kz, Vz)) for any rows of C, since rows of C do not read each other.
 
     Args:
-      shared: (the layer, Kz, Vz).
-      fixed: (number of valid rows of z, documents of z, dropout).
+      never_empty: whether `mask.length` is known to be positive, see `Stream`.
       documents: documents of these rows of C; None if the sample is a single document.
       attend: `attention.attend`, or another implementation of it.
     """
-    (layer, Kz, Vz), (length, read, dropout) = shared, fixed
-    z = Stream(None, K=Kz, length=length, never_empty=never_empty, documents=read)
-    options = attention_options(config, part_of(dropout, CONTEXT_ATTENTION), z, Stream(C, documents=documents))
-    return update(layer, C, attend(Qc, Kz, Vz, **options), part_of(dropout, CONTEXT_FEED_FORWARD))
+    params, Kz, Vz = layer
+    z = Stream(None, K=Kz, length=mask.length, never_empty=never_empty, documents=mask.documents)
+    options = attention_options(config, part_of(mask.dropout, CONTEXT_ATTENTION), z, Stream(C, documents=documents))
+    return update(params, C, attend(Qc, Kz, Vz, **options), part_of(mask.dropout, CONTEXT_FEED_FORWARD))
 
 
 def _update(

@@ -19,7 +19,7 @@ from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.kernels import decode as decode_kernel
 from tlinformer_jax.kernels import history as history_kernel
 from tlinformer_jax.kernels import storing as storing_kernel
-from tlinformer_jax.kernels.common import addressable, available, is_half
+from tlinformer_jax.kernels.common import Scores, addressable, available, is_half
 from tlinformer_jax.kernels.key_value import KeyValue
 from tlinformer_jax.models.attention import OutputAndLse, attend, attend_parts, merge_parts, no_parts
 from tlinformer_jax.models.cached_rows import CachedRows, attend_cached
@@ -238,7 +238,7 @@ class TokenTable:
 
     Attributes:
       products, bias: from `layers.unbiased_projections`.
-      pairs: the same for `kernels.storing.store_tokens`; None if another path writes.
+      pairs: both, in the form for `kernels.storing.store_tokens`; None if another function writes.
     """
 
     products: Float[Array, "V 2 heads width"]
@@ -282,7 +282,7 @@ def write_tokens(
 
 
 def can_store(cache: KeyValue, dtype: Any, rows: int, backend: str, tile: int = storing_kernel.STORE_TILE) -> bool:
-    """Returns whether a kernel of `kernels.storing` can write so many rows of this dtype into the cache, by tiles."""
+    """Returns whether `kernels.storing` can write `rows` rows of this dtype, a multiple of `tile`, into the cache."""
     usable = use_kernels(dtype, cache.key.shape[-2], backend) and addressable(cache)
     return usable and rows % tile == 0
 
@@ -296,7 +296,7 @@ def _write_products(
     rotations: Rotations,
 ) -> KeyValue:
     """Adds the bias to products of keys and values, rotates the keys, and writes both from row `start` on."""
-    # In float32: XLA would make a matrix of a bias of bfloat16, to add it in the product.
+    # Added in float32. XLA would expand a bfloat16 bias to a matrix and add it inside the product.
     biased = (products.astype(jnp.float32) + bias.astype(jnp.float32)[..., None]).astype(products.dtype)
     first, second = jnp.split(biased[0].astype(jnp.float32), 2, axis=1)
     cos, sin = rotations.columns()
@@ -305,20 +305,20 @@ def _write_products(
 
 
 def write_plainly(
-    cache: KeyValue, key_value: Sequence[Array], place: tuple[Array | int, ...], start: Array | int = 0
+    cache: KeyValue, key_value: Sequence[Array], leading: tuple[Array | int, ...], start: Array | int = 0
 ) -> KeyValue:
     """Writes keys and values of many rows, each [..., rows, heads, d_h or more], from row `start` on.
 
-    `place` is the index in the cache's first axes: the layer (if the cache has several) and the sequence.
+    `leading` is the index in the cache's first axes: the layer (if the cache has several) and the sequence.
     """
-    return _write(cache, KeyValue(*(lane_rows(array, cache.key.shape[-2]) for array in key_value)), place, start)
+    return _write(cache, KeyValue(*(lane_rows(array, cache.key.shape[-2]) for array in key_value)), leading, start)
 
 
-def _write(cache: KeyValue, rows: KeyValue, place: tuple[Array | int, ...], start: Array | int) -> KeyValue:
-    """Writes keys and values in the order of the cache, to `place` as in `write_plainly`."""
+def _write(cache: KeyValue, rows: KeyValue, leading: tuple[Array | int, ...], start: Array | int) -> KeyValue:
+    """Writes keys and values in the order of the cache, `leading` as in `write_plainly`."""
 
     def write(array: Array, new: Array) -> Array:
-        at: list[Any] = [*place, *[0] * (array.ndim - len(place) - 1), start]
+        at: list[Any] = [*leading, *[0] * (array.ndim - len(leading) - 1), start]
         return jax.lax.dynamic_update_slice(array, new.reshape((1,) * (array.ndim - new.ndim) + new.shape), at)
 
     return jax.tree.map(write, cache, cache.as_kept(rows))
@@ -366,17 +366,19 @@ def attend_context(
     query: Float[Array, "1 queries heads width"],
     key: Float[Array, "1 rows heads width"],
     value: Float[Array, "1 rows heads width"],
+    scores: Scores,
     *,
     head_dim: int,
     key_length: Array,
+    backend: str,
     **options: Any,
 ) -> Float[Array, "1 queries heads width"]:
     """Computes `attend` from many queries to the few rows of a compressed context; not differentiable."""
-    if use_kernels(query.dtype, head_dim, options["backend"]):
+    if use_kernels(query.dtype, head_dim, backend):
         padding = ((0, 0), (0, -key.shape[1] % history_kernel.ROW_TILE), (0, 0), (0, 0))
         key, value = (lane_rows(jnp.pad(array, padding), head_dim)[0] for array in (key, value))
-        return history_kernel.attend_few(query[0], key, value, key_length, options["scale"])[None]
-    return attend(query, key, value, key_length=key_length, **options)
+        return history_kernel.attend_few(query[0], key, value, key_length, scores.scale)[None]
+    return attend(query, key, value, scores, key_length=key_length, backend=backend, **options)
 
 
 def use_kernels(dtype: Any, head_dim: int, backend: str) -> bool:

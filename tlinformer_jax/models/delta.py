@@ -22,7 +22,14 @@ from tlinformer_jax.config.delta import CONVOLUTION
 from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.kernels import delta as delta_kernel
 from tlinformer_jax.models.feed_forward import flat_rows
-from tlinformer_jax.models.layers import INIT_STD, LAYER_NORM_EPSILON, ResidualParams, feed_forward_params, layer_norm
+from tlinformer_jax.models.layers import (
+    INIT_STD,
+    LAYER_NORM_EPSILON,
+    ResidualParams,
+    layer_norm,
+    norm_params,
+    params_after_mixer,
+)
 from tlinformer_jax.models.windows import in_chunks, joined, pad_rows
 from tlinformer_jax.parallel.sharding import open_axes
 
@@ -58,25 +65,17 @@ class DeltaLayer(nn.Module):
     @nn.compact
     def __call__(self) -> DeltaParams:
         config, shape = self.config, self.config.delta
-        width, heads, features, inner = config.d_model, shape.heads, shape.width, shape.feed_forward
-        dtype = jnp.float32
+        width, heads, features, dtype = config.d_model, shape.heads, shape.width, jnp.float32
         normal = nn.initializers.normal(INIT_STD)
-        residual = nn.initializers.normal(INIT_STD / math.sqrt(2 * config.num_layers))
-        zeros, ones = nn.initializers.zeros, nn.initializers.ones
         return DeltaParams(
-            norm1_scale=self.param("norm1_scale", ones, (width,), dtype),
-            norm1_bias=self.param("norm1_bias", zeros, (width,), dtype),
+            **norm_params(self, "norm1", width),
             qkvg_kernel=self.param("qkvg_kernel", normal, (width, 4, heads, features), dtype),
             conv_kernel=self.param("conv_kernel", _init_convolution, (CONVOLUTION, 3, heads, features), dtype),
             rates_kernel=self.param("rates_kernel", normal, (width, 2, heads), dtype),
             A_log=self.param("A_log", _init_rates, (heads,), dtype),
             dt_bias=self.param("dt_bias", _init_steps, (heads,), dtype),
-            head_norm_scale=self.param("head_norm_scale", ones, (features,), dtype),
-            out_kernel=self.param("out_kernel", residual, (heads, features, width), dtype),
-            out_bias=self.param("out_bias", zeros, (width,), dtype),
-            norm2_scale=self.param("norm2_scale", ones, (width,), dtype),
-            norm2_bias=self.param("norm2_bias", zeros, (width,), dtype),
-            **feed_forward_params(self, config, inner),
+            head_norm_scale=self.param("head_norm_scale", nn.initializers.ones, (features,), dtype),
+            **params_after_mixer(self, config, heads, features, shape.feed_forward),
         )
 
 
@@ -107,17 +106,17 @@ class DeltaState:
     inputs: Array
 
     @classmethod
-    def empty(cls, config: ModelConfig, *leading: int) -> "DeltaState":
+    def zeros(cls, config: ModelConfig, *leading: int) -> "DeltaState":
         """Returns the state before the first row; the `leading` axes end with the batch."""
         heads, width = config.delta.heads, config.delta.width
         inputs = jnp.zeros((*leading, CONVOLUTION - 1, 3, heads, width), config.compute_dtype)
-        return cls(jnp.zeros((*leading, heads, width, width), jnp.float32), inputs)
+        return cls(jnp.zeros((*leading, heads, width, width), _wide(inputs)), inputs)
 
 
 def delta_mixer(
     params: DeltaParams,
     x: Float[Array, "batch length D"],
-    before: DeltaState | None = None,
+    before: DeltaState,
     length: Int[Array, ""] | int | None = None,
 ) -> tuple[Float[Array, "batch length heads d"], DeltaState]:
     """Runs a layer's mixer; returns its output before the output projection, and the state for later rows.
@@ -125,16 +124,10 @@ def delta_mixer(
     Args:
       params: from `prepare_layers`.
       x: rows of the residual stream.
-      before: state after earlier rows; None at the beginning of a sequence.
+      before: state after earlier rows; `DeltaState.zeros` at the beginning of a sequence.
       length: number of real rows, which come first; the others do not change the state. None if all are real.
     """
     batch, rows, _ = x.shape
-    _, heads, features = params.qkvg_kernel.shape[1:]
-    if before is None:
-        before = DeltaState(
-            jnp.zeros((batch, heads, features, features), _wide(x)),
-            jnp.zeros((batch, CONVOLUTION - 1, 3, heads, features), x.dtype),
-        )
     normed = layer_norm(x, params.norm1_scale, params.norm1_bias)
     projected = jnp.einsum("nd,dphk->nphk", flat_rows(normed), params.qkvg_kernel)
     projected = projected.reshape(batch, rows, *projected.shape[1:])
@@ -313,8 +306,8 @@ def unit_lower_inverse(lower: Float[Array, "*shape n n"]) -> Float[Array, "*shap
     inverse = jnp.broadcast_to(jnp.eye(size, dtype=lower.dtype), lower.shape)
     block = 1
     while block < size:  # joins all pairs of neighbouring blocks at once
-        place = index // block
-        couples = (place[:, None] == place[None, :] + 1) & (place[:, None] % 2 == 1)
+        number = index // block
+        couples = (number[:, None] == number[None, :] + 1) & (number[:, None] % 2 == 1)
         inverse = inverse - _exact(inverse, _exact(jnp.where(couples, lower, 0), inverse))
         block *= 2
     return inverse

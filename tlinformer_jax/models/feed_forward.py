@@ -94,7 +94,7 @@ def with_tallies(params: Any, tallies: Float[Array, "layers E"]) -> Any:
 
 
 def split_router_losses(params: Any, calls: jax.Array | float) -> Any:
-    """Divides the weight of the routers' losses by `calls`, so that so many calls together count as one."""
+    """Divides the weight of the routers' losses by `calls`, so that `calls` calls together count as one."""
     return map_routers(
         lambda router: router if router.weight is None else router.replace(weight=router.weight / calls), params
     )
@@ -239,13 +239,13 @@ def _by_groups(copies: Assigned, number: Numbers, gate_up_kernel: Array, down_ke
 
 
 def _by_blocks(copies: Assigned, number: Numbers, gate_up_kernel: Array, down_kernel: Array) -> Assigned:
-    """Computes the same as `_by_groups`, by batched products; each block of rows has its own copy of the matrices."""
+    """Computes `_by_groups` by batched products; each block of rows has its own copy of the matrices."""
     experts, width = gate_up_kernel.shape[:2]
-    size, place, source, expert = _blocks(number, experts)
-    rows = _moved(copies, source, place).reshape(-1, size, width)
+    size, target, source, expert = _blocks(number, experts)
+    rows = _moved(copies, source, target).reshape(-1, size, width)
     gate_up = jnp.einsum("bid,bdpf->bipf", rows, _kernels_of(gate_up_kernel, experts, expert))
     output = jnp.einsum("bif,bfd->bid", _gated(gate_up), _kernels_of(down_kernel, experts, expert))
-    return _moved(output.reshape(-1, width), place, source)
+    return _moved(output.reshape(-1, width), target, source)
 
 
 def _blocks(number: Numbers, experts: int) -> tuple[int, Array, Array, Array]:
@@ -261,13 +261,13 @@ def _blocks(number: Numbers, experts: int) -> tuple[int, Array, Array, Array]:
     count = jnp.cumsum(chosen, axis=0, dtype=jnp.int32)
     ends = jnp.cumsum(-(-count[-1] // size))
     begins = jnp.concatenate([jnp.zeros_like(ends[:1]), ends[:-1]])
-    place = jnp.sum(jnp.where(chosen, begins * size + count - 1, 0), axis=1)
+    target = jnp.sum(jnp.where(chosen, begins * size + count - 1, 0), axis=1)
     index = jnp.arange(number.size, dtype=jnp.int32)
-    place = jnp.where(number < experts, place, blocks * size + index)
+    target = jnp.where(number < experts, target, blocks * size + index)
     nowhere = jnp.full(blocks * size, number.size, jnp.int32)
-    source = nowhere.at[place].set(index, mode="drop", unique_indices=True)
+    source = nowhere.at[target].set(index, mode="drop", unique_indices=True)
     expert = jnp.searchsorted(ends, jnp.arange(blocks), side="right")
-    return size, place, source, jnp.minimum(expert, experts - 1)
+    return size, target, source, jnp.minimum(expert, experts - 1)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
@@ -286,16 +286,16 @@ _kernels_of.defvjp(lambda kernels, experts, expert: (kernels[expert], expert), _
 
 
 @jax.custom_vjp
-def _moved(rows: Array, source: Array, place: Array) -> Array:
-    """Returns rows[source], and 0 where `source` is past the end; `place` is the inverse of `source`.
+def _moved(rows: Array, source: Array, target: Array) -> Array:
+    """Returns rows[source], and 0 where `source` is past the end; `target` is the inverse of `source`.
 
     JAX's gradient would be a scatter, which is slow and, on a GPU, not deterministic.
     """
-    del place
+    del target
     return jnp.take(rows, source, axis=0, mode="fill", fill_value=0)
 
 
 _moved.defvjp(
-    lambda rows, source, place: (_moved(rows, source, place), (source, place)),
+    lambda rows, source, target: (_moved(rows, source, target), (source, target)),
     lambda kept, gradient: (_moved(gradient, *kept[::-1]), None, None),
 )

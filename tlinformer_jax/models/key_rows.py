@@ -52,7 +52,7 @@ def embedded(
 def rows_before(
     rows: Float[Array, "batch length D"], back: int, documents: Int[Array, "batch whole"] | None = None
 ) -> Float[Array, "batch length D"]:
-    """Returns the row `back` places before each row of a sequence; zeros where there is none."""
+    """Returns the row `back` positions before each row of a sequence; zeros where there is none."""
     before = jnp.pad(rows, ((0, 0), (back, 0), (0, 0)))[:, : rows.shape[1]]
     return before if documents is None else jnp.where(begins(documents, back)[..., None], 0, before)
 
@@ -60,7 +60,7 @@ def rows_before(
 def tokens_before(
     tokens: Int[Array, "batch length"], documents: Int[Array, "batch length"] | None = None, back: int = 1
 ) -> Int[Array, "batch length"]:
-    """Returns the id `back` places before each token; NO_TOKEN where there is none in the same document."""
+    """Returns the id `back` positions before each token; NO_TOKEN where there is none in the same document."""
     before = jnp.pad(tokens, ((0, 0), (back, 0)), constant_values=NO_TOKEN)[:, : tokens.shape[1]]
     return before if documents is None else jnp.where(begins(documents, back), NO_TOKEN, before)
 

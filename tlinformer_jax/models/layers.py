@@ -62,33 +62,38 @@ class Layer(nn.Module):
 
     @nn.compact
     def __call__(self) -> LayerParams:
-        config = self.config
-        width, heads, head_dim, inner = config.d_model, config.num_heads, config.head_dim, config.feed_forward_dim
-        dtype = jnp.float32
-        residual = nn.initializers.normal(INIT_STD / math.sqrt(2 * config.num_layers))
-        zeros, ones = nn.initializers.zeros, nn.initializers.ones
+        config, zeros = self.config, nn.initializers.zeros
+        width, heads, head_dim, dtype = config.d_model, config.num_heads, config.head_dim, jnp.float32
+        # The order matters: Flax derives each parameter's random key from its number.
         return LayerParams(
-            norm1_scale=self.param("norm1_scale", ones, (width,), dtype),
-            norm1_bias=self.param("norm1_bias", zeros, (width,), dtype),
-            qkv_kernel=self.param("qkv_kernel", residual, (width, 3, heads, head_dim), dtype),
+            **norm_params(self, "norm1", width),
+            qkv_kernel=self.param("qkv_kernel", residual_init(config), (width, 3, heads, head_dim), dtype),
             qkv_bias=self.param("qkv_bias", zeros, (3, heads, head_dim), dtype),
-            out_kernel=self.param("out_kernel", residual, (heads, head_dim, width), dtype),
-            out_bias=self.param("out_bias", zeros, (width,), dtype),
-            norm2_scale=self.param("norm2_scale", ones, (width,), dtype),
-            norm2_bias=self.param("norm2_bias", zeros, (width,), dtype),
-            **feed_forward_params(self, config, inner),
+            **params_after_mixer(self, config, heads, head_dim, config.feed_forward_dim),
             taps=self.param("taps", zeros, (self.taps, width), dtype) if self.taps else None,
         )
 
 
-def feed_forward_params(module: nn.Module, config: ModelConfig, inner: int) -> dict[str, Any]:
-    """Declares in `module` the `ResidualParams` fields of a feed-forward of width `inner`."""
-    normal = nn.initializers.normal(INIT_STD)
-    residual = nn.initializers.normal(INIT_STD / math.sqrt(2 * config.num_layers))
+def residual_init(config: ModelConfig) -> nn.initializers.Initializer:
+    """Returns the initializer of matrices whose product is added to the residual stream, and of `qkv_kernel`."""
+    return nn.initializers.normal(INIT_STD / math.sqrt(2 * config.num_layers))
+
+
+def norm_params(module: nn.Module, name: str, width: int) -> dict[str, Any]:
+    """Declares the parameters of the LayerNorm `name` in `module`."""
+    inits = {f"{name}_scale": nn.initializers.ones, f"{name}_bias": nn.initializers.zeros}
+    return {each: module.param(each, init, (width,), jnp.float32) for each, init in inits.items()}
+
+
+def params_after_mixer(module: nn.Module, config: ModelConfig, heads: int, features: int, inner: int) -> dict[str, Any]:
+    """Declares in `module` the fields of `ResidualParams` but the first norm, for a feed-forward of width `inner`."""
+    normal, residual = nn.initializers.normal(INIT_STD), residual_init(config)
     width, dtype = config.d_model, jnp.float32
-    experts = (config.num_experts,) * config.mixture
-    name = EXPERTS if config.mixture else ""
+    experts, name = ((config.num_experts,), EXPERTS) if config.mixture else ((), "")
     fields: dict[str, Any] = {
+        "out_kernel": module.param("out_kernel", residual, (heads, features, width), dtype),
+        "out_bias": module.param("out_bias", nn.initializers.zeros, (width,), dtype),
+        **norm_params(module, "norm2", width),
         "gate_up_kernel": module.param(f"{name}gate_up_kernel", normal, (*experts, width, 2, inner), dtype),
         "down_kernel": module.param(f"{name}down_kernel", residual, (*experts, inner, width), dtype),
     }
@@ -192,8 +197,8 @@ def chain_layers(
 ) -> Any:
     """Applies layers in order: `x, _ = function(x, (layer, dropout of the layer))` for each.
 
-    Kinds of layers repeat after `period` layers. With `scan` so many layers are compiled once, and a loop runs them
-    with stacked parameters; layers after the last whole period are compiled separately.
+    Kinds of layers repeat after `period` layers. With `scan`, one period of layers is compiled, and a loop runs it with
+    stacked parameters; layers after the last whole period are compiled separately.
     """
     items = [(layer, part_of(dropout, depth)) for depth, layer in enumerate(layers)]
 
@@ -212,10 +217,10 @@ def chain_layers(
 def prepare_layers(params: Any, dtype: jnp.dtype, head_multiple: int = 1) -> Any:
     """Converts a pytree of layer parameters to the form that the functions below take.
 
-    Called once per forward pass, outside all scans. Matrices are cast to the compute dtype; vectors stay as they are,
-    also those of `taps`.
-    For attention, the features of queries and keys are reordered for `rotate`, and heads are padded with zero weights
-    to a multiple of `head_multiple` features, so that projections come out in the layout that the kernel needs.
+    Called once per forward pass, outside all scans. Matrices are cast to the compute dtype; vectors, including the rows
+    of `taps`, keep their dtype. For attention, the features of queries and keys are reordered for `rotate`, and heads
+    are padded with zero weights to a multiple of `head_multiple` features, so that projections come out in the layout
+    that the kernel needs.
     """
 
     def prepare(layer: ResidualParams) -> ResidualParams:

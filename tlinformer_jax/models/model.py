@@ -14,7 +14,7 @@ from tlinformer_jax.config.model import HYBRID_PERIOD, ModelConfig
 from tlinformer_jax.errors import DataError
 from tlinformer_jax.models.attention import attend, head_multiple
 from tlinformer_jax.models.block import CAUSAL_ATTENTION, FEED_FORWARD, BlockParams, DualWindowBlock
-from tlinformer_jax.models.delta import DeltaLayer, DeltaParams, delta_mixer
+from tlinformer_jax.models.delta import DeltaLayer, DeltaParams, DeltaState, delta_mixer
 from tlinformer_jax.models.key_rows import NO_TOKEN, embedded
 from tlinformer_jax.models.layers import (
     INIT_STD,
@@ -156,6 +156,12 @@ def build_model(config: ModelConfig) -> LanguageModel:
     return LanguageModel(config)
 
 
+def parameter_shapes(config: ModelConfig) -> dict[str, Any]:
+    """Returns shape and dtype of each parameter of a model, in the tree of the variables' `params`."""
+    model = build_model(config)
+    return jax.eval_shape(lambda: model.init(jax.random.key(0), method=LanguageModel.parameters))["params"]
+
+
 def prepare_params(params: ModelParams, config: ModelConfig) -> ModelParams:
     """Prepares blocks and layers by `prepare_layers`, once for all windows."""
     multiple = head_multiple(config.compute_dtype, config.attention)
@@ -173,8 +179,8 @@ def embed(
     """Embeds tokens in the compute dtype; ids outside the vocabulary become NaN.
 
     Args:
-      before: ids 1, 2, ..., `config.key_reach` places before each token (see `tokens_before`), for the token shift and
-        key taps; None if `tokens` begin at position 0.
+      before: ids 1, 2, ..., `config.key_reach` positions before each token (see `tokens_before`), for the token shift
+        and key taps; None if `tokens` begin at position 0.
       documents: see `Embedded`.
     """
 
@@ -282,11 +288,13 @@ def forward_layers(
     ) -> tuple[jax.Array, None]:
         params, dropout = item
         if isinstance(params, DeltaParams):
-            mixed, _ = delta_mixer(params, x)
+            mixed, _ = delta_mixer(params, x, DeltaState.zeros(config, x.shape[0]))
         else:
             assert isinstance(params, LayerParams)
-            options = attention_options(config, part_of(dropout, CAUSAL_ATTENTION), stream, stream)
-            mixed = attend(*project(params, x, rope, key_rows=key_rows), causal=True, window=window, **options)
+            own = part_of(dropout, CAUSAL_ATTENTION)
+            causal = attention_options(config, own, stream, stream, causal=True, window=window)
+            query, key, value = project(params, x, rope, key_rows=key_rows)
+            mixed = attend(query, key, value, **causal)
         return update(params, x, mixed, part_of(dropout, FEED_FORWARD)), None
 
     if plan.checkpointing:

@@ -26,7 +26,7 @@ from jaxtyping import Array, Float
 from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.models.attention import attend
 from tlinformer_jax.models.layers import Dropout, LayerParams, part_of, project
-from tlinformer_jax.models.streams import History, Stream, attention_options, keyed
+from tlinformer_jax.models.streams import History, RestoreLayer, Stream, ZMask, attention_options, keyed
 from tlinformer_jax.models.windows import PerWindow, slice_rows
 
 
@@ -67,8 +67,8 @@ class PairedHistory(History):
         if not self.restored:
             return slice_rows(array, start, length, batch)
         long, short = (
-            jax.lax.dynamic_slice_in_dim(rows, place, length, axis=1)
-            for rows, place in zip((array, self.second(array)), start)
+            jax.lax.dynamic_slice_in_dim(rows, first, length, axis=1)
+            for rows, first in zip((array, self.second(array)), start)
         )
         return jnp.stack([long, short], axis=1).reshape(-1, *long.shape[1:])
 
@@ -87,10 +87,9 @@ class PairedHistory(History):
         return jnp.stack(found, axis=1).reshape(query.shape)
 
     def restore(
-        self, restore_rows: Callable[..., Array], shared: Any, fixed: Any, next_layer: LayerParams, parts: str
+        self, restore_rows: Callable[..., Array], layer: RestoreLayer, mask: ZMask, next_layer: LayerParams, parts: str
     ) -> "PairedHistory":
         """Returns C', projected by `next_layer`; see `History.restore`. Every z must be full."""
-        _, read, dropout = fixed
         assert self.rope is not None
         count = self.rows.shape[1]
         rope = jax.tree.map(lambda table: self.both(table[:count], 0), self.rope)
@@ -103,13 +102,14 @@ class PairedHistory(History):
             # Blocks of W_og rows are a batch, each with the keys of its window.
             return attend(blocks(query), choose(key, long), choose(value, long), **options).reshape(query.shape)
 
-        documents = None
+        documents, mask = None, mask._replace(length=None)
         if self.documents is not None:
-            documents, read = blocks(self.both(self.documents)), choose(read, long)
+            documents = blocks(self.both(self.documents))
+            mask = mask._replace(documents=choose(mask.documents, long))
         rows, sums = (self.rows, self.Q), self.key_sums
         if not self.restored:
             rows, sums = jax.tree.map(self.both, (rows, sums))
-        restored = restore_rows(*rows, shared, (None, read, dropout), documents, attend=attend_blocks)
+        restored = restore_rows(*rows, layer, mask, documents, attend=attend_blocks)
         projected = project(next_layer, restored, rope, parts, keyed(restored, sums))
         arrays: dict[str, Any] = {"rows": restored, "Q": None, **dict(zip(parts.upper(), projected))}
         return dataclasses.replace(self, restored=True, key_sums=sums[1:], **arrays)

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import flax.struct
 import jax
@@ -12,8 +12,8 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from tlinformer_jax.config.model import ModelConfig
-from tlinformer_jax.kernels.common import merge_softmaxes
-from tlinformer_jax.models.attention import Documents, attend
+from tlinformer_jax.kernels.common import Scores, merge_softmaxes
+from tlinformer_jax.models.attention import Documents, attend, attend_with_lse
 from tlinformer_jax.models.feed_forward import split_router_losses
 from tlinformer_jax.models.key_rows import plus
 from tlinformer_jax.models.layers import Dropout, LayerParams, part_of, project
@@ -74,6 +74,22 @@ def project_both(
     return Stream(z_rows, *z_parts, length, never_empty), Stream(x_rows, *x_parts)  # type: ignore[call-arg]
 
 
+class RestoreLayer(NamedTuple):
+    """The block's `restore` layer with the keys and values of z, which all rows of C read; differentiated."""
+
+    params: LayerParams
+    K: Array  # [batch, width, heads, d_h]
+    V: Array
+
+
+class ZMask(NamedTuple):
+    """Which rows of z the rows of C read in `restore`; not differentiated."""
+
+    length: PerWindow  # number of valid rows, see `Stream`
+    documents: Array | None  # of the rows of z
+    dropout: Dropout | None
+
+
 @flax.struct.dataclass
 class History(Stream):
     """The history C at the entrance of a block, for training and evaluation without a cache.
@@ -124,66 +140,63 @@ class History(Stream):
         if self.split is None:
             return attend(query, key, value, **attention_options(config, dropout, keys, *readers))
         # Each device attends to its own rows. Only XLA's attention has a differentiable log-sum-exp.
-        output, lse = attend(
+        output, lse = attend_with_lse(
             query,
             key,
             value,
+            Scores(config.attention_scale),
             key_length=self.split.count(self.length),
             dropout=part_of(dropout, self.split.index()),
-            backend="xla",
-            return_lse=True,
-            scale=config.attention_scale,
             documents=documents_of(keys, readers),
+            backend="xla",
         )
         return merge_softmaxes(output.astype(jnp.float32), lse, self.split.axis)[0].astype(query.dtype)
 
     def restore(
-        self, restore_rows: Callable[..., Array], shared: Any, fixed: Any, next_layer: LayerParams, parts: str
+        self, restore_rows: Callable[..., Array], layer: RestoreLayer, mask: ZMask, next_layer: LayerParams, parts: str
     ) -> "History":
         """Returns C', projected by `next_layer`.
 
         Args:
-          restore_rows: computes C' = restore_rows(C, Q, shared, fixed, documents of C) for any rows; must not close
-            over traced values.
-          shared: differentiable values that all rows read.
-          fixed: (number of valid rows of z, documents of z, dropout).
+          restore_rows: computes C' = restore_rows(C, Q, layer, mask, documents of C) for any rows; must not close over
+            traced values.
           next_layer: the `compress` layer of the next block.
           parts: 'qkv' if the next block restores C' again, else 'kv'.
         """
-        batch = shared[-1].shape[0]
+        batch = layer.V.shape[0]
         rows = repeat_for_windows(self.rows, batch), repeat_for_windows(self.Q, batch)
-        rope, length, (valid, read, dropout) = self.rope, self.length, fixed
+        rope, length = self.rope, self.length
         assert rope is not None
         documents, sums = jax.tree.map(
             lambda array: repeat_for_windows(array, batch), (self.documents, self.key_sums[:1])
         )
         if self.split is not None:
             rope = Rope(self.split.take(rope.cos, axis=0), self.split.take(rope.sin, axis=0))
-            dropout = part_of(dropout, self.split.index())
+            mask = mask._replace(dropout=part_of(mask.dropout, self.split.index()))
             length = self.split.count(length)
         if not self.chunk:
-            restored = restore_rows(*rows, shared, (valid, read, dropout), documents)
+            restored = restore_rows(*rows, layer, mask, documents)
             rotations = rope.rows(0, restored.shape[1])
             projected = list(project(next_layer, restored, rotations, parts, keyed(restored, sums)))
         else:
             # A plain number must not become an array: kernels are faster if they know that nothing is masked.
-            known = None if isinstance(valid, jax.Array) else valid
+            known = None if isinstance(mask.length, jax.Array) else mask.length
 
-            def restore_chunk(shared: Any, fixed: Any, item: tuple[Any, Array]) -> tuple[Array, ...]:
-                (shared, next_layer), (valid, read, documents, rope, dropout) = shared, fixed
-                (part, sums), number = item
+            def restore_chunk(layers: Any, constants: Any, item: tuple[Any, Array]) -> tuple[Array, ...]:
+                (layer, next_layer), (mask, documents, rope), ((part, sums), number) = layers, constants, item
                 if documents is not None:
                     documents = slice_rows(documents, number * self.chunk, self.chunk)
-                here = valid if known is None else known, read, part_of(dropout, number)
-                restored = restore_rows(*part, shared, here, documents)
+                length = mask.length if known is None else known
+                mask = ZMask(length, mask.documents, part_of(mask.dropout, number))
+                restored = restore_rows(*part, layer, mask, documents)
                 rotations = rope.rows(number * self.chunk, self.chunk)
                 return restored, *project(next_layer, restored, rotations, parts, keyed(restored, sums))
 
-            fixed = (valid if known is None else None, read, documents, rope, dropout)
+            traced = mask if known is None else mask._replace(length=None)
             filled = -(-jnp.max(jnp.asarray(length, jnp.int32)) // self.chunk)
-            shared = split_router_losses(shared, filled)
+            layers = split_router_losses(layer, filled), next_layer
             chunks = jax.tree.map(lambda array: in_chunks(array, self.chunk), (rows, sums))
-            found = map_steps(restore_chunk, (shared, next_layer), chunks, fixed, filled)
+            found = map_steps(restore_chunk, layers, chunks, (traced, documents, rope), filled)
             restored, *projected = map(joined, found)
         arrays: dict[str, Any] = {"rows": restored, "Q": None, **dict(zip(parts.upper(), projected))}
         return dataclasses.replace(self, key_sums=self.key_sums[1:], **arrays)
@@ -233,9 +246,17 @@ def documents_of(keys: Stream, readers: Sequence[Stream]) -> Documents | None:
     return functools.reduce(beside, [reader.documents for reader in readers]), keys.documents
 
 
-def attention_options(config: ModelConfig, dropout: Dropout | None, keys: Stream, *readers: Stream) -> dict[str, Any]:
+def attention_options(
+    config: ModelConfig,
+    dropout: Dropout | None,
+    keys: Stream,
+    *readers: Stream,
+    causal: bool = False,
+    window: int | None = None,
+) -> dict[str, Any]:
     """Returns options for `attend`; `readers` are the streams whose queries read the keys of stream `keys`."""
-    options: dict[str, Any] = {"dropout": dropout, "backend": config.attention, "scale": config.attention_scale}
+    scores = Scores(config.attention_scale, causal, window)
+    options: dict[str, Any] = {"scores": scores, "dropout": dropout, "backend": config.attention}
     if keys.documents is not None:
         options["documents"] = documents_of(keys, readers)
     if keys.length is None:

@@ -75,13 +75,13 @@ class PreparedSequence:
 
     Attributes:
       history: the padded embeddings, projected by block 0's `compress` layer.
-      fixed: values that windows read and that get no gradient.
+      constants: values that windows read and that get no gradient.
       count: number of windows; the last may reach past the sequence's end.
       segments: the windows to compute, in loops of equal shapes.
     """
 
     history: History
-    fixed: Constants
+    constants: Constants
     count: int
     segments: tuple[Segment, ...]
 
@@ -137,10 +137,10 @@ def prepare_sequence(
 
 
 def place_in_segment(
-    config: ModelConfig, segment: Segment, history: History, fixed: Constants, windows: PerWindow
+    config: ModelConfig, segment: Segment, history: History, constants: Constants, windows: PerWindow
 ) -> tuple[History, WindowFrame, Dropout | None]:
     """Returns C, frame and dropout for `window_states`, given the index of a window, or of g windows, int32 [g]."""
-    rope, dropout, documents = fixed
+    rope, dropout, documents = constants
     frame, own = segment.frame(config, windows), None
     rows = segment.history_rows // (history.split.parts if history.split else 1)
     if documents is not None:
@@ -177,23 +177,23 @@ def forward_windows(
         overlap = segment.overlap(config)
         own, groups = segment.rows(config, sequence.own, overlap), segment.count // segment.together
         counted = split_router_losses(blocks, (sequence.count - first) / segment.together)
-        shared, fixed = (counted, sequence.reach(config, segment)), sequence.fixed
+        shared, constants = (counted, sequence.reach(config, segment)), sequence.constants
         step: Any = functools.partial(_step, config, segment)
         if plan.checkpointing:
-            states = map_steps(step, shared, own, fixed, groups)
+            states = map_steps(step, shared, own, constants, groups)
         elif groups == 1:
-            states = step(shared, fixed, (jax.tree.map(lambda array: array[0], own), 0))[None]
+            states = step(shared, constants, (jax.tree.map(lambda array: array[0], own), 0))[None]
         else:
-            states = jax.lax.map(functools.partial(step, shared, fixed), (own, jnp.arange(groups)))
+            states = jax.lax.map(functools.partial(step, shared, constants), (own, jnp.arange(groups)))
         outputs.append(joined(states[:, :, overlap:].reshape(groups, batch, -1, width)))
     return jnp.concatenate(outputs, axis=1)[:, : length - first * size]
 
 
-def _step(config: ModelConfig, segment: Segment, shared: Any, fixed: Any, item: tuple[Stream, Any]) -> Array:
+def _step(config: ModelConfig, segment: Segment, shared: Any, constants: Constants, item: tuple[Stream, Any]) -> Array:
     """Runs the windows of group `number` of a segment; x has their rows, [batch * together, overlap + W_og, ...]."""
     (blocks, history), (x, number) = shared, item
     windows: PerWindow = segment.first + number * segment.together
     if segment.together > 1:
         windows = windows + np.arange(segment.together, dtype=np.int32)
-    C, frame, dropout = place_in_segment(config, segment, history, fixed, windows)
+    C, frame, dropout = place_in_segment(config, segment, history, constants, windows)
     return window_states(blocks, config, C, x, frame, dropout)

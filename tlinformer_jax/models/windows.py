@@ -156,15 +156,15 @@ def training_plan(config: ModelConfig, length: int, first: int = 0, alone: bool 
     plan = config.plan(num_windows(config, length) - first)
     if alone:
         return plan.one_at_a_time
-    # Pairs need all windows of a sequence, since the shortest histories fill up the longest; and the loop over windows,
-    # which checkpointing makes.
+    # Pairs need all windows of a sequence, since the shortest histories fill up the longest. They also need a loop over
+    # windows, which only checkpointing makes.
     return dataclasses.replace(plan, paired=plan.paired and config.pairable and plan.checkpointing and not first)
 
 
 def plan_segments(
     config: ModelConfig, windows: int, plan: ExecutionPlan, split: SequenceSplit = WHOLE, first: int = 0
 ) -> tuple[Segment, ...]:
-    """Groups windows first .. windows - 1 into segments; window 0, which has no history, belongs to none but pairs.
+    """Groups windows first .. windows - 1 into segments. Window 0 has no history: only a paired segment contains it.
 
     There are at most `plan.segments` segments, and one more for windows that fill no group of `plan.together`. If
     windows are split over devices, each segment except the first contains whole rounds of one window per device.

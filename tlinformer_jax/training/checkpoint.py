@@ -15,7 +15,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
@@ -27,7 +26,7 @@ from tlinformer_jax.data.sources import load_stored_split
 from tlinformer_jax.data.tokenizers import load_tokenizer
 from tlinformer_jax.errors import DataError, first_line
 from tlinformer_jax.files import local_path, open_own, plain_path, read_own, sealed_text, unsealed, write_text
-from tlinformer_jax.models.model import build_model
+from tlinformer_jax.models.model import parameter_shapes
 from tlinformer_jax.training.console import say
 from tlinformer_jax.training.setup import LoadSplit, TrainedRun, build_run
 
@@ -210,12 +209,6 @@ def load_run(
     run = dataclasses.replace(build_run(config, load_tokenizer(workdir)), load_split=load)
     step, params = restore_params(workdir, run.abstract_state.params, step)
     return TrainedRun(run, params, step)
-
-
-def parameter_shapes(config: ModelConfig) -> Any:
-    """Returns shape and dtype of each parameter of a model."""
-    init = build_model(config).init
-    return jax.eval_shape(init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
 
 
 def list_steps(folder: pathlib.Path) -> tuple[list[int], dict[str, str]]:

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tlinformer_jax.analysis.flops import active_parameters
+from tlinformer_jax.analysis.flops import active_parameters, num_parameters
 from tlinformer_jax.analysis.ngram import BYTE_VOCABULARY, byte_floor
 from tlinformer_jax.config.data import TOKENS, DataConfig, Stage
 from tlinformer_jax.config.run import RunConfig
@@ -138,10 +138,9 @@ def attention_backend(config: RunConfig) -> str:
 def model_line(run: Run) -> str:
     """Describes a run's model, parameters and devices."""
     model = run.config.model
-    count = sum(leaf.size for leaf in jax.tree.leaves(run.abstract_state.params))
     devices = f"{model.compute_dtype.name} on {run.mesh.size} x {device_kind()}, mesh {dict(run.mesh.shape)}"
     active = f", {active_parameters(model):,} of them active for a token" if model.mixture else ""
-    return f"{model.architecture}, {model.num_layers} layers, {count:,} parameters{active}; {devices}"
+    return f"{model.architecture}, {model.num_layers} layers, {num_parameters(model):,} parameters{active}; {devices}"
 
 
 def length_lines(run: Run, horizon: Horizon | None, train: Split | None) -> list[str]:

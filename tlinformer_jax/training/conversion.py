@@ -3,10 +3,10 @@
 import os
 import pathlib
 import shutil
-from typing import Any
 
 import jax
 
+from tlinformer_jax.analysis.flops import num_parameters
 from tlinformer_jax.config.run import RunConfig, load_config, save_config
 from tlinformer_jax.data.tokenizers import build_tokenizer, save_tokenizer
 from tlinformer_jax.errors import DataError, UserError
@@ -45,7 +45,7 @@ def weights_to_workdir(source: pathlib.Path, config: RunConfig, workdir: pathlib
             draft.rename(workdir)
         finally:
             shutil.rmtree(draft, ignore_errors=True)
-    return f"{workdir}: {config.model.architecture}, {_size(params):,} parameters, step 0, from {source}"
+    return f"{workdir}: {config.model.architecture}, {num_parameters(config.model):,} parameters, step 0, from {source}"
 
 
 def workdir_to_weights(workdir: pathlib.Path, target: pathlib.Path) -> str:
@@ -55,9 +55,4 @@ def workdir_to_weights(workdir: pathlib.Path, target: pathlib.Path) -> str:
     config = load_config(workdir).model
     step, params = load_params(workdir, config)
     write_safetensors(target, params_to_reference({"params": params}, config), config)
-    return f"{target}: {config.architecture}, {_size(params):,} parameters, step {step} of {workdir}"
-
-
-def _size(params: Any) -> int:
-    """Returns the number of values in all arrays."""
-    return sum(leaf.size for leaf in jax.tree.leaves(params))
+    return f"{target}: {config.architecture}, {num_parameters(config):,} parameters, step {step} of {workdir}"

@@ -92,7 +92,7 @@ def summed_loss(
         # A loop starts when the gradients of the one before are there. Otherwise XLA, which unrolls loops of one step,
         # would mix them, and the activations of both would be in memory.
         shared, own, total = jax.lax.optimization_barrier(((typed, loop.history), loop.own, total))
-        loss, hits = sum_with_gradients(branches, shared, own, sequence.fixed, steps, loop.which)
+        loss, hits = sum_with_gradients(branches, shared, own, sequence.constants, steps, loop.which)
         total, right = total + loss, right + hits
     # Each of k sampled windows counts n / k times.
     weight = 1.0 if windows is None else num_windows(shape, length) / windows.shape[0]

@@ -21,7 +21,7 @@ from tlinformer_jax.models.model import ModelParams, embed
 from tlinformer_jax.models.recompute import add_wide, rounded, wide_zeros
 from tlinformer_jax.models.streams import History, Stream
 from tlinformer_jax.models.tlinformer import PreparedSequence, place_in_segment, window_states
-from tlinformer_jax.models.windows import Segment, num_windows, pad_rows
+from tlinformer_jax.models.windows import Segment, num_windows, pad_rows, window_rows
 from tlinformer_jax.parallel.sharding import SequenceSplit, assign_windows
 
 DeviceBatch = dict[str, jax.Array]
@@ -153,9 +153,12 @@ def window_loops(
             rounds += len(assigned)
             yield loop.on_device(assigned)
         return
-    every = Segment(0, (0,) * sequence.count, 0, 0)  # only its range of windows is used
-    arrays = sequence.windows(config, every, config.window_overlap), every.rows(config, rows)
-    own, taken = jax.tree.map(lambda array: jnp.take(array, windows, axis=0), arrays)
+
+    def every_window(arrays: Any, overlap: int = 0) -> Any:
+        return jax.tree.map(lambda array: window_rows(config, array, 0, sequence.count, overlap=overlap), arrays)
+
+    own = every_window(sequence.own, config.window_overlap) if sequence.history.split is None else None
+    own, taken = jax.tree.map(lambda array: jnp.take(array, windows, axis=0), (own, every_window(rows)))
     # A window takes the branch of the segment that contains it.
     firsts = jnp.asarray([segment.first for segment in segments[1:]], jnp.int32)
     which = jnp.sum(windows[:, None] >= firsts, axis=1, dtype=jnp.int32)

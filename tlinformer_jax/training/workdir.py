@@ -25,7 +25,8 @@ from tlinformer_jax.data.tokenizers import TOKENIZER_FILE, Tokenizer, load_token
 from tlinformer_jax.errors import ConfigError, DataError
 from tlinformer_jax.files import local_path, open_own, read_json, write_text, writing
 from tlinformer_jax.interop.reference import layer_names
-from tlinformer_jax.training.checkpoint import existing_folder, parameter_shapes, restore_params
+from tlinformer_jax.models.model import parameter_shapes
+from tlinformer_jax.training.checkpoint import existing_folder, restore_params
 from tlinformer_jax.training.console import say
 from tlinformer_jax.training.setup import Run
 
