@@ -190,9 +190,8 @@ class Run:
         rest: bool = False,
     ) -> Evaluation:
         """Evaluates the parameters on a split in samples of `length` tokens; the arguments are those of `sums_over`."""
-        length = length or self.config.data.sequence_length
         sums = self.sums_over(stream, self.eval_step, params, watch, length=length, batch_size=batch_size, rest=rest)
-        return Evaluation.of(sums, stream, length)
+        return Evaluation.of(sums, stream, length or self.config.data.sequence_length)
 
     def sums_over(
         self,
