@@ -9,7 +9,7 @@
 Variants; models have 41M parameters, windows of 256 and N = 1,024 unless another size is named:
 
 - rates (28 runs of 60 M tokens): four rates for each architecture. `--point=K --points=7`, K = 0 to 6, runs those of
-  one. The best ones belong into RATES below before the other variants are started.
+  one. The best ones belong in RATES below before the other variants are started.
 - books (the default, 15 runs of 600 M tokens, about six epochs): Base, TLinFormer, TConstFormer, sliding window, Gated
   DeltaNet, the hybrid, and no-history, a Transformer on samples of 256 tokens, which shows what a window of 256 can
   know without a history. All have the token shift, or Gated DeltaNet's convolution, except base and tlin, which show
@@ -18,8 +18,8 @@ Variants; models have 41M parameters, windows of 256 and N = 1,024 unless anothe
   256 and of 1,024, sliding window, Gated DeltaNet.
 - large (2 runs of 300 M tokens): Base and TLinFormer in the shape of configs/large.py:125m, N = 2,048.
 - knee (5 runs of 300 M tokens): TLinFormer with five shares of W_oh in W_oh + W_og = 512. --seeds=0,1 marks the knee.
-- gap (6 runs of 300 M tokens): why Base is better. base-plus and plus, plus with key taps and with a window overlap,
-  the sliding window and no-history.
+- gap (6 runs of 300 M tokens): why Base is better after 600 M tokens. base-plus; plus alone, with key taps and with a
+  window overlap; the sliding window; no-history.
 - tiny (2 runs): Base and TLinFormer on the Python reference that comes with CPython, minutes on a CPU.
 
 An update has 65,536 tokens: with larger ones there are fewer updates in which to learn to copy. Dropout (0.1), weight

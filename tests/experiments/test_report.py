@@ -4,11 +4,13 @@ import pathlib
 import re
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from tests.support.figures import check_lines
 from tests.support.results import MEASURED, made_result, save, windows_result
 from tlinformer_jax.errors import DataError
+from tlinformer_jax.experiments.figures import plot_lines
 from tlinformer_jax.experiments.frame import frame_of, read_records
 from tlinformer_jax.experiments.report import against_base, fenced, report_lines, write_report, write_tables
 
@@ -42,6 +44,9 @@ def architectures() -> list[dict]:
     return [*base, *ours]
 
 
+TRAINED = "3.0 M training tokens in 100 updates"
+
+
 def written(folder: pathlib.Path, *results: dict) -> list[str]:
     save(folder / "results", *results)
     write_report(folder / "results", folder / "results.md")
@@ -50,7 +55,7 @@ def written(folder: pathlib.Path, *results: dict) -> list[str]:
 
 def test_the_table_and_the_commands(tmp_path):
     lines = written(tmp_path, *architectures())
-    start = lines.index("## Architectures, 3.0 M training tokens in 100 updates")
+    start = lines.index(f"## Architectures, {TRAINED}")
     cells = "| 60,000 | 25.0% | 1:01 | 2.5 | 1.50 | 2 x Abacus |"
     assert lines[start + 2 : start + 7] == [
         "| model | architecture | N | W_oh + W_og | W_oh / W_total | B x (H + 2) | seeds | perplexity | against Base "
@@ -69,12 +74,12 @@ def test_positions_lengths_and_samples(tmp_path, drawn):
     lines = written(tmp_path, *architectures())
     start = lines.index("## Loss by position")
     assert lines[start + 8 : start + 11] == [
-        "| ours | 1,024 | 256 | 40,000 | 256 | 50.00 | 5.000 | 4.000 |  |  |",
-        "| ours | 1,024 | 1,024 | 40,000 | 256 | 30.00 | 3.000 | 2.000 | 4.000 | 4 |",
-        "| ours | 1,024 | 8,192 | 40,000 | 256 | 40.00 | 4.000 | 3.000 | 5.000 | 4 |",
+        f"| ours | {TRAINED} | 1,024 | 256 | 40,000 | 256 | 50.00 | 5.000 | 4.000 |  |  |",
+        f"| ours | {TRAINED} | 1,024 | 1,024 | 40,000 | 256 | 30.00 | 3.000 | 2.000 | 4.000 | 4 |",
+        f"| ours | {TRAINED} | 1,024 | 8,192 | 40,000 | 256 | 40.00 | 4.000 | 3.000 | 5.000 | 4 |",
     ]
     assert not (tmp_path / "figures" / "results_window_positions_256_3.0M_100.png").exists()
-    ours = "TLinFormer, window 256, observation 256"
+    ours = "TLinFormer, W_og 256, W_oh 256"
     for name, curves in {
         "positions_256_3.0M_100": {ours: [(63.5, 5.0), (191.5, 4.0)]},
         "positions_1024_3.0M_100": {ours: [(255.5, 3.0), (767.5, 2.0)]},
@@ -90,7 +95,54 @@ def test_positions_lengths_and_samples(tmp_path, drawn):
     # Drawn text cannot end its block, and has no control characters.
     at = lines.index("````text")
     assert lines[at + 1 : at + 4] == ["The |end.\\r```", "", "````"]
-    assert "Drawn with temperature 0.8. The prompt is what stands before the bar." in lines
+    assert f"After {TRAINED}, drawn with temperature 0.8." in lines
+
+
+def test_the_reference_is_the_transformer_at_its_best_rate_and_every_rate_is_named(tmp_path, drawn):
+    """A sweep of rates names the same model by its rate; its seeds may have come from two sweeps with two names."""
+    runs = [
+        made_result(f"{name}-seed{seed}", 1.0, seed, model=model, train={"learning_rate": rate}, history=[[100, loss]])
+        for name, seed, model, rate, loss in (
+            ("base-slow", 0, {}, 1e-4, 5.0),
+            ("base", 0, {}, 1e-3, 4.0),
+            ("again", 1, {}, 1e-3, 4.5),
+            ("ours", 0, WINDOWED, 1e-3, 4.0),
+        )
+    ]
+    written(tmp_path, *runs)
+    (panel,) = drawn["results_history_3.0M_100.png"]
+    ours = "TLinFormer, W_og 256, W_oh 256, rate 0.001"
+    check_lines(panel.lines, {"Transformer, rate 0.0001": [(3.0, 0.75)], ours: [(3.0, -0.25)]})
+
+
+def test_two_texts_have_sections_of_their_own(tmp_path):
+    other = made_result("other-seed0", 30.0, data={"dataset": "text", "train_files": "other.txt"})
+    lines = written(tmp_path, made_result("base-seed0", 20.0), other)
+    assert [line for line in lines if line.startswith("## Arch")] == [
+        f"## Architectures, {TRAINED}",
+        f"## Architectures, {TRAINED} (2)",
+    ]
+
+
+def test_a_fourth_panel_begins_a_row_and_many_curves_have_their_legend_beside_them(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr("tlinformer_jax.experiments.figures.save", lambda figure, file: figures.append(figure))
+    points = pd.DataFrame([(f"curve {number}", x, number) for number in range(8) for x in (0.0, 1.0)])
+    points.columns = ["label", "x", "y"]
+    few = points[points["label"] < "curve 3"]
+    plot_lines({str(number): (points, "y") for number in range(4)}, "x", tmp_path / "many.png", "linear")
+    plot_lines({"0": (few, "y")}, "x", tmp_path / "few.png", "linear")
+    many, alone = figures
+    assert [(axes.get_subplotspec().rowspan.start, axes.get_subplotspec().colspan.start) for axes in many.axes] == [
+        *((0, column) for column in range(3)),
+        (1, 0),
+    ]
+    (axes,) = alone.axes
+    right = [
+        axes.get_legend().get_bbox_to_anchor().transformed(axes.transAxes.inverted()).x0
+        for axes in (many.axes[0], axes)
+    ]
+    assert right == pytest.approx([1.0, 0.0])
 
 
 OPTIONS = {"window_overlap": 4, "key_taps": 3}
@@ -107,26 +159,26 @@ def test_a_test_split_has_columns_rows_and_figures_of_its_own(tmp_path, drawn):
         made_result("earlier-seed0", 20.0, model=WINDOWED | OPTIONS, point="earlier", then=earlier),
     ]
     lines = written(tmp_path, *results)
-    start = lines.index("## Architectures, 3.0 M training tokens in 100 updates")
+    start = lines.index(f"## Architectures, {TRAINED}")
     head, _, *rows = (line.split(" | ") for line in lines[start + 2 : start + 6])
     at = head.index("test perplexity")
     assert head[at - 1 : at + 2] == ["bits per byte", "test perplexity", "test bits per byte"]
     assert [row[at : at + 2] for row in rows] == [["", ""], ["35.00 ± 0.00", "1.250 ± 0.000"]]
     start = lines.index("## Loss by position")
     assert lines[start + 8 : start + 11] == [
-        "| earlier | 1,024 | 1,024 | validation | 40,000 | 256 | 30.00 | 3.000 | 2.000 | 4.000 | 4 |",
-        "| ours | 1,024 | 1,024 | validation | 40,000 | 256 | 30.00 ± 0.00 | 3.000 ± 0.000 | 2.000 ± 0.000 "
-        "| 4.000 ± 0.000 | 4 |",
-        "| ours | 1,024 | 1,024 | test | 40,000 | 256 | 35.00 ± 0.00 | 3.500 ± 0.000 | 2.500 ± 0.000 "
+        f"| earlier | {TRAINED} | 1,024 | 1,024 | validation | 40,000 | 256 | 30.00 | 3.000 | 2.000 | 4.000 | 4 |",
+        f"| ours | {TRAINED} | 1,024 | 1,024 | validation | 40,000 | 256 | 30.00 ± 0.00 | 3.000 ± 0.000 "
+        "| 2.000 ± 0.000 | 4.000 ± 0.000 | 4 |",
+        f"| ours | {TRAINED} | 1,024 | 1,024 | test | 40,000 | 256 | 35.00 ± 0.00 | 3.500 ± 0.000 | 2.500 ± 0.000 "
         "| 4.500 ± 0.000 | 4 |",
     ]
     (panel,) = drawn["results_positions_1024_3.0M_100_test.png"]
-    title = "samples of 1,024 tokens, test split, 3.0 M training tokens in 100 updates"
+    title = f"samples of 1,024 tokens, test split, {TRAINED}"
     assert panel.title.replace("\n", " ") == title
-    check_lines(panel.lines, {"TLinFormer, window 256, observation 256": [(255.5, 3.5), (767.5, 2.5)]})
+    check_lines(panel.lines, {"TLinFormer, W_og 256, W_oh 256": [(255.5, 3.5), (767.5, 2.5)]})
     models = [*drawn["results_positions_1024_3.0M_100.png"][0].lines]
     assert len(models) == 2
-    assert "TLinFormer, window 256, observation 256, 3 key taps, overlap 4" in models
+    assert "TLinFormer, W_og 256, W_oh 256, 3 key taps, overlap 4" in models
     assert "results_window_positions_1024_3.0M_100_test.png" in drawn
 
 
@@ -147,7 +199,7 @@ def test_losses_by_position_are_drawn_against_one_model_with_equal_windows(tmp_p
             for name, model in models.items()
         ),
     )
-    labels = [f"TLinFormer, window {size}, observation 256" for size in (256, 64, 512)]
+    labels = [f"TLinFormer, W_og {size}, W_oh 256" for size in (256, 64, 512)]
     (panel,) = drawn["results_positions_1024_3.0M_100.png"]
     places = (255.5, 767.5)
     above = dict(zip((labels[2], labels[0], "sliding window, 128 tokens", labels[1]), (1.0, 0.25, -0.25, 0.5)))

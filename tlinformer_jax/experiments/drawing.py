@@ -42,15 +42,20 @@ def figure_of(rows: int = 1, columns: int = 1, panel: tuple[float, float] = (7.0
 
 
 def draw_curves(axes: Any, curves: Sequence[Curve], looks: dict[str, dict[str, Any]] | None = None) -> None:
-    """Draws each curve that has points, and the legend: where it covers the least, or beside many curves."""
+    """Draws each curve that has points, and the legend where it covers the least."""
     looks = looks or styles(label for label, _, _ in curves)
     for label, x, y in curves:
         if len(x):
             axes.plot(x, y, label=label, markersize=4, linewidth=1.4, **looks[label])
     if axes.lines:
-        many = len(axes.get_legend_handles_labels()[1]) > MOST_INSIDE
-        beside = {"loc": "center left", "bbox_to_anchor": (1, 0.5)} if many else {}
-        axes.legend(fontsize=8, framealpha=0.8, handlelength=3, **beside)
+        axes.legend(fontsize=8, framealpha=0.8, handlelength=3)
+
+
+def put_legend_beside(axes: Any) -> None:
+    """Moves the legend out of the axes, to their right."""
+    if legend := axes.get_legend():
+        legend.set_loc("center left")
+        legend.set_bbox_to_anchor((1, 0.5))
 
 
 def scale_x(axes: Any, kind: str) -> None:

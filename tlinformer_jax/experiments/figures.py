@@ -8,7 +8,15 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from tlinformer_jax.experiments.drawing import MOST_INSIDE, draw_curves, figure_of, save, scale_x, styles
+from tlinformer_jax.experiments.drawing import (
+    MOST_INSIDE,
+    draw_curves,
+    figure_of,
+    put_legend_beside,
+    save,
+    scale_x,
+    styles,
+)
 from tlinformer_jax.experiments.frame import CACHE, PERPLEXITY, SPEED, curves_of, knee_of, points_of
 
 # Figures of `evaluation.history`: the titles of their axes.
@@ -42,6 +50,8 @@ def plot_lines(panels: Mapping[str, tuple[pd.DataFrame, str]], x_name: str, file
         if points["y"].min() < 0 < points["y"].max():
             axes.axhline(0, color="grey", linewidth=1)
         draw_curves(axes, curves, looks)
+        if many:
+            put_legend_beside(axes)
         scale_x(axes, x_scale)
         axes.set(xlabel=x_name, ylabel=textwrap.fill(y_name, TITLE_WIDTH))
         axes.set_title(textwrap.fill(title, TITLE_WIDTH), fontsize=10)

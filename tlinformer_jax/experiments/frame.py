@@ -23,6 +23,7 @@ from tlinformer_jax.files import markdown
 
 N, ARCHITECTURE, DEPTH = "config.data.sequence_length", "config.model.architecture", "depth"
 RATE = "config.train.learning_rate"
+TEXT = ("dataset", "tokenizer", "train_files", "validation_files")  # fields of a recipe
 PERPLEXITY, SPEED, CACHE = "validation.perplexity", "speed.tokens_per_second", "cache.used"
 ACCURACIES = ("accuracy", "accuracy_own", "accuracy_observed", "accuracy_history")
 # Fields that are the x axis of a capacity curve, and the axis's title.
@@ -65,12 +66,20 @@ def frame_of(records: Sequence[Record]) -> pd.DataFrame:
     frame = frame.reindex(columns=list(dict.fromkeys([*frame, *NUMBERS, "sweep", "target.reached"])))
     frame[list(NUMBERS)] = frame[list(NUMBERS)].apply(pd.to_numeric)
     frame["again"] = repeated(frame)
-    return frame.sort_values(["tokens", N, "ours", "label", "seed"])
+    frame["trained"] = _trained(frame)
+    return frame.sort_values(["tokens", "steps", N, "ours", "label", "seed"])
 
 
 def repeated(frame: pd.DataFrame) -> pd.Series:
     """Returns whether each run repeats the seed of an earlier one with the same configuration, by the index."""
     return frame.sort_index().duplicated(["group", "seed"])
+
+
+def _trained(frame: pd.DataFrame) -> pd.Series:
+    """Returns each run's recipe in words: its training tokens and updates, and a number if two recipes share these."""
+    sizes = (frame["tokens"] / 1e6).map("{:,.1f} M training tokens in ".format) + frame["steps"].map("{:,}".format)
+    numbers = frame.groupby(sizes)["recipe"].transform(lambda recipes: pd.factorize(recipes)[0] + 1)
+    return sizes + " updates" + numbers.map(" ({})".format).where(numbers > 1, "")
 
 
 def _checked(record: Record) -> dict[str, Any]:
@@ -88,9 +97,9 @@ def _derived(record: Record) -> dict[str, Any]:
     label: the point's name in its sweep, else the run's; words, setting, options, layers, model: for legends,
     headings and tables; ours: whether it is not the Transformer; total: W_oh + W_og; share: W_oh / total;
     reported.*: accuracies on the split `split`; test.*: figures of a text's own test split; recipe: equal for runs
-    whose losses may be compared, in words; group: equal for runs that differ only in their seeds; by.FIELD: equal
-    for runs that may also differ in that field, whose value is at.FIELD; base: equal for a model and the
-    Transformer to compare it with.
+    on the same text with equally many tokens and updates; unrated: equal for runs that differ only in seeds and
+    learning rates; group: equal for runs that differ only in their seeds; by.FIELD: equal for runs that may also
+    differ in that field, whose value is at.FIELD; base: equal for a model and the Transformer to compare it with.
     """
     config, fields = completed(record["config"]), essence(record["config"])
     model, data = config["model"], config["data"]
@@ -125,7 +134,8 @@ def _derived(record: Record) -> dict[str, Any]:
         **{f"test.{field}": own_test.get(field) for field in ("perplexity", "bits_per_byte")},
         **{f"reported.{field}": figures.get(field) for field in ACCURACIES},
         "found": _found_at(record["history"]),
-        "recipe": f"{record['tokens'] / 1e6:,.1f} M training tokens in {record['steps']:,} updates",
+        "recipe": json.dumps([record["tokens"], record["steps"], *(data[field] for field in TEXT)]),
+        "unrated": json.dumps([tokens, fields | {"train.learning_rate": None}], sort_keys=True),
         "group": json.dumps([record["study"], tokens, fields], sort_keys=True),
         **{
             f"by.{field}": json.dumps([tokens, fields | {field: None, "data.examples": None}], sort_keys=True)
@@ -200,20 +210,21 @@ def _words(model: Mapping[str, Any]) -> str:
     if architecture == "sliding_window":
         words += f", {rows + size:,} tokens"
     elif architecture in ("tlinformer", "tconstformer"):
-        words += f", window {size:,}, observation {rows}"
+        words += f", W_og {size:,}, W_oh {rows}"
     return words + _options(model)
 
 
 def legends(frame: pd.DataFrame) -> pd.Series:
-    """Returns each run's legend: its words, with what tells it from other groups that have the same words."""
+    """Returns each run's legend: its words, differing rates, and what tells it from other groups with these words."""
     labels = frame["words"]
-    details = {N: "{}, trained at N = {:,}", DEPTH: "{}, {} layers", RATE: "{}, rate {:g}", "label": "{} ({})"}
-    for column, form in details.items():
+    if frame[RATE].nunique() > 1:
+        labels = labels + frame[RATE].map(", rate {:g}".format)
+    for column, form in {N: "{}, trained at N = {:,}", DEPTH: "{}, {} layers", "label": "{} ({})"}.items():
         same_words = frame.groupby(labels)
         ambiguous = (same_words["group"].transform("nunique") > 1) & (same_words[column].transform("nunique") > 1)
         detailed = pd.Series([form.format(*pair) for pair in zip(labels, frame[column])], index=frame.index)
         labels = labels.where(~ambiguous, detailed)
-    return labels
+    return labels.groupby(frame["group"]).transform("first")
 
 
 def counted(frame: pd.DataFrame) -> Any:

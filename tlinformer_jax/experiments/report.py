@@ -74,6 +74,7 @@ COLUMNS = {
 # Likewise for evaluations by position.
 POSITION_COLUMNS = {
     "model": ("label", "first"),
+    "training": ("trained", "first"),
     "trained at N": (N, mean(INTEGER)),
     "evaluated at": ("done.length", mean(INTEGER)),
     "split": ("done.split", "first"),
@@ -125,9 +126,9 @@ def report_lines(frame: pd.DataFrame, figures: pathlib.Path) -> list[str]:
     """Returns the report on a frame of `frame_of`; draws its figures into a directory."""
     lines, studies = [*SECTIONS["# Results"]], dict(iter(frame.groupby("study")))
     if "architectures" in studies:
-        for recipe, part in studies["architectures"].groupby("recipe", sort=False):
-            lines += [f"## Architectures, {recipe}", "", *group_lines(part), ""]
-            lines += loss_figure(part, figures / f"results_history_{file_part(recipe)}.png")
+        for trained, part in studies["architectures"].groupby("trained", sort=False):
+            lines += [f"## Architectures, {trained}", "", *group_lines(part), ""]
+            lines += loss_figure(part, figures / f"results_history_{file_part(trained)}.png")
     if "windows" in studies:
         for sweep, part in studies["windows"].groupby("sweep", dropna=False):
             tokens = ", ".join(f"{count / 1e6:,.1f} M" for count in part["tokens"].unique())
@@ -148,9 +149,10 @@ def report_lines(frame: pd.DataFrame, figures: pathlib.Path) -> list[str]:
     return lines + history_lines(frame, figures) + sample_lines(frame) + run_lines(frame)
 
 
-def file_part(recipe: str) -> str:
-    """Returns a recipe's part of a file name: '100.0M_763' for 100.0 M training tokens in 763 updates."""
-    return "{}M_{}".format(*re.findall(r"[\d.]+", recipe.replace(",", "")))
+def file_part(trained: str) -> str:
+    """Returns a recipe's part of a file name: '100.0M_763' for '100.0 M training tokens in 763 updates'."""
+    millions, *others = re.findall(r"[\d.]+", trained.replace(",", ""))
+    return "_".join([f"{millions}M", *others])
 
 
 def under(heading: str, lines: list[str]) -> list[str]:
@@ -203,14 +205,18 @@ def draw_compared(
 
 
 def compared(points: pd.DataFrame) -> tuple[pd.DataFrame, str]:
-    """Averages curves over seeds and subtracts a Transformer's, else a sliding window's; returns them and y's name."""
-    keys = ["group", "label", ARCHITECTURE, "x"]
+    """Averages curves over seeds and subtracts a Transformer's, else a sliding window's; returns them and y's name.
+
+    This is the first of its kind in the table, at that of its learning rates with the lowest losses.
+    """
+    keys = ["group", "label", ARCHITECTURE, "unrated", "x"]
     points = points.groupby(keys, sort=False, as_index=False)["y"].mean()
     known = list(points[ARCHITECTURE].unique())
     reference = next((name for name in ("transformer", "sliding_window") if name in known), None)
     if reference is None or points["group"].nunique() == 1:
         return points, LOSS
-    group, label = points.loc[points[ARCHITECTURE] == reference, ["group", "label"]].iloc[0]
+    same = points[points["unrated"] == points.loc[points[ARCHITECTURE] == reference, "unrated"].iloc[0]]
+    group, label = same.groupby(["group", "label"], sort=False)["y"].mean().idxmin()
     both = points[points["group"] != group].merge(points[points["group"] == group][["x", "y"]], on="x")
     return both.assign(y=both["y_x"] - both["y_y"]), f"loss above that of the {label}, nats per token"
 
@@ -229,11 +235,11 @@ def position_lines(frame: pd.DataFrame, figures: pathlib.Path) -> list[str]:
     if table["split"].eq("validation").all():
         table = table.drop(columns="split")
     lines = [*SECTIONS["## Loss by position"], *table_of(table), ""]
-    for (length, split, recipe), members in parts.groupby(["done.length", "done.split", "recipe"], sort=False):
+    for (length, split, trained), members in parts.groupby(["done.length", "done.split", "trained"], sort=False):
         members = members.assign(label=legends(members))
         points, title = _binned(members, "done.by_position", "loss"), f"samples of {length:,} tokens"
-        name = f"{length}_{file_part(recipe)}" + ("_test" if split == "test" else "")
-        title += (", test split" if split == "test" else "") + f", {recipe}"
+        name = f"{length}_{file_part(trained)}" + ("_test" if split == "test" else "")
+        title += (", test split" if split == "test" else "") + f", {trained}"
         file = figures / f"results_positions_{name}.png"
         lines += draw_compared(
             {title: points}, "position in the sample", "linear", file, f"Loss by position in {title}"
@@ -255,7 +261,7 @@ def history_lines(frame: pd.DataFrame, figures: pathlib.Path) -> list[str]:
     """Returns what the history contributes, for the first measured seed of each group."""
     lines: list[str] = []
     measured = actions_of(frame, "history", "cuts").drop_duplicates(["group", "done.length"])
-    for (length, recipe), runs in measured.groupby(["done.length", "recipe"], sort=False) if len(measured) else ():
+    for (length, trained), runs in measured.groupby(["done.length", "trained"], sort=False) if len(measured) else ():
         table = runs[["label", "done.share"]].assign(**{"done.cuts": runs["done"].map(_cuts_and_swap)})
         table = table.explode("done.cuts", ignore_index=True)
         table = table.join(pd.json_normalize(table.pop("done.cuts")))
@@ -263,11 +269,11 @@ def history_lines(frame: pd.DataFrame, figures: pathlib.Path) -> list[str]:
             table[change] = table[change].map("{:+.4f}".format, na_action="ignore")
         table["done.share"] = table["done.share"].map(lambda shares: ", ".join(map("{:.2f}".format, shares)))
         table = table[list(CUTS)].set_axis(CUTS.values(), axis=1)
-        lines += [f"Samples of {length:,} tokens, {recipe}:", "", *table_of(table), ""]
-        prefix = f"results_{length}_{file_part(recipe)}_"
+        lines += [f"Samples of {length:,} tokens, {trained}:", "", *table_of(table), ""]
+        prefix = f"results_{length}_{file_part(trained)}_"
         for file in plot_history([*zip(legends(runs), runs["done"])], figures, prefix):
             title = titled(file.stem.removeprefix(prefix))
-            lines += shown(file, f"{title}, samples of {length:,} tokens, {recipe}")
+            lines += shown(file, f"{title}, samples of {length:,} tokens, {trained}")
     return under("## What the history contributes", lines)
 
 
@@ -283,7 +289,8 @@ def sample_lines(frame: pd.DataFrame) -> list[str]:
     for _, run in actions_of(frame, "samples", "samples").drop_duplicates("group").iterrows():
         part = run["done"]
         options = ", ".join(f"{option} {value}" for option, value in part.items() if option != "samples")
-        lines += [f"### {run['name']}", "", f"Drawn with {options}. The prompt is what stands before the bar.", ""]
+        lines += [f"### {run['name']}", "", f"After {run['trained']}, drawn with {options}."]
+        lines += ["The prompt is what stands before the bar.", ""]
         for sample in part["samples"]:
             lines += fenced(f"{sample['prompt']}|{sample['text']}")
     return ["## Samples", "", *lines] if lines else []
@@ -313,7 +320,7 @@ def titled(name: str) -> str:
 
 def _binned(parts: pd.DataFrame, bins: str, losses: str) -> pd.DataFrame:
     """Returns the loss of each run in each bin, at the middle of the bin."""
-    points = parts[["group", "label", ARCHITECTURE]].assign(
+    points = parts[["group", "label", ARCHITECTURE, "unrated"]].assign(
         x=parts[bins].map(lambda part: (np.asarray(part["edges"][:-1]) + part["edges"][1:] - 1) / 2),
         y=parts[bins].map(lambda part: part[losses]),
     )
