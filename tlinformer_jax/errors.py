@@ -36,6 +36,7 @@ class DataError(UserError):
 
 LARGEST_INTEGER = 2**31 - 1  # tokens and positions are int32
 
+
 @dataclasses.dataclass(frozen=True)
 class Rule:
     """A rule for a field's values, and its text in an error message."""
