@@ -166,9 +166,9 @@ def test_recomputed_loop_sums_shared_gradients_in_float32():
     weight = jnp.ones((3,), jnp.bfloat16)
     parts = jnp.arange(1024.0)[:, None] * jnp.ones(3)
 
-    def branch(shared, fixed, item):
+    def branch(shared, constants, item):
         part, number = item
-        return shared * fixed * jnp.where(number >= 0, 1, 0) + part.astype(shared.dtype) * 0 + part * 2
+        return shared * constants * jnp.where(number >= 0, 1, 0) + part.astype(shared.dtype) * 0 + part * 2
 
     def total(weight, parts):
         return map_steps(branch, weight, parts, jnp.bfloat16(1), 1024).astype(jnp.float32).sum()

@@ -34,6 +34,8 @@ class DataError(UserError):
 
 # ---- Rules for fields
 
+LARGEST_INTEGER = 2**31 - 1  # tokens and positions are int32
+
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
@@ -66,6 +68,7 @@ def one_of(*choices: str) -> Rule:
     return Rule(f"must be one of {', '.join(choices)}", lambda value: isinstance(value, str) and value in choices)
 
 
+POSITIVE = integer(1, LARGEST_INTEGER)
 TRUE_OR_FALSE = Rule("must be True or False", lambda value: isinstance(value, bool))
 
 

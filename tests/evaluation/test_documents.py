@@ -90,6 +90,13 @@ def test_packed_documents_have_their_own_losses():
     np.testing.assert_allclose(result.losses, [part.sum() for part in expected], rtol=1e-5)
 
 
+def test_a_step_without_token_losses_needs_no_documents(monkeypatch):
+    """To find the documents of a large text takes long."""
+    monkeypatch.setattr("tlinformer_jax.data.batches.document_numbers", lambda *_: pytest.fail("searched the split"))
+    sums = trained().run.sums_over(STREAM, lambda params, batch: {"weights": batch["weights"].sum(axis=0)}, {})
+    assert sums.keys() == {"weights"}
+
+
 def test_the_action_of_a_sweep_reports_them_too(monkeypatch):
     monkeypatch.setattr(Run, "split", lambda self, name, length=None: STREAM)
     for name, length in (("evaluate", LENGTH), ("evaluate@5", 5)):

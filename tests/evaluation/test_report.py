@@ -141,9 +141,10 @@ def test_options_that_are_not_allowed(options, says):
 
 
 @pytest.mark.parametrize("option", ["length", "batch_size"])
-@pytest.mark.parametrize("value", [0, -4, 1.5])
+@pytest.mark.parametrize("value", [0, -4, 1.5, 2**31])
 def test_a_run_refuses_them_too(option, value):
-    with pytest.raises(ConfigError, match=rf"^evaluation\.{option} = {value}: must be an integer >= 1$"):
+    allowed = "must be an integer from 1 to 2147483647"
+    with pytest.raises(ConfigError, match=rf"^evaluation\.{option} = {value}: {allowed}$"):
         trained().run.evaluate(trained().params, STREAM, **{option: value})
 
 

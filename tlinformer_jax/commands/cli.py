@@ -17,13 +17,12 @@ from absl import app, flags, logging
 from tlinformer_jax import environment
 from tlinformer_jax.config.named import add_defaults, load_python
 from tlinformer_jax.config.run import unknown_field
-from tlinformer_jax.errors import ConfigError, DataError, UserError, file_errors_as, first_line
+from tlinformer_jax.errors import LARGEST_INTEGER, ConfigError, DataError, UserError, file_errors_as, first_line
 from tlinformer_jax.files import local_path
 
 if TYPE_CHECKING:
     from tlinformer_jax.parallel.processes import Cluster
 
-LARGEST_INTEGER = 2**31 - 1  # tokens and positions are int32
 FLAG_OF_OPTION = {"stop_strings": "stop"}  # options whose flag has another name
 
 

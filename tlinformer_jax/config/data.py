@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from tlinformer_jax.errors import ConfigError, check_fields, integer
+from tlinformer_jax.errors import POSITIVE, ConfigError, check_fields, integer
 from tlinformer_jax.files import path_fault
 
 PAIR_SIZES = {"recall": 2, "recall-gap": 3}  # tokens per pair
@@ -125,9 +125,9 @@ class DataConfig:
             raise ConfigError("data.tokenizer", self.tokenizer, allowed)
         if not self.text_field:
             raise ConfigError("data.text_field", self.text_field, "must name a field of the .jsonl lines")
-        most = dict.fromkeys(("sequence_length", "examples"), 2**31 - 1)
-        most["num_items"] = MOST_NEEDLES if self.dataset in NEEDLES else 2**31 - 1
-        check_fields("data", self, {name: integer(1, bound) for name, bound in most.items()} | {"shingle": integer(0)})
+        items = integer(1, MOST_NEEDLES) if self.dataset in NEEDLES else POSITIVE
+        rules = {"sequence_length": POSITIVE, "examples": POSITIVE, "num_items": items, "shingle": integer(0)}
+        check_fields("data", self, rules)
         if self.shingle and self.dataset != "fasta":
             raise ConfigError("data.shingle", self.shingle, f"must be 0 for data.dataset = {self.dataset!r}")
         if self.curriculum and not self.is_task:

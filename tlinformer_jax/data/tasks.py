@@ -8,7 +8,7 @@ of an answer says where its source is, relative to the generation window that pr
 
     own       in the same generation window, or in the tokens before it that are computed with it (window_overlap),
     observed  in the last W_oh rows before that window, which are in the observation window,
-    history   before those: TConstFormer finds it only in the compressed history; TLinFormer's window and full attention
+    history   before those: TConstFormer finds it only in the compressed history; TLinFormer's window and a Transformer
               read it directly; a sliding window needs layers that pass it on.
 
 For models without windows, the regions follow from the configuration's window fields.

@@ -18,7 +18,7 @@ from tlinformer_jax.data.batches import num_samples, take_samples
 from tlinformer_jax.data.streams import TokenStream, cut_documents, encode_pieces, smallest_dtype
 from tlinformer_jax.data.tasks import Split, TaskSplit
 from tlinformer_jax.data.tokenizers import Tokenizer
-from tlinformer_jax.errors import ConfigError, DataError
+from tlinformer_jax.errors import POSITIVE, ConfigError, DataError, check_value
 from tlinformer_jax.evaluation.bootstrap import mean_interval
 from tlinformer_jax.files import finite, write_text, writing
 from tlinformer_jax.models.feed_forward import with_tallies
@@ -32,7 +32,6 @@ from tlinformer_jax.training.setup import Run, TrainedRun
 from tlinformer_jax.training.window_loss import DeviceBatch
 
 Report = dict[str, Any]
-LONGEST = 2**31 - 1  # positions are int32
 BINS = 64  # most bins of positions
 LABELS = {
     "loss": "loss, nats per token",
@@ -64,8 +63,8 @@ class EvaluationOptions:
     def __post_init__(self) -> None:
         lengths = [("lengths", size) for size in self.lengths]
         for name, value in [("length", self.length), ("batch_size", self.batch_size), *lengths]:
-            if value is not None and (not isinstance(value, int) or not 1 <= value <= LONGEST):
-                raise ConfigError(f"evaluation.{name}", value, f"must be an integer from 1 to {LONGEST}")
+            if value is not None:
+                check_value(f"evaluation.{name}", value, POSITIVE)
 
 
 class Source(NamedTuple):

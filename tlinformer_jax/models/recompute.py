@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-# One step: (shared, fixed, (item, number)) -> output. It must not close over traced values.
+# One step: (shared, constants, (item, number)) -> output. It must not close over traced values.
 Branch = Callable[[Any, Any, tuple[Any, Any]], Any]
 
 
@@ -31,8 +31,8 @@ def rounded(total: Any, shared: Any) -> Any:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def map_steps(branch: Branch, shared: Any, items: Any, fixed: Any, count: jax.Array | int) -> Any:
-    """Applies `branch(shared, fixed, (item, number))` to the first `count` items, and stacks the outputs.
+def map_steps(branch: Branch, shared: Any, items: Any, constants: Any, count: jax.Array | int) -> Any:
+    """Applies `branch(shared, constants, (item, number))` to the first `count` items, and stacks the outputs.
 
     Later items cost nothing although `count` is known only at run time: `jax.lax.scan` would run every step, and
     `jax.lax.while_loop` has no gradient. The backward pass computes each step again.
@@ -41,14 +41,14 @@ def map_steps(branch: Branch, shared: Any, items: Any, fixed: Any, count: jax.Ar
       branch: one step; returns a pytree of arrays.
       shared: differentiable values that every step reads; their gradients are summed in float32.
       items: differentiable arrays [steps, ...]. Outputs and gradients of skipped items are 0.
-      fixed: values that every step reads; they get no gradient.
+      constants: values that every step reads; they get no gradient.
       count: number of steps, int32 []; at most as many as there are items.
     """
 
     def body(number, outputs):
-        return _put(outputs, branch(shared, fixed, (_take(items, number), number)), number)
+        return _put(outputs, branch(shared, constants, (_take(items, number), number)), number)
 
-    shapes = jax.eval_shape(lambda: branch(shared, fixed, (_take(items, 0), jnp.int32(0))))
+    shapes = jax.eval_shape(lambda: branch(shared, constants, (_take(items, 0), jnp.int32(0))))
     outputs = jax.tree.map(lambda s: jnp.zeros((_steps(items), *s.shape), s.dtype), shapes)
     return jax.lax.fori_loop(0, jnp.minimum(count, _steps(items)), body, outputs)
 
@@ -58,12 +58,12 @@ def _forward(branch, *inputs):
 
 
 def _backward(branch, inputs, cotangents):
-    shared, items, fixed, count = inputs
+    shared, items, constants, count = inputs
 
     def body(number, state):
         total, item_gradients = state
         item, slope = _take((items, cotangents), number)
-        _, pull = jax.vjp(lambda shared, item: branch(shared, fixed, (item, number)), shared, item)
+        _, pull = jax.vjp(lambda shared, item: branch(shared, constants, (item, number)), shared, item)
         gradient, item_gradient = pull(slope)
         return add_wide(total, gradient), _put(item_gradients, item_gradient, number)
 

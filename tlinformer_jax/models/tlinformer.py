@@ -34,6 +34,7 @@ from tlinformer_jax.models.windows import (
     padded_length,
     plan_segments,
     slice_rows,
+    window_rows,
 )
 from tlinformer_jax.parallel.sharding import WHOLE, SequenceSplit
 
@@ -90,12 +91,22 @@ class PreparedSequence:
         """All rows with their projections, to be sliced into the windows' x."""
         return Stream(self.history.rows, self.history.Q, self.history.K, self.history.V)
 
-    def windows(self, config: ModelConfig, segment: Segment, overlap: int) -> Stream | None:
-        """Returns the rows of a segment's windows, each with `overlap` rows before it, by `window_rows`.
+    def windows(self, config: ModelConfig, segment: Segment) -> Stream | None:
+        """Returns the rows of a segment's windows, each with the rows that overlap before it, by `window_rows`.
 
         None if rows are split over devices, which then gather one window at a time.
         """
-        return segment.rows(config, self.own, overlap) if self.history.split is None else None
+        return segment.rows(config, self.own, segment.overlap(config)) if self.history.split is None else None
+
+    def every_window(self, config: ModelConfig) -> Stream | None:
+        """Returns the rows of all windows of the sequence; each, also the first, has `window_overlap` rows before it.
+
+        None as for `windows`.
+        """
+        if self.history.split is not None:
+            return None
+        rows = functools.partial(window_rows, config, first=0, count=self.count, overlap=config.window_overlap)
+        return jax.tree.map(rows, self.own)
 
     def reach(self, config: ModelConfig, segment: Segment) -> History:
         """Returns the rows of the history that the segment reads, so that only their gradients are summed."""

@@ -33,7 +33,7 @@ from tlinformer_jax.data.sources import answer_positions, load_split
 from tlinformer_jax.data.streams import RowStream, check_token_ids
 from tlinformer_jax.data.tasks import AnswerPositions, Split, TaskSplit, answer_batches
 from tlinformer_jax.data.tokenizers import Tokenizer, check_vocab
-from tlinformer_jax.errors import ConfigError, check_value, integer
+from tlinformer_jax.errors import POSITIVE, ConfigError, check_value
 from tlinformer_jax.models.model import LanguageModel, build_model
 from tlinformer_jax.models.windows import num_windows, trained_tokens
 from tlinformer_jax.parallel.mesh import platform
@@ -215,18 +215,18 @@ class Run:
         """
         for name, value in (("length", length), ("batch_size", batch_size)):
             if value is not None:
-                check_value(f"evaluation.{name}", value, integer(1))
+                check_value(f"evaluation.{name}", value, POSITIVE)
         length = length or self.config.data.sequence_length
         batch_size = self.evaluation_batch_size(length, num_samples(stream, length, rest), batch_size)
         rows = process_rows(self.mesh, batch_size, EVALUATION_AXES)
         batches = self.evaluation_batches(stream, length, batch_size, rows, rest)
-        owners = label_documents(stream, self.tokenizer.end_of_text, length, batch_size, rest)
+        owners = label_documents(stream, self.tokenizer.end_of_text, length, batch_size, rest)  # read only if used
         totals: dict[str, np.ndarray] = {}
         with jax.set_mesh(self.mesh):
-            for batch, documents in zip(watch(batches), owners):
+            for batch in watch(batches):
                 sums = step(params, put_batch(batch, self.mesh, EVALUATION_AXES))
                 token_losses = sums.pop("token_losses", None)
-                if documents is not None and token_losses is not None:
+                if token_losses is not None and (documents := next(owners)) is not None:
                     sums |= document_sums(np.asarray(token_losses), documents)
                 for name, part in sums.items():
                     totals[name] = totals.get(name, 0.0) + np.asarray(part, np.float64)

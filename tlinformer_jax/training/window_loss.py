@@ -20,7 +20,7 @@ from tlinformer_jax.models.layers import Embedded, layer_norm
 from tlinformer_jax.models.model import ModelParams, embed
 from tlinformer_jax.models.recompute import add_wide, rounded, wide_zeros
 from tlinformer_jax.models.streams import History, Stream
-from tlinformer_jax.models.tlinformer import PreparedSequence, place_in_segment, window_states
+from tlinformer_jax.models.tlinformer import Constants, PreparedSequence, place_in_segment, window_states
 from tlinformer_jax.models.windows import Segment, num_windows, pad_rows, window_rows
 from tlinformer_jax.parallel.sharding import SequenceSplit, assign_windows
 
@@ -35,7 +35,7 @@ def sum_with_gradients(
     branches: tuple[WindowLoss, ...],
     shared: Any,
     parts: Any,
-    fixed: Any,
+    constants: Any,
     steps: Any,
     which: Int[Array, " steps"] | None,
 ) -> LossAndRight:
@@ -57,11 +57,11 @@ def sum_with_gradients(
     Windows of different static shapes, such as sampled ones, use several branches, among which `which` chooses.
 
     Args:
-      branches: window_loss(fixed, step, shared, part) -> the loss, and a second sum without a gradient. They must not
-        close over traced values.
+      branches: window_loss(constants, step, shared, part) -> the loss, and a second sum without a gradient. They must
+        not close over traced values.
       shared: pytree of floating-point arrays that every window reads, parameters and history; differentiated.
       parts: pytree of floating-point arrays [steps, ...] (or empty), a slice for each window; differentiated.
-      fixed: pytree that every window reads; not differentiated.
+      constants: pytree that every window reads; not differentiated.
       steps: pytree of arrays [steps, ...], a slice for each window; not differentiated.
       which: the branch of each window; None with a single branch.
     """
@@ -69,14 +69,14 @@ def sum_with_gradients(
     def body(sums: Any, item: Any) -> tuple[Any, None]:
         part, step, index = item
         branch = branches[0] if index is None else functools.partial(jax.lax.switch, index, branches)
-        return jax.tree.map(jnp.add, sums, branch(fixed, step, shared, part)), None
+        return jax.tree.map(jnp.add, sums, branch(constants, step, shared, part)), None
 
     return jax.lax.scan(body, (jnp.float32(0), jnp.float32(0)), (parts, steps, which))[0]
 
 
-def _forward(branches, shared, parts, fixed, steps, which):
+def _forward(branches, shared, parts, constants, steps, which):
     start = (jnp.float32(0), jnp.float32(0)), wide_zeros(shared)
-    choices = [functools.partial(_add_loss_and_gradient, branch, shared, fixed) for branch in branches]
+    choices = [functools.partial(_add_loss_and_gradient, branch, shared, constants) for branch in branches]
 
     def chosen(carry, item):
         return jax.lax.switch(item[2], choices, carry, item)
@@ -87,10 +87,10 @@ def _forward(branches, shared, parts, fixed, steps, which):
     return sums, (rounded(total, shared), part_gradients)
 
 
-def _add_loss_and_gradient(branch, shared, fixed, carry, item):
+def _add_loss_and_gradient(branch, shared, constants, carry, item):
     """Adds one window's loss and gradient to the sums over the windows before it."""
     (sums, total), (part, step, _) = carry, item
-    loss, pull, aux = jax.vjp(functools.partial(branch, fixed, step), shared, part, has_aux=True)
+    loss, pull, aux = jax.vjp(functools.partial(branch, constants, step), shared, part, has_aux=True)
     gradient, part_gradient = pull(jnp.ones_like(loss))
     return (jax.tree.map(jnp.add, sums, (loss, aux)), add_wide(total, gradient)), part_gradient
 
@@ -147,18 +147,15 @@ def window_loops(
     if windows is None:
         rounds = 0
         for segment in segments:
-            own, indices = sequence.windows(config, segment, segment.overlap(config)), jnp.asarray(segment.windows)
+            own, indices = sequence.windows(config, segment), jnp.asarray(segment.windows)
             loop = WindowLoop((segment,), sequence.reach(config, segment), own, indices, segment.rows(config, rows))
             assigned = assign_windows(segment.count, parts, rounds)
             rounds += len(assigned)
             yield loop.on_device(assigned)
         return
 
-    def every_window(arrays: Any, overlap: int = 0) -> Any:
-        return jax.tree.map(lambda array: window_rows(config, array, 0, sequence.count, overlap=overlap), arrays)
-
-    own = every_window(sequence.own, config.window_overlap) if sequence.history.split is None else None
-    own, taken = jax.tree.map(lambda array: jnp.take(array, windows, axis=0), (own, every_window(rows)))
+    rows = jax.tree.map(lambda array: window_rows(config, array, 0, sequence.count), rows)
+    own, taken = jax.tree.map(lambda array: jnp.take(array, windows, axis=0), (sequence.every_window(config), rows))
     # A window takes the branch of the segment that contains it.
     firsts = jnp.asarray([segment.first for segment in segments[1:]], jnp.int32)
     which = jnp.sum(windows[:, None] >= firsts, axis=1, dtype=jnp.int32)
@@ -190,7 +187,7 @@ def window_loss(
     shape: ModelConfig,
     segment: Segment,
     rows_loss: RowsLoss,
-    fixed: Any,
+    constants: Constants,
     step: tuple[jax.Array, DeviceBatch],
     shared: tuple[ModelParams, History],
     x: Stream | None,
@@ -208,7 +205,7 @@ def window_loss(
     assert x is not None
     if x.rows.shape[1] > overlap + size:  # a sampled first window: it has no overlap
         x = jax.tree.map(lambda array: array[:, -size:], x)
-    C, frame, dropout = place_in_segment(shape, segment, history, fixed, index)
+    C, frame, dropout = place_in_segment(shape, segment, history, constants, index)
     params = with_router_losses(params, rows["weights"], split.parts if split else 1)
     states = window_states(params.blocks, shape, C, x, frame, dropout)
     if overlap:
