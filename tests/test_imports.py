@@ -88,7 +88,9 @@ def listed_modules(docstring: str) -> set[str]:
 
 
 def test_entries_of_a_docstring_are_not_words_of_its_text():
-    text = "Of parts.\n\na, b   text of c and d: e; f: its text; g, h: theirs; i: it\nj  one; k\nno entry; nor this word"
+    text = (
+        "Of parts.\n\na, b   text of c and d: e; f: its text; g, h: theirs; i: it\nj  one; k\nno entry; nor this word"
+    )
     assert listed_modules(text) == {*"abfghij"}
 
 
