@@ -101,8 +101,9 @@ def check_data(points: Iterable[Job]) -> None:
 
 
 def check_actions(points: Iterable[Job]) -> None:
-    """Checks that models and data allow the points' actions; raises a UserError if not. Texts that are not tokenised
-    yet are not checked. Imports JAX for the action `history`.
+    """Checks that models and data allow the points' actions; raises a UserError if not.
+
+    Texts that are not tokenised yet are not checked. The action `history` needs JAX, which is then imported.
     """
     different: dict[Any, Job] = {}
     for point in points:
