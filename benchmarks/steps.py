@@ -38,8 +38,10 @@ class Case:
     setting: str
 
 
-def overrides(text: str) -> dict[tuple[str, str], Any]:
+def overrides(text: str, flag: str) -> dict[tuple[str, str], Any]:
     """Returns the fields of 'section.field=value,section.field=value'; any other part continues the value before.
+
+    `flag` is the flag whose value is `text`, for messages.
 
     Raises:
       ConfigError: if a part names no field.
@@ -54,7 +56,7 @@ def overrides(text: str) -> dict[tuple[str, str], Any]:
         elif last is not None and (not equals or (last == ("train", "mesh") and not field)):  # a value with a comma
             fields[last] = f"{fields[last]},{part}"
         else:
-            raise ConfigError("--set or --try", part, "must be section.field=value of a configuration's field")
+            raise ConfigError(flag, part, "must be section.field=value of a configuration's field")
     return fields
 
 
@@ -67,7 +69,10 @@ def _value(text: str) -> Any:
 
 
 def base_fields(values: Mapping[str, Any], window: int, changes: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Returns the fields that all rows start from: those of a configuration, with both windows unless 0, and --set.
+    """Returns the fields that all rows start from: a configuration's, then `window` as both windows (0 keeps the
+    configured ones), then `changes`.
+
+    The configured data, accumulation and an end of `train.steps` by accuracy are replaced.
 
     Raises:
       ConfigError: if --set has a field that every row sets by itself.
@@ -80,7 +85,7 @@ def base_fields(values: Mapping[str, Any], window: int, changes: Sequence[str]) 
     if window:
         base["model"] |= {"history_window": window, "generation_window": window}
     for text in changes:
-        for (section, field), value in overrides(text).items():
+        for (section, field), value in overrides(text, "--set").items():
             if flag := BY_ROW.get((section, field)):
                 raise ConfigError("--set", f"{section}.{field}={value}", f"must not have this field; {flag} sets it")
             base[section][field] = value
@@ -105,7 +110,7 @@ def cases(
         values["model"]["architecture"] = architecture
         values["data"]["sequence_length"] = length
         values["train"]["batch_size"] = max(1, tokens // length)
-        for (section, field), value in overrides(setting).items():
+        for (section, field), value in overrides(setting, "--try").items():
             values[section][field] = value
         made[Case(run_config(values), setting)] = None
     return list(made)

@@ -17,9 +17,9 @@ from typing import Any
 
 from absl import flags
 
-from benchmarks.cost import training_cost
 from benchmarks.plots import log_axes
 from benchmarks.steps import Case, TimingOptions, overrides, time_case
+from benchmarks.token_cost import training_cost
 from benchmarks.training_report import line
 from tlinformer_jax.commands import cli
 from tlinformer_jax.config.model import ARCHITECTURE_NAMES, WINDOWED, ModelConfig
@@ -225,7 +225,7 @@ def _model_fields(texts: Sequence[str]) -> Row:
     """Returns the fields of --set; a ConfigError for a field of another section, which this table does not vary."""
     fields = {}
     for text in texts:
-        for (section, field), value in overrides(text).items():
+        for (section, field), value in overrides(text, "--set").items():
             if section != "model":
                 raise ConfigError("--set", f"{section}.{field}={value}", "must be fields of the section model")
             fields[field] = value

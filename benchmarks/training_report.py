@@ -11,7 +11,7 @@ from benchmarks.plots import log_axes
 from tlinformer_jax.experiments.drawing import Curve, draw_curves, figure_of, save
 from tlinformer_jax.files import write_text
 
-# Columns of a row; `training.time_case` explains them.
+# Columns of a row; `steps.time_case` explains them.
 COLUMNS = (
     "architecture",
     "length",

@@ -4,9 +4,9 @@
     python -m tlinformer_jax evaluate --workdir=/tmp/proteins --split=test
     python -m tlinformer_jax generate --workdir=/tmp/proteins --prompt=M --temperature=1
 
-Data: the Debian package mmseqs2-examples. Proteins that share 12 residues in a row are a family. Of every 20 families,
-from the largest on, the 19th is for validation and the 20th for the test. `bits_per_byte` is bits per residue.
-Baselines to beat: 4.210 (residue frequencies), and n-grams, 4.182 with 2 residues of context:
+Data: the Debian package mmseqs2-examples. Proteins that share 12 consecutive residues are a family. Of every 20
+families, from the largest on, the 19th is for validation and the 20th for the test. `bits_per_byte` is bits per
+residue. Baselines to beat: 4.210 (residue frequencies), and n-grams, 4.182 with 2 residues of context:
 
     python -m tools.ngram_floor --config=configs/proteins.py --split=test --context=2
 

@@ -60,13 +60,13 @@ def test_what_is_looked_for_would_be_found():
 @pytest.mark.slow
 @pytest.mark.long
 def test_every_bad_input_gets_one_line_and_status_2_and_leaves_nothing(tmp_path):
-    """In one test, so that all cases run once however tests are dealt out to workers."""
+    """In one test, so that all cases run once whichever worker gets which tests."""
     results = all_results()
     assert len(results) == sum(map(len, bad_inputs.GROUPS.values())) >= 60
     wrong = {result.command: found for result in results if (found := faults(result))}
     assert not wrong, json.dumps(wrong, indent=1)
     if sys.version_info[:2] == (3, 11):  # some lines quote Python's own words; the document has those of 3.11
-        told = "the document shows other lines; mend it by `python -m tests.support.refusals --write`"
+        told = "the document shows other lines; correct it by `python -m tests.support.refusals --write`"
         assert refusals.written() == refusals.table(results).strip(), told
 
     # Forked commands say what typed ones do.

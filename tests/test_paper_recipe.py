@@ -62,9 +62,7 @@ def batches_of(config: TrainConfig, stream: TokenStream, length: int) -> Trainin
 
 def evaluations(config, batches, last):
     """The updates before the last one after which a run is evaluated."""
-    session = SimpleNamespace(
-        run=SimpleNamespace(horizon=SimpleNamespace(steps=last)), reader=SimpleNamespace(batches=batches)
-    )
+    session = SimpleNamespace(run=SimpleNamespace(last_step=last), reader=SimpleNamespace(batches=batches))
     evaluate = Evaluate(config.eval_every, session, None)
     return {step for step in range(last + 1) if evaluate.is_due(step)}
 

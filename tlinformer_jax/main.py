@@ -44,6 +44,8 @@ def main() -> None:
     for flag in (INIT_FROM, PROFILE):
         if flag.value:
             local_path(flag.value, f"--{flag.name}")
+    if THEN.value is not None and cluster is not None:
+        raise UserError(f"--then={','.join(THEN.value)}: works only with one process")
     if CHECK.value or CHECK_COMPILE.value:
         _check(config)
         return
@@ -73,8 +75,6 @@ def _train(config: RunConfig, workdir: pathlib.Path, profile: pathlib.Path | Non
         with joined(cluster):
             train_and_evaluate(config, workdir, profile, INIT_FROM.value)
         return
-    if cluster is not None:
-        raise UserError(f"--then={','.join(THEN.value)}: works only with one process")
     from tlinformer_jax.experiments.driver import run_job
     from tlinformer_jax.experiments.job import Job
 

@@ -2,7 +2,8 @@
 
 import pytest
 
-from benchmarks.cost import MODELS, generation_cost, training_cost
+from benchmarks.cost import MODELS
+from benchmarks.token_cost import generation_cost, training_cost
 from tests.support.commands import ROOT, check_refusal, command
 
 # Of the 41M shape: 8 layers of four D x D matrices and three D x F, and the head.
@@ -42,6 +43,6 @@ def test_the_site_has_the_tables_that_the_command_prints():
     assert all(table in page for table in tables)
 
 
-@pytest.mark.parametrize("given", ["", "0", "x"])
+@pytest.mark.parametrize("given", ["", "0", "x", "1_000", "+8", "٨"])
 def test_lengths_that_are_none_are_refused(given):
     check_refusal(command("benchmarks.cost", f"--at={given}"), f"--at={given}: must be integers from 1")

@@ -106,7 +106,7 @@ def test_the_best_row_is_the_fastest_of_its_length():
 
 def test_settings_take_numbers_words_none_and_lists_of_names():
     fields = steps.overrides(
-        "model.d_ff=None,train.mesh=fsdp=2,tensor=2,data.train_files=a.txt,b.txt,train.accumulation=4"
+        "model.d_ff=None,train.mesh=fsdp=2,tensor=2,data.train_files=a.txt,b.txt,train.accumulation=4", "--set"
     )
     assert fields == {
         ("train", "mesh"): "fsdp=2,tensor=2",

@@ -183,6 +183,6 @@ def test_what_has_no_history_is_refused():
     task = load_split(copying, "validation", build_tokenizer(copying.tokenizer))
     with pytest.raises(UserError, match=r"data\.sequence_length = 101: must be even"):
         measure_history(trained(), task, 101)
-    for option in ("samples", "batch_size"):
+    for option in ("length", "samples", "batch_size"):
         with pytest.raises(UserError, match=rf"^evaluation\.{option} = 0: must be an integer >= 1$"):
             measure_history(trained(), trained().run.split("validation"), **{option: 0})

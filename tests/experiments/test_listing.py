@@ -53,10 +53,10 @@ def test_the_points_are_listed_with_updates_parameters_and_tokens(own_cache):
 
 
 def test_fields_of_the_base_are_above_the_points():
-    """Only those that differ from the defaults, without those that every point sets."""
+    """Only those that differ from the defaults, without the seed, which the sweep sets, and those of every point."""
     base = default_config_dict()
     base.model.update(d_model=48, num_heads=4, hidden_depth=2, history_window=32)
-    base.train.steps = 40
+    base.train.update(steps=40, seed=3)
     points = {"a": {"model.history_window": 8}, "b": {"model.history_window": 16, "train.steps": 9}}
     listed = list_points([plan_points(Sweep(base, points))], base).splitlines()
     assert listed[0] == "base: model.d_model=48 model.num_heads=4 train.steps=40"

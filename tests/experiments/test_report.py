@@ -346,7 +346,7 @@ def test_what_is_no_record_is_named(tmp_path):
 
 @pytest.mark.skipif(not (DOCS / "results").is_dir(), reason="no results are committed yet")
 def test_the_committed_report_is_that_of_the_committed_records(tmp_path, drawn, monkeypatch):
-    """Mend it by `python -m tlinformer_jax report --results=docs/results --out=docs/results.md`."""
+    """Correct it by `python -m tlinformer_jax report --results=docs/results --out=docs/results.md`."""
     # Figures stay empty: only the data of their axes are read, and to draw dozens of them takes half of the time.
     monkeypatch.setattr("matplotlib.figure.Figure.draw", lambda figure, renderer: None)
     write_report(DOCS / "results", tmp_path / "results.md")

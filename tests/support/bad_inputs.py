@@ -319,6 +319,7 @@ BENCHMARKS = [
     Case("a report directory that is a file", "tools.faults", ("--out={d}/binary.txt",), "--out"),
 ]
 
+SEVERAL = ("--coordinator_address=localhost:1", "--num_processes=2", "--process_id=0")
 SWEEPS = [
     Case("no sweep", "sweep", (), "--sweep: must name a sweep file", usual=False),
     Case("a sweep that does not exist", "sweep", ("--sweep={d}/none.py",), "none.py: cannot be read (No such file"),
@@ -337,6 +338,7 @@ SWEEPS = [
     Case("a sweep with an unknown field", "sweep", ("--config.model.widnow=3",), "--config.model.widnow=3"),
     Case("a field that a point sets itself", "sweep", ("--config.train.steps=3",), "point two sets this field itself"),
     Case("train.seed for a sweep", "sweep", ("--config.train.seed=3",), "--seeds changes them"),
+    Case("a seed with an underscore", "sweep", ("--seeds=1_000",), "--seeds=1_000: must be integers"),
     Case("seeds that are not numbers", "sweep", ("--seeds=0,x",), "--seeds=0,x: must be integers"),
     Case("a negative seed", "sweep", ("--seeds=0,-1",), "--seeds=0,-1: must be integers from 0 to 4294967294,"),
     Case("no seeds", "sweep", ("--seeds=",), "--seeds=: must be integers from 0"),
@@ -351,6 +353,18 @@ SWEEPS = [
         "check",
         ("--config={d}/small.py", "--then=history@2000"),
         "history@2000: data.sequence_length = 2000: the validation split has only",
+    ),
+    Case(
+        "to check a sweep's action on samples that the text cannot fill",
+        "sweep",
+        ("--check", "--then=history@2000"),
+        "point one-seed0: history@2000: data.sequence_length = 2000: the validation split has only",
+    ),
+    Case(
+        "to check actions of several processes",
+        "check",
+        ("--config={d}/small.py", "--then=evaluate", *SEVERAL),
+        "--then=evaluate: works only with one process",
     ),
     Case("a sweep without a directory", "sweep", ("--out=",), "--out: must name a directory"),
     Case("a sweep directory that is a file", "sweep", ("--out={d}/binary.txt",), "--out="),

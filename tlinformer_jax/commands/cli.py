@@ -121,12 +121,11 @@ def integers(
     flag: flags.FlagHolder[Any], least: int = 0, most: int = LARGEST_INTEGER, parts: Sequence[str] | None = None
 ) -> tuple[int, ...]:
     """Returns the numbers of a list flag, or those of `parts` of it: at least one, each from `least` to `most`."""
-    try:
-        numbers = tuple(map(int, flag.value if parts is None else parts))
-        if numbers and least <= min(numbers) and max(numbers) <= most:
+    texts = flag.value if parts is None else parts
+    with contextlib.suppress(ValueError):  # a number of more digits than Python reads
+        numbers = tuple(int(text) for text in texts if text.isascii() and text.isdecimal())  # int also takes 1_000
+        if len(numbers) == len(texts) > 0 and least <= min(numbers) and max(numbers) <= most:
             return numbers
-    except ValueError:
-        pass
     allowed = f"must be integers from {least} to {most}, separated by commas"
     raise UserError(f"--{flag.name}={','.join(flag.value)}: {allowed}")
 

@@ -35,6 +35,7 @@ from tlinformer_jax.experiments.job import STOPPED, Job, Record, finished_result
 from tlinformer_jax.experiments.plan import (
     SEED,
     Sweep,
+    check_actions,
     check_data,
     check_together,
     chosen_points,
@@ -87,6 +88,7 @@ def main() -> None:
         from tlinformer_jax.experiments.listing import list_points
 
         jax.config.update("jax_platforms", "cpu")
+        check_actions(point for group in chosen for point in group)
         cli.print_result(list_points(groups, base))
         return
     if importlib.util.find_spec("pandas") is None:  # checked before anything is trained

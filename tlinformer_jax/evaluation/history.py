@@ -74,8 +74,9 @@ def measure_history(
       of each block. The last two are empty without generation windows, and `swapped` is None if a split has one sample.
     """
     config = trained.run.config.model
-    for name, value in (("samples", samples), ("batch_size", batch_size)):
-        check_value(f"evaluation.{name}", value, integer(1))
+    for name, value in (("length", length), ("samples", samples), ("batch_size", batch_size)):
+        if value is not None:
+            check_value(f"evaluation.{name}", value, integer(1))
     if isinstance(stream, DocumentStream):
         raise UserError(MASKED)
     length = length or trained.run.config.data.sequence_length

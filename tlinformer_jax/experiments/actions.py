@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 PROMPTS = ("The", "It was", '"I do not', "In the beginning")
 SAMPLE_TOKENS = 120
 SAMPLING = {"temperature": 0.8, "top_p": 0.95}
-LookUp = Callable[["DataConfig", str, Tokenizer], Split | None]
+FindSplit = Callable[["DataConfig", str, Tokenizer], Split | None]
 
 
 def evaluate(trained: "TrainedRun", length: int | None = None) -> dict[str, Any]:
@@ -100,10 +100,11 @@ def possible_actions(names: Sequence[str], config: "RunConfig") -> tuple[str, ..
     return tuple(filter(possible, names))
 
 
-def check_possible(names: Sequence[str], config: "RunConfig", look: LookUp = load_split) -> None:
+def check_possible(names: Sequence[str], config: "RunConfig", find: FindSplit = load_split) -> None:
     """Checks, before training, that model and data allow the actions; raises a UserError if not.
 
-    With `look` = `find_split` nothing is written, and a split that is not tokenised yet is not checked.
+    `find` is `load_split` or `find_split`. With `find_split` nothing is written, and a split that is not tokenised yet
+    is not checked.
     """
     data, tokenizer = config.data, config.data.tokenizer
     for name in names:
@@ -112,7 +113,7 @@ def check_possible(names: Sequence[str], config: "RunConfig", look: LookUp = loa
         if kind == "evaluate":
             for split in evaluated_splits(data):
                 if lengths or split != "validation":  # training checks that one for samples of its own length
-                    _check_split(look, data, split, length, name)
+                    _check_split(find, data, split, length, name)
         if kind == "history":
             from tlinformer_jax.evaluation.history import MASKED, check_measurable
 
@@ -120,14 +121,14 @@ def check_possible(names: Sequence[str], config: "RunConfig", look: LookUp = loa
                 raise UserError(MASKED)
             check_measurable(config.model, length)
             if lengths:
-                _check_split(look, data, "validation", length, name)
+                _check_split(find, data, "validation", length, name)
         if kind == "samples" and tokenizer.startswith(NUMBERS):
             raise UserError(f"samples: data.tokenizer = {tokenizer!r}: must be one of texts")
 
 
-def _check_split(look: LookUp, data: "DataConfig", name: str, length: int, action: str) -> None:
+def _check_split(find: FindSplit, data: "DataConfig", name: str, length: int, action: str) -> None:
     """Checks that a split has samples of `length` tokens for the action; raises a UserError if not."""
-    split = look(data, name, build_tokenizer(data.tokenizer))
+    split = find(data, name, build_tokenizer(data.tokenizer))
     if split is None:
         return
     try:

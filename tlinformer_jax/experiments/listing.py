@@ -9,7 +9,7 @@ from tlinformer_jax.config.run import RunConfig, default_config_dict
 from tlinformer_jax.data.sources import find_split
 from tlinformer_jax.data.tokenizers import build_tokenizer
 from tlinformer_jax.experiments.job import Job
-from tlinformer_jax.experiments.plan import overrides_between
+from tlinformer_jax.experiments.plan import SEED, overrides_between
 from tlinformer_jax.models.windows import trained_tokens
 from tlinformer_jax.training.optimizer import run_horizon
 from tlinformer_jax.training.setup import training_batches
@@ -21,11 +21,12 @@ def list_points(groups: Sequence[Sequence[Job]], base: Mapping[str, Any]) -> str
     """Returns a table of the points: updates, at most, parameters, and tokens trained on; above it the base's fields.
 
     Points that one program trains are a group and share its number, which `--point` takes. Of the base only fields that
-    differ from their defaults are shown, without those that every point sets itself.
+    differ from their defaults are shown, without the seed and those that every point sets itself.
     """
     changed = overrides_between(default_config_dict(), base)
     own = [point.overrides for group in groups for point in group]
-    shared = {field: value for field, value in changed.items() if not all(field in fields for fields in own)}
+    unread = {SEED}.union(field for field in changed if all(field in fields for fields in own))
+    shared = {field: value for field, value in changed.items() if field not in unread}
     rows = [HEADS, *(_row(number, point) for number, group in enumerate(groups) for point in group)]
     widths = [max(map(len, column)) for column in zip(*rows)]
     table = "\n".join(

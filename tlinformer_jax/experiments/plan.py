@@ -14,7 +14,7 @@ from tlinformer_jax.config.train import TrainConfig
 from tlinformer_jax.data.sources import find_split
 from tlinformer_jax.data.tokenizers import build_tokenizer, check_vocab
 from tlinformer_jax.errors import ConfigError, UserError
-from tlinformer_jax.experiments.actions import possible_actions
+from tlinformer_jax.experiments.actions import check_possible, possible_actions
 from tlinformer_jax.experiments.job import Job, flat
 
 # The report's section for a sweep: comparison with Base at the same N, by window sizes, or by accuracy.
@@ -96,6 +96,21 @@ def check_data(points: Iterable[Job]) -> None:
             check_vocab(tokenizer, vocabulary)
             for split in ("train", "validation", *(["test"] if data.test_files else [])):
                 find_split(data, split, tokenizer)
+        except UserError as error:
+            raise UserError(f"point {point.name}: {error}") from None
+
+
+def check_actions(points: Iterable[Job]) -> None:
+    """Checks that models and data allow the points' actions; raises a UserError if not.
+
+    Texts that are not tokenised yet are not checked. The action `history` needs JAX, which is then imported.
+    """
+    different: dict[Any, Job] = {}
+    for point in points:
+        different.setdefault((point.then, point.config.data, point.config.model), point)
+    for point in different.values():
+        try:
+            check_possible(point.then, point.config, find_split)
         except UserError as error:
             raise UserError(f"point {point.name}: {error}") from None
 

@@ -5,11 +5,22 @@ one of them; or {name: schema}, for an object, which may have other entries too.
 ... stands for all names.
 """
 
+import functools
+import operator
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 
 class Columns(dict[Any, Any]):
-    """The schema of an object whose lists are columns of a table with at least one row; "edges" has one number more."""
+    """The schema of an object whose lists are columns of a table with at least one row; "edges" has one number more.
+
+    A list of lists is a column for each of them; a table that has only such columns may lack all of them. The columns
+    are the object's own lists, or those in `columns`, where "losses.all" is the list `all` of its part `losses`.
+    """
+
+    def __init__(self, fields: Mapping[Any, Any], columns: Sequence[str] = ()) -> None:
+        super().__init__(fields)
+        self.columns = tuple(columns) or tuple(self)
 
 
 NUMBER = int | float | None  # what is not finite is null
@@ -26,16 +37,19 @@ EVALUATION: dict[Any, Any] = {
     "accuracy_by_position?": Columns({"edges": [int], **COUNTS}),
     "answers?": {...: COUNTS},
 }
-HISTORY: dict[Any, Any] = {
-    "length": int,
-    "starts": [int, ...],
-    "losses": {"all": NUMBERS},
-    "cuts": [{"distance": int, "affected_tokens": int, **CHANGE}, ...],
-    "swapped?": (None, CHANGE),
-    "same_tokens": {"distances": NUMBERS, "losses": NUMBERS},
-    "mass": {"edges": [int], "x": [NUMBERS], "z": [NUMBERS]},
-    "share": [int | float],
-}
+HISTORY = Columns(
+    {
+        "length": int,
+        "starts": [int, ...],
+        "losses": {"all": NUMBERS},
+        "cuts": [{"distance": int, "affected_tokens": int, **CHANGE}, ...],
+        "swapped?": (None, CHANGE),
+        "same_tokens": Columns({"distances": NUMBERS, "losses": NUMBERS}),
+        "mass": Columns({"edges": [int], "x": [NUMBERS], "z": [NUMBERS]}),
+        "share": [int | float],
+    },
+    columns=("starts", "losses.all"),
+)
 # Action -> schema of its result.
 ACTIONS: dict[str, Any] = {
     "evaluate": EVALUATION | {"test?": EVALUATION},
@@ -71,10 +85,20 @@ def misfit(value: Any, schema: Any, name: str) -> str:
 
 def _misfit_columns(value: Any, schema: Columns, name: str) -> str:
     """Returns what is wrong with the lengths of an object's lists."""
-    columns = [column for field in schema if (column := field.removesuffix("?")) in value]
-    rows = {len(value[column]) - (column == "edges") for column in columns}
-    if len(rows) == 1 and min(rows) > 0:
+    rows: set[int] = set()
+    names, missing = [], False
+    for field in schema.columns:
+        column = field.removesuffix("?")
+        path, inner = column.split("."), schema.get(field)
+        if path[0] not in value:
+            continue
+        names.append(column)
+        found: Any = functools.reduce(operator.getitem, path, value)
+        nested = isinstance(inner, list) and isinstance(inner[0], list)
+        missing |= nested and not found
+        rows |= {len(part) - (column == "edges") for part in (found if nested else [found])}
+    if len(rows) == 1 and (min(rows) > 0 or (missing and rows == {0})):
         return ""
-    lists = ", ".join(column for column in columns if column != "edges")
-    more = "edges with one number more" if "edges" in columns else ""
+    lists = ", ".join(column for column in names if column != "edges")
+    more = "edges with one number more" if "edges" in names else ""
     return f"{name!r} must have lists of equal length, not empty: {'; '.join(filter(None, (lists, more)))}"

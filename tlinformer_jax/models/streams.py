@@ -83,11 +83,11 @@ class RestoreLayer(NamedTuple):
 
 
 class ZMask(NamedTuple):
-    """Which rows of z the rows of C read in `restore`; not differentiated."""
+    """How the rows of C read z in `restore`: which of its rows, and with which dropout; not differentiated."""
 
     length: PerWindow  # number of valid rows, see `Stream`
     documents: Array | None  # of the rows of z
-    dropout: Dropout | None
+    dropout: Dropout | None  # of their attention weights and in their feed-forward
 
 
 @flax.struct.dataclass

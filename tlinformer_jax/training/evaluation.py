@@ -165,7 +165,7 @@ class Evaluation:
 
     @classmethod
     def of(cls, sums: dict[str, np.ndarray], stream: Split, length: int) -> "Evaluation":
-        """Makes the evaluation of a split in samples of `length` tokens from the summed `eval_step`."""
+        """Makes a split's evaluation in samples of `length` tokens from the sums of `eval_step` over its batches."""
         answers = Answers.of(sums, stream.task.chance(length)) if isinstance(stream, TaskSplit) else None
         documents = None
         if isinstance(stream, TokenStream) and "document_tokens" in sums:
