@@ -92,6 +92,20 @@ def test_a_result_that_a_full_disk_loses_is_an_error_and_one_that_nobody_reads_i
     assert (left.returncode, left.stderr) == (0, "")
 
 
+def test_a_signal_asks_for_the_stacks_and_the_command_goes_on():
+    code = """
+import os, signal
+from tlinformer_jax.commands import cli
+def hangs():
+    os.kill(os.getpid(), signal.SIGUSR2)
+    print("went on")
+cli.run(hangs)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "went on\n")
+    assert "in hangs" in done.stderr
+
+
 def test_closed_streams_are_not_taken_for_the_next_file(tmp_path):
     line = [sys.executable, "-c", TALKS, "closed", str(tmp_path / "file")]
     done = subprocess.run(["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", *line], cwd=ROOT, check=False)

@@ -1,6 +1,7 @@
 """Shared parts of all entry points: flags by absl; user errors as one line and exit status 2."""
 
 import contextlib
+import faulthandler
 import functools
 import logging as std_logging
 import os
@@ -31,13 +32,16 @@ def run(main: Callable[..., None], arguments: Sequence[str] = ()) -> NoReturn:
 
     `main` gets the arguments that are no flags; `arguments` names them, for messages. A `UserError` becomes one line on
     stderr, and its status the exit status. SIGTERM, SIGHUP and Ctrl-C, unless `main` handles them, are raised as
-    exceptions, so that half-written files are removed; status 143, 129 and 130.
+    exceptions, so that half-written files are removed; status 143, 129 and 130. SIGUSR2 prints the Python stacks of all
+    threads to stderr: it tells where a command hangs.
     """
 
     def guarded(argv: Sequence[str]) -> None:
         for number in (signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
                 signal.signal(number, _terminate)
+        with contextlib.suppress(AttributeError, OSError, RuntimeError, ValueError):  # stderr is closed or no file
+            faulthandler.register(signal.SIGUSR2)
         sys.unraisablehook = _send_again
         if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)  # at INFO Orbax logs every file
