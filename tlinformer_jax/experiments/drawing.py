@@ -11,7 +11,6 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#000000", "#CC79A7", "#E69F00", "#5
 MARKERS = "osD^vXP<>*"
 LINES = ("-", "--", "-.", (0, (1, 1)), (0, (5, 1, 1, 1, 1, 1)))
 DPI = 150
-MOST_INSIDE = 6  # curves whose legend fits into a panel
 Curve = tuple[str, Sequence[float], Sequence[float]]  # label, x, y
 
 

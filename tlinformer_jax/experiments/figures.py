@@ -9,7 +9,6 @@ import numpy as np
 import pandas as pd
 
 from tlinformer_jax.experiments.drawing import (
-    MOST_INSIDE,
     draw_curves,
     figure_of,
     put_legend_beside,
@@ -29,6 +28,7 @@ HISTORY = {
 SWAPPED = "another text's"  # rows of history; see `evaluation.history`
 READERS = {"x": "read by the window", "z": "read by the observation window"}
 COLUMNS = 3  # panels side by side
+MOST_INSIDE = 6  # curves whose legend fits into a panel
 DEPTH_TICKS = 4  # depths at which a heat map has a tick
 TITLE_WIDTH = 60  # characters of a line above a panel
 

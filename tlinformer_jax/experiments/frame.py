@@ -22,8 +22,8 @@ from tlinformer_jax.experiments.schema import ACTIONS, misfit
 from tlinformer_jax.files import markdown
 
 N, ARCHITECTURE, DEPTH = "config.data.sequence_length", "config.model.architecture", "depth"
-RATE = "config.train.learning_rate"
-TEXT = ("dataset", "tokenizer", "train_files", "validation_files")  # fields of a recipe
+RATE, BY_RATE = "config.train.learning_rate", "by.train.learning_rate"
+TEXT_FIELDS = ("dataset", "tokenizer", "train_files", "validation_files")  # of a recipe
 PERPLEXITY, SPEED, CACHE = "validation.perplexity", "speed.tokens_per_second", "cache.used"
 ACCURACIES = ("accuracy", "accuracy_own", "accuracy_observed", "accuracy_history")
 # Fields that are the x axis of a capacity curve, and the axis's title.
@@ -94,12 +94,12 @@ def _checked(record: Record) -> dict[str, Any]:
 def _derived(record: Record) -> dict[str, Any]:
     """Computes columns from several parts of a record.
 
-    label: the point's name in its sweep, else the run's; words, setting, options, layers, model: for legends,
-    headings and tables; ours: whether it is not the Transformer; total: W_oh + W_og; share: W_oh / total;
-    reported.*: accuracies on the split `split`; test.*: figures of a text's own test split; recipe: equal for runs
-    on the same text with equally many tokens and updates; unrated: equal for runs that differ only in seeds and
-    learning rates; group: equal for runs that differ only in their seeds; by.FIELD: equal for runs that may also
-    differ in that field, whose value is at.FIELD; base: equal for a model and the Transformer to compare it with.
+    label: the point's name in its sweep, else the run's; words, setting, options, layers, model: for legends, headings
+    and tables; ours: whether it is not the Transformer; total: W_oh + W_og; share: W_oh / total; reported.*: accuracies
+    on the split `split`; test.*: figures of a text's own test split; recipe: equal for runs on the same text with
+    equally many tokens and updates; group: equal for runs that differ only in their seeds; by.FIELD: equal for runs
+    that may also differ in that field; at.FIELD: an x axis of CAPACITY; base: equal for a model and the Transformer to
+    compare it with.
     """
     config, fields = completed(record["config"]), essence(record["config"])
     model, data = config["model"], config["data"]
@@ -134,12 +134,11 @@ def _derived(record: Record) -> dict[str, Any]:
         **{f"test.{field}": own_test.get(field) for field in ("perplexity", "bits_per_byte")},
         **{f"reported.{field}": figures.get(field) for field in ACCURACIES},
         "found": _found_at(record["history"]),
-        "recipe": json.dumps([record["tokens"], record["steps"], *(data[field] for field in TEXT)]),
-        "unrated": json.dumps([tokens, fields | {"train.learning_rate": None}], sort_keys=True),
+        "recipe": json.dumps([record["tokens"], record["steps"], *(data[field] for field in TEXT_FIELDS)]),
         "group": json.dumps([record["study"], tokens, fields], sort_keys=True),
         **{
             f"by.{field}": json.dumps([tokens, fields | {field: None, "data.examples": None}], sort_keys=True)
-            for field in CAPACITY
+            for field in (*CAPACITY, "train.learning_rate")
         },
         "at.data.num_items": _items(data),
         "at.model.history_window": model["history_window"],

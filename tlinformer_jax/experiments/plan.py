@@ -3,7 +3,7 @@
 import collections
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from ml_collections import ConfigDict
@@ -87,17 +87,15 @@ def plan_points(sweep: Sweep, base: Mapping[str, Any] | None = None) -> list[Job
 
 def check_data(points: Iterable[Job]) -> None:
     """Checks that all points' tokenizers and files exist and fit the vocabularies; raises a UserError if not."""
-    different: dict[Any, Job] = {}
-    for point in points:
-        different.setdefault((point.config.data, point.config.model.vocab_size), point)
-    for (data, vocabulary), point in different.items():
-        try:
-            tokenizer = build_tokenizer(data.tokenizer)
-            check_vocab(tokenizer, vocabulary)
-            for split in ("train", "validation", *(["test"] if data.test_files else [])):
-                find_split(data, split, tokenizer)
-        except UserError as error:
-            raise UserError(f"point {point.name}: {error}") from None
+
+    def check(point: Job) -> None:
+        data = point.config.data
+        tokenizer = build_tokenizer(data.tokenizer)
+        check_vocab(tokenizer, point.config.model.vocab_size)
+        for split in ("train", "validation", *(["test"] if data.test_files else [])):
+            find_split(data, split, tokenizer)
+
+    _check_each(points, lambda point: (point.config.data, point.config.model.vocab_size), check)
 
 
 def check_actions(points: Iterable[Job]) -> None:
@@ -105,12 +103,21 @@ def check_actions(points: Iterable[Job]) -> None:
 
     Texts that are not tokenised yet are not checked. The action `history` needs JAX, which is then imported.
     """
-    different: dict[Any, Job] = {}
+    _check_each(
+        points,
+        lambda point: (point.then, point.config.data, point.config.model),
+        lambda point: check_possible(point.then, point.config, find_split),
+    )
+
+
+def _check_each(points: Iterable[Job], key: Callable[[Job], Hashable], check: Callable[[Job], None]) -> None:
+    """Checks one point for each different key; names the point in the error."""
+    different: dict[Hashable, Job] = {}
     for point in points:
-        different.setdefault((point.then, point.config.data, point.config.model), point)
+        different.setdefault(key(point), point)
     for point in different.values():
         try:
-            check_possible(point.then, point.config, find_split)
+            check(point)
         except UserError as error:
             raise UserError(f"point {point.name}: {error}") from None
 

@@ -14,8 +14,8 @@ import pandas as pd
 from tlinformer_jax.experiments.figures import SWAPPED, plot_history, plot_lines, plot_sweep, shown
 from tlinformer_jax.experiments.frame import (
     ARCHITECTURE,
+    BY_RATE,
     CACHE,
-    CAPACITY,
     DEPTH,
     FORM,
     INTEGER,
@@ -112,9 +112,8 @@ def write_tables(records: Sequence[Record], out: pathlib.Path) -> None:
     if records:
         frame = frame_of(records)
         lines = retrieval_lines(frame) if records[0]["study"] == "retrieval" else group_lines(frame)
-        rows = frame.sort_index().drop(
-            columns=["then", "history", "group", "base", *(f"by.{field}" for field in CAPACITY)]
-        )
+        keys = [column for column in frame if column.startswith("by.")]
+        rows = frame.sort_index().drop(columns=["then", "history", "group", "base", "recipe", "trained", *keys])
         values = points_of(frame).to_json(orient="records", indent=1)
         texts = {"sweep.csv": rows.to_csv(index=False), "sweep.json": values, "sweep.md": "\n".join(lines) + "\n"}
     for name, text in texts.items():
@@ -209,13 +208,13 @@ def compared(points: pd.DataFrame) -> tuple[pd.DataFrame, str]:
 
     This is the first of its kind in the table, at that of its learning rates with the lowest losses.
     """
-    keys = ["group", "label", ARCHITECTURE, "unrated", "x"]
+    keys = ["group", "label", ARCHITECTURE, BY_RATE, "x"]
     points = points.groupby(keys, sort=False, as_index=False)["y"].mean()
     known = list(points[ARCHITECTURE].unique())
     reference = next((name for name in ("transformer", "sliding_window") if name in known), None)
     if reference is None or points["group"].nunique() == 1:
         return points, LOSS
-    same = points[points["unrated"] == points.loc[points[ARCHITECTURE] == reference, "unrated"].iloc[0]]
+    same = points[points[BY_RATE] == points.loc[points[ARCHITECTURE] == reference, BY_RATE].iloc[0]]
     group, label = same.groupby(["group", "label"], sort=False)["y"].mean().idxmin()
     both = points[points["group"] != group].merge(points[points["group"] == group][["x", "y"]], on="x")
     return both.assign(y=both["y_x"] - both["y_y"]), f"loss above that of the {label}, nats per token"
@@ -320,7 +319,7 @@ def titled(name: str) -> str:
 
 def _binned(parts: pd.DataFrame, bins: str, losses: str) -> pd.DataFrame:
     """Returns the loss of each run in each bin, at the middle of the bin."""
-    points = parts[["group", "label", ARCHITECTURE, "unrated"]].assign(
+    points = parts[["group", "label", ARCHITECTURE, BY_RATE]].assign(
         x=parts[bins].map(lambda part: (np.asarray(part["edges"][:-1]) + part["edges"][1:] - 1) / 2),
         y=parts[bins].map(lambda part: part[losses]),
     )

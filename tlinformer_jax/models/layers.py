@@ -86,7 +86,7 @@ def norm_params(module: nn.Module, name: str, width: int) -> dict[str, Any]:
 
 
 def params_after_mixer(module: nn.Module, config: ModelConfig, heads: int, features: int, inner: int) -> dict[str, Any]:
-    """Declares in `module` the fields of `ResidualParams` but the first norm, for a feed-forward of width `inner`."""
+    """Declares the fields of `ResidualParams` except the first norm in `module`; the feed-forward has width `inner`."""
     normal, residual = nn.initializers.normal(INIT_STD), residual_init(config)
     width, dtype = config.d_model, jnp.float32
     experts, name = ((config.num_experts,), EXPERTS) if config.mixture else ((), "")
