@@ -114,7 +114,7 @@ RULES = {
     ),
     "history_window": integer(1, pattern="auto", also=" or 'auto'"),
     "generation_window": integer(1, LONGEST_WINDOW),
-    "token_shift": TRUE_OR_FALSE,
+    **dict.fromkeys(("causal_history", "token_shift"), TRUE_OR_FALSE),
     "key_taps": integer(0, MOST_TAPS),
     "dropout": number("must be a number in [0, 1)", lambda rate: 0 <= rate < 1),
 }
@@ -146,6 +146,10 @@ class ModelConfig:
       generation_window: W_og, tokens of a window that are predicted together.
       window_overlap: o < W_og; every window except the first also runs the o tokens before it, so that its first tokens
         have neighbours. These o tokens are not predicted in this window, nor part of its history. 0 in the paper.
+      causal_history: whether the rows of z are computed like those of the generation window: each row attends to all
+        rows up to its own in one softmax, and the next block continues z instead of restoring it from C. If W_oh covers
+        the whole history, the model is then a Transformer. Only for 'tlinformer', without `window_overlap`. See
+        `models.causal_history`. Not in the paper.
       token_shift: whether the input of the first layer's keys is e_t + s * e_(t-1): each token's embedding plus a
         learned multiple of the previous token's, with a vector s of D numbers that starts at 0. Not in the paper. A
         query can then find a row by the token before it, so that recall takes one layer.
@@ -176,6 +180,7 @@ class ModelConfig:
     history_window: int | str = 256
     generation_window: int = 256
     window_overlap: int = 0
+    causal_history: bool = False
     token_shift: bool = False
     key_taps: int = 0
     longest_wavelength: int = 0
@@ -196,6 +201,11 @@ class ModelConfig:
         if self.window_overlap and not self.windowed:
             allowed = f"must be 0 for model.architecture = {self.architecture!r}"
             raise ConfigError("model.window_overlap", self.window_overlap, allowed)
+        if self.causal_history and (self.architecture != "tlinformer" or self.window_overlap):
+            other = f"model.architecture = {self.architecture!r}"
+            if self.architecture == "tlinformer":
+                other = f"model.window_overlap = {self.window_overlap}"
+            raise ConfigError("model.causal_history", True, f"must be False for {other}")
         # With an overlap of W_og the second window would have no history either.
         if self.window_overlap >= self.generation_window:
             allowed = f"must be less than model.generation_window = {self.generation_window}"
@@ -340,7 +350,7 @@ class ModelConfig:
     def pairable(self) -> bool:
         """Whether windows can run in pairs: their histories are blocks of W_og rows, and one block fills z."""
         whole = isinstance(self.history_window, int) and self.history_window <= self.generation_window
-        return self.windowed and whole and not self.window_overlap
+        return self.windowed and whole and not (self.window_overlap or self.causal_history)
 
     @property
     def always_observes(self) -> bool:

@@ -78,27 +78,30 @@ def attend_with_dropout(
     rate: float,
     interpret: bool = False,
     tiles: Tiles = TILES,
-) -> Float[Array, "batch queries heads d_h"]:
+) -> tuple[Float[Array, "batch queries heads d_h"], Float[Array, "batch queries heads"]]:
     """Computes softmax attention with weights zeroed with probability `rate` and otherwise divided by 1 - rate.
 
-    `key_length` is the number of valid keys (None for all); the output of a query that sees no key is 0. For `words`
-    see `models.layers.Dropout`.
+    `key_length` is the number of valid keys (None for all). Also returns the log-sum-exp of the scaled scores. A query
+    that sees no key has output 0 and log-sum-exp -inf. For `words` see `models.layers.Dropout`.
     """
     return _attend(Options(scores, rate, tiles, interpret), query, key, value, key_length, words)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(options: Options, query, key, value, key_length, words) -> Array:
-    return _forward(options, query, key, value, key_length, words)[0]
+def _attend(options: Options, query, key, value, key_length, words) -> tuple[Array, Array]:
+    return _attend_forward(options, query, key, value, key_length, words)[0]
 
 
 def _attend_forward(options: Options, query, key, value, key_length, words):
     output, lse = _forward(options, query, key, value, key_length, words)
-    return output, (query, key, value, key_length, words, output, lse)
+    natural = jnp.where(lse < jnp.inf, lse / LOG2_E, -jnp.inf)
+    return (output, jnp.swapaxes(natural, 1, 2)), (query, key, value, key_length, words, output, lse)
 
 
-def _attend_backward(options: Options, saved, gradient):
-    return *_backward(options, saved, gradient), None, None
+def _attend_backward(options: Options, saved, gradients):
+    gradient, lse_gradient = gradients
+    lse_gradient = jnp.where(saved[-1] < jnp.inf, jnp.swapaxes(lse_gradient, 1, 2), 0.0)
+    return *_backward(options, saved, gradient, lse_gradient), None, None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
@@ -118,7 +121,7 @@ def _forward(options: Options, query, key, value, key_length, words) -> tuple[Ar
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _backward(options: Options, saved, gradient: Array) -> tuple[Array, Array, Array]:
+def _backward(options: Options, saved, gradient: Array, lse_gradient: Array) -> tuple[Array, Array, Array]:
     """Returns the gradients of query, key and value."""
     query, key, value, key_length, words, output, lse = saved
     lengths = () if key_length is None else (key_length,)
@@ -129,7 +132,7 @@ def _backward(options: Options, saved, gradient: Array) -> tuple[Array, Array, A
         options.tiles.query,
         query.shape[1],
         [jax.ShapeDtypeStruct(query.shape, query.dtype), *rows],
-        [query, key, value, words, output, gradient, lse, *lengths],
+        [query, key, value, words, output, gradient, lse, lse_gradient, *lengths],
         "dropout_attention_query_gradient",
     )
     key_gradient, value_gradient = _call(
@@ -198,7 +201,17 @@ def _forward_kernel(query_ref, key_ref, value_ref, words_ref, *refs, options: Op
 
 
 def _query_kernel(
-    query_ref, key_ref, value_ref, words_ref, output_ref, gradient_ref, lse_ref, *refs, options: Options, tile: Tile
+    query_ref,
+    key_ref,
+    value_ref,
+    words_ref,
+    output_ref,
+    gradient_ref,
+    lse_ref,
+    lse_gradient_ref,
+    *refs,
+    options: Options,
+    tile: Tile,
 ) -> None:
     """Computes the gradient of a tile of queries, and the values of their rows that `_key_kernel` needs."""
     *length_refs, result_ref, delta_ref, first_ref, second_ref = refs
@@ -210,7 +223,8 @@ def _query_kernel(
     )
     lse = _load_numbers(lse_ref, leading, numbers)
     first, second = _row_states(words_ref, numbers, query_ref.shape)
-    delta = jnp.sum(output.astype(jnp.float32) * gradient.astype(jnp.float32), axis=1) * (1.0 - options.rate)
+    delta = jnp.sum(output.astype(jnp.float32) * gradient.astype(jnp.float32), axis=1)
+    delta = (delta - _load_numbers(lse_gradient_ref, (row, head), numbers)) * (1.0 - options.rate)
 
     def block(index, sums, masked: bool):
         columns = index * tile.keys + iota(tile.keys)

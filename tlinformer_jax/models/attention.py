@@ -82,10 +82,11 @@ def attend_with_lse(
 ) -> OutputAndLse:
     """Computes `attend`, and the log-sum-exp of the scaled scores, -inf for a query that sees no key.
 
-    'splash' and 'triton' do not support this. Only XLA's log-sum-exp is differentiable; 'auto' is XLA.
+    The results of XLA and 'triton' are differentiable, those of 'cudnn' are not; 'splash' does not support this. 'auto'
+    is 'triton' in half precision on NVIDIA GPUs, otherwise XLA.
     """
     chosen = choose_backend(query, dropout, True, documents is not None, backend)
-    if chosen not in ("xla", "cudnn"):
+    if chosen == "splash":
         raise _unsupported(chosen, "a log-sum-exp")
     output, lse = _attend(query, key, value, scores, key_length, dropout, documents, chosen, with_lse=True)
     assert lse is not None
@@ -115,7 +116,7 @@ def _attend(
         return _attend_in_chunks(query, key, value, scores, key_length, dropout, documents)
     if backend == "triton" and documents is None:
         words, rate = (jnp.zeros((3,), jnp.uint32), 0.0) if dropout is None else (dropout.words, dropout.rate)
-        return dropout_kernel.attend_with_dropout(query, key, value, scores, key_length, words, rate), None
+        return dropout_kernel.attend_with_dropout(query, key, value, scores, key_length, words, rate)
     if backend == "splash" and dropout is None:
         return attend_splash(query, key, value, scores, key_length, documents, interpret=platform() != "tpu"), None
     if backend == "cudnn" and dropout is None and documents is None:
@@ -151,9 +152,9 @@ def choose_backend(
         return backend
     triton = not documents and dropout_kernel.use_kernel(query.dtype, query.shape[-1])
     # cuDNN and splash have neither dropout nor a differentiable log-sum-exp in JAX; cuDNN and triton have no documents.
-    if dropout is not None and not with_lse:
+    if dropout is not None or with_lse:
         return "triton" if triton else "xla"
-    if with_lse or (documents and is_nvidia_gpu()):
+    if documents and is_nvidia_gpu():
         return "xla"
     if fused_kernel(query.dtype):
         return "cudnn" if backend == "auto" else "triton" if triton else "xla"
@@ -242,6 +243,12 @@ def attend_chunk(
 
     # One chunk of keys at a time, so that the memory for scores does not grow with the sequence.
     return jax.lax.fori_loop(0, start // size, block, parts)[0].astype(query.dtype)
+
+
+def attend_jointly(first: OutputAndLse, second: OutputAndLse) -> Queries:
+    """Returns the output of one softmax over the keys of both, in the dtype of the first."""
+    parts = ((output.astype(jnp.float32), lse) for output, lse in (first, second))
+    return merge_parts(*parts)[0].astype(first[0].dtype)
 
 
 def no_parts(query: Queries) -> OutputAndLse:

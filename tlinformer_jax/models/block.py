@@ -24,9 +24,10 @@ If a sample packs several documents, a query sees only keys of its own document 
 restart with a document: rotary positions encode distances, which do not depend on where a document begins.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import flax.linen as nn
 import flax.struct
@@ -35,10 +36,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from tlinformer_jax.config.model import ModelConfig
+from tlinformer_jax.models import causal_history
 from tlinformer_jax.models.attention import attend, head_multiple
 from tlinformer_jax.models.layers import Dropout, Layer, LayerParams, chain_layers, part_of, prepare_layers, update
 from tlinformer_jax.models.rope import rope_table
 from tlinformer_jax.models.streams import (
+    CAUSAL_ATTENTION,
+    FEED_FORWARD,
+    SHARED_ATTENTION,
     History,
     PlacedWindow,
     RestoreLayer,
@@ -50,13 +55,12 @@ from tlinformer_jax.models.streams import (
     observed_stream,
     place_window,
     project_both,
-    side_by_side,
+    restore_rows,
+    update_both,
     with_documents,
 )
 from tlinformer_jax.models.windows import WindowFrame
 
-# Parts of a layer that draw separate dropout masks.
-SHARED_ATTENTION, CAUSAL_ATTENTION, FEED_FORWARD, CONTEXT_ATTENTION, CONTEXT_FEED_FORWARD = range(5)
 # Rows of the residual stream: of z, x and C.
 ZRows = Float[Array, "batch width D"]
 XRows = Float[Array, "batch m D"]
@@ -94,7 +98,7 @@ def compress(
         both = C.read(beside(z.Q, x.Q), config, part_of(dropout, SHARED_ATTENTION), z, x)
         z_attends, x_reads = apart(both, z.Q.shape[1])
         x_attends += x_reads
-    return _update(layer, (z.rows, x.rows), (z_attends, x_attends), dropout)
+    return update_both(layer, (z.rows, x.rows), (z_attends, x_attends), dropout)
 
 
 def hidden(
@@ -111,7 +115,7 @@ def hidden(
     reading_z = attention_options(config, part_of(dropout, SHARED_ATTENTION), z, z, x)
     z_attends, x_reads = apart(attend(beside(z.Q, x.Q), z.K, z.V, **reading_z), z.Q.shape[1])
     x_attends = attend(x.Q, x.K, x.V, **causal) + x_reads
-    return _update(layer, (z.rows, x.rows), (z_attends, x_attends), dropout)
+    return update_both(layer, (z.rows, x.rows), (z_attends, x_attends), dropout)
 
 
 def restore(
@@ -142,36 +146,22 @@ def restore(
     return C.restore(restore_some, RestoreLayer(layer, z.K, z.V), mask, later[0].compress, parts), x_rows
 
 
-def restore_rows(
-    config: ModelConfig,
-    never_empty: bool,
-    C: CRows,
-    Qc: Array,
-    layer: RestoreLayer,
-    mask: ZMask,
-    documents: Array | None = None,
-    attend: Callable[..., Array] = attend,
-) -> CRows:
-    """Returns C' = update(C, attend(Qc, Kz, Vz)) for any rows of C, since rows of C do not read each other.
+class Equations(NamedTuple):
+    """A block's three kinds of layer, with the signatures of the functions above."""
 
-    Args:
-      never_empty: whether `mask.length` is known to be positive, see `Stream`.
-      documents: documents of these rows of C; None if the sample is a single document.
-      attend: `attention.attend`, or another implementation of it.
-    """
-    params, Kz, Vz = layer
-    z = Stream(None, K=Kz, length=mask.length, never_empty=never_empty, documents=mask.documents)
-    options = attention_options(config, part_of(mask.dropout, CONTEXT_ATTENTION), z, Stream(C, documents=documents))
-    return update(params, C, attend(Qc, Kz, Vz, **options), part_of(mask.dropout, CONTEXT_FEED_FORWARD))
+    compress: Callable[..., tuple[ZRows, XRows]]
+    hidden: Callable[..., tuple[ZRows, XRows]]
+    restore: Callable[..., tuple[Any, XRows]]
+    z_parts: tuple[str, str]  # parts of z that `compress` and `restore` need, see `Stream.of`
 
 
-def _update(
-    layer: LayerParams, rows: tuple[ZRows, XRows], attended: tuple[Array, Array], dropout: Dropout | None
-) -> tuple[ZRows, XRows]:
-    """Returns update(z, ...) and update(x, ...), computed side by side."""
-    return side_by_side(
-        lambda rows, attended: update(layer, rows, attended, part_of(dropout, FEED_FORWARD)), rows, attended
-    )
+PUBLISHED = Equations(compress, hidden, restore, ("q", "kv"))
+CAUSAL = Equations(causal_history.compress, causal_history.hidden, causal_history.restore, ("qkv", "qkv"))
+
+
+def equations(config: ModelConfig) -> Equations:
+    """Returns the equations that the model's blocks use."""
+    return CAUSAL if config.causal_history else PUBLISHED
 
 
 @flax.struct.dataclass
@@ -206,7 +196,9 @@ def dual_window_block(
       later: the blocks that follow; C' is None if there are none.
       dropout: None outside training.
     """
-    z = observed_stream(params.compress, C, window, x.rows.shape[0])
+    compress, hidden, restore, (first_parts, last_parts) = equations(config)
+    C = dataclasses.replace(C, observed_start=window.frame.observed_start)
+    z = observed_stream(params.compress, C, window, x.rows.shape[0], first_parts)
     z, x = with_documents(window.frame, z, x)
     valid, never_empty = window.frame.observed_length, config.always_observes and window.frame.never_empty
     rows = compress(params.compress, config, C, z, x, part_of(dropout, 0))
@@ -217,7 +209,7 @@ def dual_window_block(
         return hidden(layer, config, z, x, dropout), None
 
     z_rows, x_rows = chain_layers(hidden_layer, params.hidden, rows, part_of(dropout, 1), config.plan().scan_layers)
-    z = Stream.of(params.restore, z_rows, window.z_rope, "kv", valid, never_empty)
+    z = Stream.of(params.restore, z_rows, window.z_rope, last_parts, valid, never_empty)
     z, x = with_documents(window.frame, z, Stream.of(params.restore, x_rows, window.x_rope))
     return restore(params.restore, config, C, z, x, later, part_of(dropout, 2))
 

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 from tlinformer_jax.config.model import HYBRID_PERIOD, ModelConfig
 from tlinformer_jax.errors import DataError
 from tlinformer_jax.models.attention import attend, head_multiple
-from tlinformer_jax.models.block import CAUSAL_ATTENTION, FEED_FORWARD, BlockParams, DualWindowBlock
+from tlinformer_jax.models.block import BlockParams, DualWindowBlock
 from tlinformer_jax.models.delta import DeltaLayer, DeltaParams, DeltaState, delta_mixer
 from tlinformer_jax.models.key_rows import NO_TOKEN, embedded
 from tlinformer_jax.models.layers import (
@@ -31,7 +31,7 @@ from tlinformer_jax.models.layers import (
     update,
 )
 from tlinformer_jax.models.rope import rope_table
-from tlinformer_jax.models.streams import Stream, attention_options
+from tlinformer_jax.models.streams import CAUSAL_ATTENTION, FEED_FORWARD, Stream, attention_options
 from tlinformer_jax.models.tlinformer import forward_windows
 from tlinformer_jax.parallel.sharding import constrain_batch, gathered
 

@@ -13,14 +13,17 @@ from jaxtyping import Array, Float
 
 from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.kernels.common import Scores, merge_softmaxes
-from tlinformer_jax.models.attention import Documents, attend, attend_with_lse
+from tlinformer_jax.models.attention import Documents, OutputAndLse, attend, attend_with_lse
 from tlinformer_jax.models.feed_forward import split_router_losses
 from tlinformer_jax.models.key_rows import plus
-from tlinformer_jax.models.layers import Dropout, LayerParams, part_of, project
+from tlinformer_jax.models.layers import Dropout, LayerParams, part_of, project, update
 from tlinformer_jax.models.recompute import map_steps
 from tlinformer_jax.models.rope import Rope
 from tlinformer_jax.models.windows import PerWindow, WindowFrame, in_chunks, joined, repeat_for_windows, slice_rows
 from tlinformer_jax.parallel.sharding import SplitRows
+
+# Parts of a layer that draw separate dropout masks.
+SHARED_ATTENTION, CAUSAL_ATTENTION, FEED_FORWARD, CONTEXT_ATTENTION, CONTEXT_FEED_FORWARD, OBSERVED_ATTENTION = range(6)
 
 AnyStream = TypeVar("AnyStream", bound="Stream")
 
@@ -80,6 +83,7 @@ class RestoreLayer(NamedTuple):
     params: LayerParams
     K: Array  # [batch, width, heads, d_h]
     V: Array
+    z_rows: Array | None = None  # z after the layer, [batch, width, D], only with `config.causal_history`
 
 
 class ZMask(NamedTuple):
@@ -88,6 +92,7 @@ class ZMask(NamedTuple):
     length: PerWindow  # number of valid rows, see `Stream`
     documents: Array | None  # of the rows of z
     dropout: Dropout | None  # of their attention weights and in their feed-forward
+    start: PerWindow = None  # h, where `RestoreLayer.z_rows` take the place of rows of C
 
 
 @flax.struct.dataclass
@@ -102,10 +107,12 @@ class History(Stream):
       split: how the rows are split over devices; None if each device holds all rows.
       chunk: rows restored at a time; 0 for all at once.
       key_sums: for each block from the next one on, what is added to the input of its keys, see `layers.Embedded`.
+      observed_start: h, for `read_before`; None without `config.causal_history`.
     """
 
     rope: Rope | None = None
     key_sums: tuple[Any, ...] = ()
+    observed_start: PerWindow = None
     split: SplitRows | None = flax.struct.field(pytree_node=False, default=None)
     chunk: int = flax.struct.field(pytree_node=False, default=0)
 
@@ -152,8 +159,29 @@ class History(Stream):
         )
         return merge_softmaxes(output.astype(jnp.float32), lse, self.split.axis)[0].astype(query.dtype)
 
+    def read_before(
+        self, query: Float[Array, "b m h k"], config: ModelConfig, dropout: Dropout | None, *readers: Stream
+    ) -> OutputAndLse:
+        """Returns attention to the rows before the observation window, and its log-sum-exp."""
+        repeated = (self.K, self.V, self.documents)
+        key, value, documents = jax.tree.map(lambda array: repeat_for_windows(array, query.shape[0]), repeated)
+        keys = dataclasses.replace(self, K=key, documents=documents, length=self.observed_start, never_empty=False)
+        if self.split is not None:
+            keys = dataclasses.replace(keys, length=self.split.count(self.observed_start))
+            dropout = part_of(dropout, self.split.index())
+        options = attention_options(config, dropout, keys, *readers)
+        output, lse = attend_with_lse(query, key, value, **options)
+        if self.split is None:
+            return output, lse
+        return merge_softmaxes(output.astype(jnp.float32), lse, self.split.axis)
+
     def restore(
-        self, restore_rows: Callable[..., Array], layer: RestoreLayer, mask: ZMask, next_layer: LayerParams, parts: str
+        self,
+        restore_rows: Callable[..., Array],
+        layer: RestoreLayer,
+        mask: ZMask,
+        next_layer: LayerParams,
+        parts: str,
     ) -> "History":
         """Returns C', projected by `next_layer`.
 
@@ -174,8 +202,10 @@ class History(Stream):
             rope = Rope(self.split.take(rope.cos, axis=0), self.split.take(rope.sin, axis=0))
             mask = mask._replace(dropout=part_of(mask.dropout, self.split.index()))
             length = self.split.count(length)
+            layer, mask = rows_of_device(self.split, layer, mask)
         if not self.chunk:
             restored = restore_rows(*rows, layer, mask, documents)
+            restored = continue_rows(restored, 0, layer, mask)
             rotations = rope.rows(0, restored.shape[1])
             projected = list(project(next_layer, restored, rotations, parts, keyed(restored, sums)))
         else:
@@ -187,8 +217,9 @@ class History(Stream):
                 if documents is not None:
                     documents = slice_rows(documents, number * self.chunk, self.chunk)
                 length = mask.length if known is None else known
-                mask = ZMask(length, mask.documents, part_of(mask.dropout, number))
+                mask = mask._replace(length=length, dropout=part_of(mask.dropout, number))
                 restored = restore_rows(*part, layer, mask, documents)
+                restored = continue_rows(restored, number * self.chunk, layer, mask)
                 rotations = rope.rows(number * self.chunk, self.chunk)
                 return restored, *project(next_layer, restored, rotations, parts, keyed(restored, sums))
 
@@ -200,6 +231,65 @@ class History(Stream):
             restored, *projected = map(joined, found)
         arrays: dict[str, Any] = {"rows": restored, "Q": None, **dict(zip(parts.upper(), projected))}
         return dataclasses.replace(self, key_sums=self.key_sums[1:], **arrays)
+
+
+def restore_rows(
+    config: ModelConfig,
+    never_empty: bool,
+    C: Float[Array, "batch n D"],
+    Qc: Array,
+    layer: RestoreLayer,
+    mask: ZMask,
+    documents: Array | None = None,
+    attend: Callable[..., Array] = attend,
+) -> Float[Array, "batch n D"]:
+    """Returns C' = update(C, attend(Qc, Kz, Vz)) for any rows of C, since rows of C do not read each other.
+
+    Args:
+      never_empty: whether `mask.length` is known to be positive, see `Stream`.
+      documents: documents of these rows of C; None if the sample is a single document.
+      attend: `attention.attend`, or another implementation of it.
+    """
+    params, Kz, Vz = layer.params, layer.K, layer.V
+    z = Stream(None, K=Kz, length=mask.length, never_empty=never_empty, documents=mask.documents)
+    options = attention_options(config, part_of(mask.dropout, CONTEXT_ATTENTION), z, Stream(C, documents=documents))
+    return update(params, C, attend(Qc, Kz, Vz, **options), part_of(mask.dropout, CONTEXT_FEED_FORWARD))
+
+
+def continue_rows(restored: Float[Array, "batch n D"], first: Array | int, layer: RestoreLayer, mask: ZMask) -> Array:
+    """Returns the restored rows `first`, `first` + 1, ... of C, with `layer.z_rows` in the places of the rows of z.
+
+    Rows of z that are not valid fall on rows of the future, which no query reads.
+    """
+    if layer.z_rows is None or not layer.z_rows.shape[1]:
+        return restored
+    count, width = restored.shape[1], layer.z_rows.shape[1]
+    # Rows of z before or after these rows of C fall into the margins.
+    padded = jnp.pad(restored, ((0, 0), (width, width), (0, 0)))
+    start = jnp.clip(mask.start - first + width, 0, count + width)
+    return put_rows(padded, layer.z_rows, start)[:, width : width + count]
+
+
+def rows_of_device(split: SplitRows, layer: RestoreLayer, mask: ZMask) -> tuple[RestoreLayer, ZMask]:
+    """Takes this device's rows of `layer.z_rows`; `mask.start` becomes the first one's index among its rows of C."""
+    if layer.z_rows is None:
+        return layer, mask
+    start, parts = jnp.asarray(mask.start, jnp.int32), split.parts
+    first, count = split.count(start), -(-layer.z_rows.shape[1] // parts)
+    padded = jnp.pad(layer.z_rows, ((0, 0), (0, 2 * parts), (0, 0)))
+    own = jax.lax.dynamic_slice_in_dim(padded, first * parts + split.index() - start, count * parts, axis=1)
+    own = own.reshape(own.shape[0], count, parts, -1)[:, :, 0]
+    return layer._replace(z_rows=own), mask._replace(start=first)
+
+
+def put_rows(array: Array, rows: Array, start: PerWindow) -> Array:
+    """Writes `rows` into an array [batch, n, D] from row `start` on; `start` is [g] for g windows that run together."""
+    if not np.ndim(start):
+        return jax.lax.dynamic_update_slice_in_dim(array, rows, start, axis=1)
+    count = len(start)
+    parts, rows = (each.reshape(-1, count, *each.shape[1:]) for each in (array, rows))
+    written = [jax.lax.dynamic_update_slice_in_dim(parts[:, i], rows[:, i], start[i], axis=1) for i in range(count)]
+    return jnp.stack(written, axis=1).reshape(array.shape)
 
 
 def keyed(rows: Array, sums: Sequence[Array]) -> Array | None:
@@ -225,11 +315,18 @@ def place_window(frame: WindowFrame, rope: Rope, rows: int) -> PlacedWindow:
     )
 
 
-def observed_stream(layer: LayerParams, C: History, window: PlacedWindow, batch: int) -> Stream:
-    """Returns z = C[h:] with its `compress` queries, `batch` windows of `observed_width` rows."""
+def observed_stream(layer: LayerParams, C: History, window: PlacedWindow, batch: int, parts: str = "q") -> Stream:
+    """Returns z = C[h:] with its `compress` queries, `batch` windows of `observed_width` rows.
+
+    With `parts` = 'qkv' also with its keys and values.
+    """
     start, width = window.frame.observed_start, window.frame.observed_width
     z = C.slice(C.rows, start, width, batch)
-    return Stream.of(layer, z, window.z_rope, "q") if C.Q is None else Stream(z, C.slice(C.Q, start, width, batch))
+    stream = Stream.of(layer, z, window.z_rope, "q") if C.Q is None else Stream(z, C.slice(C.Q, start, width, batch))
+    if parts == "q":
+        return stream
+    key, value = (C.slice(array, start, width, batch) for array in (C.K, C.V))
+    return dataclasses.replace(stream, K=key, V=value, length=window.frame.observed_length)
 
 
 def with_documents(frame: WindowFrame, z: Stream, x: Stream) -> tuple[Stream, Stream]:
@@ -266,7 +363,8 @@ def attention_options(
         return options  # kernels are faster if nothing is masked
     if np.ndim(length):
         length = jnp.tile(jnp.asarray(length, jnp.int32), batch // len(length))
-    return {**options, "key_length": length, "never_empty": keys.never_empty}
+    options |= {"key_length": length} | ({"never_empty": True} if keys.never_empty else {})
+    return options
 
 
 def beside(z: Array, x: Array) -> Array:
@@ -289,3 +387,12 @@ def side_by_side(function: Callable[..., Any], *pairs: tuple[Array, Array]) -> t
     parts = [apart(array, width) for array in jax.tree.leaves(found)]
     tree = jax.tree.structure(found)
     return tuple(jax.tree.unflatten(tree, [part[side] for part in parts]) for side in (0, 1))
+
+
+def update_both(
+    layer: LayerParams, rows: tuple[Array, Array], attended: tuple[Array, Array], dropout: Dropout | None
+) -> tuple[Array, Array]:
+    """Returns update(z, ...) and update(x, ...), computed side by side."""
+    return side_by_side(
+        lambda rows, attended: update(layer, rows, attended, part_of(dropout, FEED_FORWARD)), rows, attended
+    )

@@ -1,0 +1,124 @@
+"""A block whose history is computed like the generation window (`model.causal_history`); not in the paper.
+
+In the paper's block (`models.block`) rows of z read each other in both directions, a row of x adds two softmaxes, and
+`restore` starts again from C. Here the rows of z and x, side by side, are a stretch of a Transformer. y are rows
+h .. n + m - 1:
+
+    compress:  y  = update(y, attend_causal(Qy, [Kc; Ky], [Vc; Vy]))    Kc, Vc: rows before h, which every row reads
+    hidden:    y' = update(y, attend_causal(Qy, Ky, Vy))
+    restore:   y' = update(y, attend_causal(Qy, Ky, Vy))
+               C' = update(C, attend(Qc, Kz, Vz)) before row h, and the rows of z' from there on
+
+There is one softmax over all keys of a row. If z contains the whole history, this is a Transformer: no rows are before
+h, and the next block continues y. Otherwise rows before h are read in `compress` only, as in the paper.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from tlinformer_jax.config.model import ModelConfig
+from tlinformer_jax.models.attention import OutputAndLse, attend, attend_jointly, attend_with_lse, merge_parts
+from tlinformer_jax.models.layers import Dropout, LayerParams, part_of
+from tlinformer_jax.models.streams import (
+    CAUSAL_ATTENTION,
+    OBSERVED_ATTENTION,
+    SHARED_ATTENTION,
+    RestoreLayer,
+    Stream,
+    ZMask,
+    apart,
+    attention_options,
+    beside,
+    documents_of,
+    restore_rows,
+    update_both,
+)
+
+ZRows = Float[Array, "batch width D"]
+XRows = Float[Array, "batch m D"]
+
+
+def compress(
+    layer: LayerParams, config: ModelConfig, C: Any, z: Stream, x: Stream, dropout: Dropout | None = None
+) -> tuple[ZRows, XRows]:
+    """Runs the first layer: rows of z and x read the rows of C before z, and z and x up to their own row.
+
+    The argument z contains rows h .. n - 1 of C with their queries, keys and values.
+    """
+    before = C.read_before(beside(z.Q, x.Q), config, part_of(dropout, SHARED_ATTENTION), z, x)
+    attended = attend_jointly(_window_parts(config, z, x, dropout), before)
+    return update_both(layer, (z.rows, x.rows), apart(attended, z.Q.shape[1]), dropout)
+
+
+def hidden(
+    layer: LayerParams, config: ModelConfig, z: Stream, x: Stream, dropout: Dropout | None = None
+) -> tuple[ZRows, XRows]:
+    """Runs a layer between the first and the last: rows of z and x read z and x up to their own row."""
+    attended = _attend_window(config, z, x, dropout)
+    return update_both(layer, (z.rows, x.rows), apart(attended, z.Q.shape[1]), dropout)
+
+
+def restore(
+    layer: LayerParams,
+    config: ModelConfig,
+    C: Any,
+    z: Stream,
+    x: Stream,
+    later: Sequence[Any] = (),
+    dropout: Dropout | None = None,
+) -> tuple[Any, XRows]:
+    """Runs the last layer: as `hidden`, and rows of C before z read z. C' is None if no `later` block reads it."""
+    z_rows, x_rows = hidden(layer, config, z, x, dropout)
+    if not later:
+        return None, x_rows
+    parts = "qkv" if len(later) > 1 else "kv"  # the last block does not restore C, so it needs no Qc
+    restore_some = functools.partial(restore_rows, config, z.never_empty)
+    mask = ZMask(z.length, z.documents, dropout, C.observed_start)
+    return C.restore(restore_some, RestoreLayer(layer, z.K, z.V, z_rows), mask, later[0].compress, parts), x_rows
+
+
+def _attend_window(config: ModelConfig, z: Stream, x: Stream, dropout: Dropout | None) -> Float[Array, "b rows h k"]:
+    """Returns causal attention of the rows of z and x, side by side, to themselves."""
+    if _contiguous(z):
+        y = _side_by_side(z, x)
+        options = attention_options(config, part_of(dropout, CAUSAL_ATTENTION), y, y, causal=True)
+        return attend(y.Q, y.K, y.V, **options)
+    return _window_parts(config, z, x, dropout)[0].astype(x.Q.dtype)
+
+
+def _window_parts(config: ModelConfig, z: Stream, x: Stream, dropout: Dropout | None) -> OutputAndLse:
+    """Returns `_attend_window` with its log-sum-exp."""
+    if _contiguous(z):
+        y = _side_by_side(z, x)
+        options = attention_options(config, part_of(dropout, CAUSAL_ATTENTION), y, y, causal=True)
+        return attend_with_lse(y.Q, y.K, y.V, **options)
+    z_options = attention_options(
+        config, part_of(dropout, OBSERVED_ATTENTION), dataclasses.replace(z, length=None), z, causal=True
+    )
+    x_options = attention_options(config, part_of(dropout, CAUSAL_ATTENTION), x, x, causal=True)
+    reading_z = attention_options(
+        config, part_of(dropout, SHARED_ATTENTION), dataclasses.replace(z, never_empty=False), x
+    )
+    parts = attend_with_lse(x.Q, x.K, x.V, **x_options), attend_with_lse(x.Q, z.K, z.V, **reading_z)
+    z_parts = attend_with_lse(z.Q, z.K, z.V, **z_options)
+    x_parts = merge_parts(*((output.astype(jnp.float32), lse) for output, lse in parts))
+    return tuple(beside(*pair) for pair in zip(z_parts, x_parts))
+
+
+def _contiguous(z: Stream) -> bool:
+    """Returns whether all rows of z are known to be valid, so that x follows z without a gap."""
+    return z.length is None or (not isinstance(z.length, jax.Array) and bool(np.all(z.length == z.Q.shape[1])))
+
+
+def _side_by_side(z: Stream, x: Stream) -> Stream:
+    """Returns the rows of z and x as one stream."""
+    documents = documents_of(z, (z, x))
+    both = [beside(*pair) for pair in ((z.Q, x.Q), (z.K, x.K), (z.V, x.V))]
+    return Stream(None, *both, documents=None if documents is None else documents[0])
