@@ -18,12 +18,12 @@ from tlinformer_jax.decoding.cache import WindowedCache, chunk_rows, for_chunks
 from tlinformer_jax.decoding.params import DecoderParams, embed, look_up_before
 from tlinformer_jax.kernels.common import merge_softmaxes
 from tlinformer_jax.kernels.key_value import KeyValue
-from tlinformer_jax.models.attention import attend_parts, merge_parts, no_parts
+from tlinformer_jax.models.attention import OutputAndLse, attend_parts, merge_parts, no_parts
 from tlinformer_jax.models.cached_attention import TokenTable, attend_context, attend_history, write_rows, write_tokens
 from tlinformer_jax.models.key_rows import plus, tap_sum
 from tlinformer_jax.models.layers import Dropout, Embedded, LayerParams, project, projections
 from tlinformer_jax.models.rope import Rope, Rotations, rope_table, rotate
-from tlinformer_jax.models.streams import RestoreLayer, Stream, ZMask
+from tlinformer_jax.models.streams import RestoreLayer, Stream, ZMask, continue_rows, rows_of_device
 
 # Block 0's projections, before rotation, depend only on the token. If the history has room for at least this many rows
 # per token of the vocabulary, the whole vocabulary is projected once, and rows are looked up. With a token shift keys
@@ -82,10 +82,9 @@ class SequenceRows:
             return embed(self.params, ids)
         return embed(self.params, ids, self.cache.tokens_before(self.row, self.positions(start, count))[None])
 
-    def tap_sum(self, taps: Float[Array, "K D"], start: Int[Array, ""]) -> Float[Array, "1 chunk D"]:
-        """Returns what key taps add to the input of the keys of a chunk of rows of C'."""
-        positions, tokens_before = self.positions(start), self.cache.tokens_before
-        ids = [tokens_before(self.row, positions, back)[None] for back in range(1, len(taps) + 1)]
+    def tap_sum(self, taps: Float[Array, "K D"], positions: Int[Array, " n"]) -> Float[Array, "1 n D"]:
+        """Returns what key taps add to the input of the keys of rows of C' at these positions."""
+        ids = [self.cache.tokens_before(self.row, positions, back)[None] for back in range(1, len(taps) + 1)]
         return tap_sum(taps, [look_up_before(self.params, each) for each in ids])
 
 
@@ -96,7 +95,9 @@ class CachedHistory:
     Attributes:
       at: the sequence and its rows.
       layer: the block's `compress` layer.
-      z, z_rope: rows h .. n - 1 of C with their queries, and their rotations; the same on every device.
+      z, z_rope: rows h .. n - 1 of C with their queries (and with `config.causal_history` their keys and values), and
+        their rotations; the same on every device.
+      observed_start: h.
       rows: function from a row index to the chunk of C's rows from there on (this device's rows).
       queries: function from a row index and the chunk's rows to the chunk's queries.
       keys: caches of keys and values that are not filled yet, of this and later blocks; empty for TConstFormer.
@@ -108,6 +109,7 @@ class CachedHistory:
     layer: LayerParams
     z: Stream
     z_rope: Rope
+    observed_start: Int[Array, ""]
     rows: Callable[[Array], Float[Array, "1 chunk D"]]
     queries: Callable[[Array, Array], Float[Array, "1 chunk heads d_h"]]
     keys: tuple[KeyValue, ...]
@@ -115,43 +117,60 @@ class CachedHistory:
     key_rows: Callable[[Array, Array], Float[Array, "1 chunk D"]] | None = None
 
     def read(self, query: Array, config: ModelConfig, dropout: Dropout | None, *readers: Stream) -> Array:
-        """Returns attend(Q, Kc, Vc); keys come from the cache, or are computed chunk by chunk."""
+        """Returns attend(Q, Kc, Vc)."""
+        return self._read_first(query, config, self.at.held)[0].astype(query.dtype)
+
+    def read_before(self, query: Array, config: ModelConfig, dropout: Dropout | None, *readers: Stream) -> OutputAndLse:
+        """Returns attention to the rows before the observation window, and its log-sum-exp; float32."""
+        split = self.at.cache.split
+        before = self.observed_start if split is None else split.count(self.observed_start)
+        return self._read_first(query, config, before)
+
+    def _read_first(self, query: Array, config: ModelConfig, held: Int[Array, ""]) -> OutputAndLse:
+        """Returns attention to each device's first `held` rows; keys come from the cache, or are computed in chunks."""
         at, scale, backend = self.at, config.attention_scale, config.attention
         if self.filled:
-            parts = attend_history(query, self.filled[-1], at.row, at.held, scale, at.chunk, backend)
+            parts = attend_history(query, self.filled[-1], at.row, held, scale, at.chunk, backend)
         else:
 
             def body(start: Array, parts: tuple[Array, Array]) -> tuple[Array, Array]:
                 rows = self.rows(start)
                 keyed = self.key_rows and self.key_rows(start, rows)
                 key, value = project(self.layer, rows, at.rope(start), "kv", keyed)
-                return merge_parts(parts, attend_parts(query, key, value, at.held - start, scale, backend))
+                return merge_parts(parts, attend_parts(query, key, value, held - start, scale, backend))
 
-            parts = for_chunks(at.held, at.cache.room, body, no_parts(query))
+            parts = for_chunks(held, at.cache.room, body, no_parts(query))
         split = at.cache.split
-        output = parts[0] if split is None else merge_softmaxes(*parts, split.axis)[0]
-        return output.astype(query.dtype)
+        return parts if split is None else merge_softmaxes(*parts, split.axis)
 
     def restore(
         self, restore_rows: Callable[..., Array], layer: RestoreLayer, mask: ZMask, next_layer: LayerParams, parts: str
     ) -> "CachedHistory":
         """Returns C' for the next block, with its keys cached; rows are stored if that block restores C' again."""
         attend = functools.partial(attend_context, head_dim=self.at.config.head_dim)
-        taps = next_layer.taps
+        taps, split = next_layer.taps, self.at.cache.split
+        own_layer, own_mask = (layer, mask) if split is None else rows_of_device(split, layer, mask)
 
         def rows(start: Array) -> Array:
             before = self.rows(start)
-            return restore_rows(before, self.queries(start, before), layer, mask, attend=attend)
+            restored = restore_rows(before, self.queries(start, before), layer, mask, attend=attend)
+            return continue_rows(restored, start, own_layer, own_mask)
 
         def queries(start: Array, rows: Array) -> Array:
             return project(next_layer, rows, self.at.rope(start), "q")[0]
 
         def key_rows(start: Array, rows: Array) -> Array:
             assert taps is not None
-            return plus(rows, self.at.tap_sum(taps, start))
+            return plus(rows, self.at.tap_sum(taps, self.at.positions(start)))
 
-        z_rows = restore_rows(self.z.rows, self.z.Q, layer, mask, attend=attend)
-        z = Stream.of(next_layer, z_rows, self.z_rope, "q")
+        z_rows = layer.z_rows
+        if z_rows is None:
+            z_rows = restore_rows(self.z.rows, self.z.Q, layer, mask, attend=attend)
+            z = Stream.of(next_layer, z_rows, self.z_rope, "q")
+        else:
+            positions = self.observed_start + jnp.arange(z_rows.shape[1], dtype=jnp.int32)
+            z_keyed = None if taps is None else plus(z_rows, self.at.tap_sum(taps, positions))
+            z = Stream.of(next_layer, z_rows, self.z_rope, "qkv", mask.length, key_rows=z_keyed)
         keyed = None if taps is None else key_rows
         new = dataclasses.replace(self, layer=next_layer, z=z, rows=rows, queries=queries, key_rows=keyed)
         return new._fill(keep_rows="q" in parts)
@@ -182,8 +201,11 @@ class CachedHistory:
         return dataclasses.replace(new, rows=lambda start: jax.lax.dynamic_slice(kept, (0, start, 0), shape))
 
 
-def embedded_history(at: SequenceRows, z_rows: Float[Array, "1 width D"], z_rope: Rope, fill: bool) -> CachedHistory:
-    """Returns block 0's C, the embeddings; `fill` computes its keys, which the cache otherwise contains already."""
+def embedded_history(at: SequenceRows, z: Stream, z_rope: Rope, observed_start: Array, fill: bool) -> CachedHistory:
+    """Returns block 0's C, the embeddings; `fill` computes its keys, which the cache otherwise contains already.
+
+    For `z`, `z_rope` and `observed_start` see `CachedHistory`.
+    """
     params = at.params
     layer, vocabulary = params.blocks[0].compress, params.embedding[None]
     backend, caches = at.config.attention, at.cache.history
@@ -204,14 +226,14 @@ def embedded_history(at: SequenceRows, z_rows: Float[Array, "1 width D"], z_rope
     def write(start: Array, keys: KeyValue) -> KeyValue:
         return write_tokens(keys, at.row, start, token_table, at.rotations(start), at.ids(start)[0], backend)
 
-    z = Stream.of(layer, z_rows, z_rope, "q")
     if params.shift is not None or at.cache.room < ROWS_PER_TOKEN * at.config.vocab_size:
         keyed = None if params.shift is None else key_rows
         if not fill:
-            return CachedHistory(at, layer, z, z_rope, rows, projected, later, first, keyed)
-        return CachedHistory(at, layer, z, z_rope, rows, projected, caches, (), keyed)._fill(keep_rows=False)
+            return CachedHistory(at, layer, z, z_rope, observed_start, rows, projected, later, first, keyed)
+        empty = CachedHistory(at, layer, z, z_rope, observed_start, rows, projected, caches, (), keyed)
+        return empty._fill(keep_rows=False)
     table = projections(layer, vocabulary, "q")[0, :, 0]  # [V, heads, d_h (padded)]
     if fill and first:
         token_table = TokenTable.of(layer, vocabulary, first[0], at.chunk, backend)
         first = tuple(for_chunks(at.held, at.cache.room, write, keys) for keys in first)
-    return CachedHistory(at, layer, z, z_rope, rows, looked_up, later, first)
+    return CachedHistory(at, layer, z, z_rope, observed_start, rows, looked_up, later, first)

@@ -23,7 +23,7 @@ from tlinformer_jax.decoding.cache import WindowedCache
 from tlinformer_jax.decoding.history import SequenceRows, embedded_history
 from tlinformer_jax.decoding.params import DecoderParams, embed, logits_of
 from tlinformer_jax.kernels.key_value import KeyValue
-from tlinformer_jax.models.block import compress, hidden, restore
+from tlinformer_jax.models.block import equations
 from tlinformer_jax.models.cached_attention import write_plainly, write_rows
 from tlinformer_jax.models.rope import rope_table
 from tlinformer_jax.models.streams import Stream, project_both
@@ -120,9 +120,15 @@ def _rebuild(
     )
     both_rope = jax.tree.map(lambda *tables: jnp.concatenate(tables), z_rope, x_rope)
     x_before = cache.tokens_before(row, length + jnp.arange(m, dtype=jnp.int32))[None] if config.token_shift else None
-    # z consists of rows and queries of C, which a token shift does not change.
-    z_rows = embed(params, jax.lax.dynamic_slice(cache.tokens, (row, start), (1, width))).rows
-    C = embedded_history(SequenceRows(params, config, cache, row, length), z_rows, z_rope, fill)
+    compress, hidden, restore, (first_parts, last_parts) = equations(config)
+    z_tokens = jax.lax.dynamic_slice(cache.tokens, (row, start), (1, width))
+    # A token shift changes keys only, not the rows and queries of z.
+    keyed = config.token_shift and "k" in first_parts
+    z_before = cache.tokens_before(row, start + jnp.arange(width, dtype=jnp.int32))[None] if keyed else None
+    z_embedded = embed(params, z_tokens, z_before)
+    layer, key_rows = params.blocks[0].compress, z_embedded.key_rows
+    z = Stream.of(layer, z_embedded.rows, z_rope, first_parts, observed, key_rows=key_rows)
+    C = embedded_history(SequenceRows(params, config, cache, row, length), z, z_rope, start, fill)
     embedded, context, window = embed(params, window_tokens[None], x_before), [], []
     x_rows, key_rows = embedded.rows, embedded.key_rows
     for index, block in enumerate(params.blocks):
@@ -135,7 +141,7 @@ def _rebuild(
             context.append((z.K, z.V))
             window.append((x.K, x.V))
             z_rows, x_rows = hidden(layer, config, z, x)
-        z = Stream.of(block.restore, z_rows, z_rope, "kv", observed)
+        z = Stream.of(block.restore, z_rows, z_rope, last_parts, observed)
         x = Stream.of(block.restore, x_rows, x_rope)
         context.append((z.K, z.V))
         window.append((x.K, x.V))

@@ -19,7 +19,7 @@ from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.kernels import decode as decode_kernel
 from tlinformer_jax.kernels import history as history_kernel
 from tlinformer_jax.kernels import storing as storing_kernel
-from tlinformer_jax.kernels.common import Scores, addressable, available, is_half
+from tlinformer_jax.kernels.common import Scores, addressable, available, is_half, merge_softmaxes
 from tlinformer_jax.kernels.key_value import KeyValue
 from tlinformer_jax.models.attention import OutputAndLse, attend, attend_parts, merge_parts, no_parts
 from tlinformer_jax.models.cached_rows import CachedRows, attend_cached
@@ -83,7 +83,8 @@ def token_layer(
       x: the new rows.
       rope: rotations of the new rows, [batch, d_h / 2].
       past: rows that share a softmax with the new row's own key: its generation window, or a baseline's cache.
-      context: rows with a separate softmax: history or compressed context. None, or no valid row, adds 0.
+      context: rows of history or compressed context, with a separate softmax, or with `config.causal_history` in the
+        same one. None, or no valid row, adds nothing.
       backend: 'plain', 'triton', or 'triton_interpreted' (for tests on the CPU); None to choose automatically.
       key_rows: input of the keys, see `layers.Embedded`; None if that is x.
 
@@ -98,8 +99,9 @@ def token_layer(
         rows = jax.tree.map(lambda table: table[:, None], rope)
         query, key, value = (part[:, 0] for part in project(natural, x[:, None], rows, key_rows=keyed))
         own = KeyValue(key, value)
-        attended = attend_cached(query, own, past, context, config.attention_scale)
-        return update(natural, x[:, None], attended[:, None])[:, 0], own
+        parts, lses = attend_cached(query, own, past, context, config.attention_scale)
+        parts = _merged(config, context, parts, lses)
+        return update(natural, x[:, None], jnp.sum(parts, axis=0).astype(x.dtype)[:, None])[:, 0], own
     interpret = backend == "triton_interpreted"
     # The fused products do not support experts; the attention kernel does not depend on the feed-forward.
     fused = x.shape[0] <= MAX_FUSED_ROWS and params.router is None
@@ -114,12 +116,26 @@ def token_layer(
     parts, lses, own_key = decode_kernel.attend(
         projected, (rope.cos, rope.sin), sources, config.attention_scale, interpret
     )
-    if context is not None and context.split is not None:
-        parts = jnp.stack([parts[0], context.merged(parts[1], lses[1])])
+    parts = _merged(config, context, parts, lses)
     own = KeyValue(own_key, projected[:, 2])
     if fused:
         return _updated(params, x, parts, interpret), own
     return update(params.natural(), x[:, None], jnp.sum(parts, axis=0).astype(x.dtype)[:, None])[:, 0], own
+
+
+def _merged(
+    config: ModelConfig,
+    context: CachedRows | None,
+    parts: Float[Array, "sources b h d"],
+    lses: Float[Array, "sources b h"],
+) -> Float[Array, "sums b h d"]:
+    """Returns the outputs whose sum is the row's attention, over the cached rows of all devices."""
+    if context is None:
+        return parts
+    if context.split is not None:
+        output, lse = context.merged(parts[1], lses[1])
+        parts, lses = jnp.stack([parts[0], output]), jnp.stack([lses[0], lse])
+    return merge_softmaxes(parts, lses, axis=0)[0][None] if config.causal_history else parts
 
 
 def use_token_kernels(config: ModelConfig) -> bool:

@@ -48,27 +48,30 @@ class CachedRows:
             return jax.tree.map(some, self.cache)
         return self.cache if self.layer is None else jax.tree.map(lambda array: array[self.layer], self.cache)
 
-    def merged(self, output: Float[Array, "b h d"], lse: Float[Array, "b h"]) -> Float[Array, "b h d"]:
-        """Merges this device's softmax with those of the other devices; returns the output over all rows."""
+    def merged(
+        self, output: Float[Array, "b h d"], lse: Float[Array, "b h"]
+    ) -> tuple[Float[Array, "b h d"], Float[Array, "b h"]]:
+        """Merges this device's softmax with those of the other devices; returns output and log-sum-exp of all rows."""
         if self.split is None:
-            return output
+            return output, lse
         # A single collective: for the few queries of a token, latency costs more than bytes.
         both = jax.lax.all_gather(jnp.concatenate([output, lse[..., None]], axis=-1), self.split.axis)
-        return merge_softmaxes(both[..., :-1], both[..., -1], axis=0)[0]
+        return merge_softmaxes(both[..., :-1], both[..., -1], axis=0)
 
 
 def attend_cached(
     query: Float[Array, "b h d"], own: KeyValue, past: CachedRows, context: CachedRows | None, scale: float
-) -> Float[Array, "b h d"]:
-    """Computes exact attention of one new row per sequence.
+) -> tuple[Float[Array, "sources b h d"], Float[Array, "sources b h"]]:
+    """Computes exact attention of one new row per sequence to each source, and its log-sum-exp; float32.
 
-    One softmax covers `past` and the new row's own key; a second softmax covers `context`; their results are added. See
+    The first source is `past` with the new row's own key, the second `context` if given, on this device. See
     `cached_attention.token_layer`.
     """
-    output, _ = _softmax_sum(query, past, own, scale)
+    sources = [_softmax_sum(query, past, own, scale)]
     if context is not None:
-        output = output + context.merged(*_softmax_sum(query, context, None, scale))
-    return output.astype(query.dtype)
+        sources.append(_softmax_sum(query, context, None, scale))
+    outputs, lses = zip(*sources)
+    return jnp.stack(outputs), jnp.stack(lses)
 
 
 def _softmax_sum(
