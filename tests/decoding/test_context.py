@@ -29,6 +29,10 @@ CASES = {
     "one token a window": ({"history_window": 3, "generation_window": 1, "hidden_depth": 1, "key_taps": 3}, 8),
     "three blocks, three devices": ({"num_blocks": 3, "hidden_depth": 0, "key_taps": 1}, 3),
     "auto": ({"history_window": "auto", "generation_window": 5, "hidden_depth": 2}, 8),
+    "causal history": (
+        {"causal_history": True, "token_shift": True, "history_window": 7, "generation_window": 5, "key_taps": 2},
+        3,
+    ),
     "tconstformer": ({"architecture": "tconstformer", "history_window": 7, "generation_window": 5}, 8),
 }
 

@@ -94,6 +94,7 @@ SHAPES = {
     "one block": {"num_blocks": 1},
     "auto": {"history_window": "auto", "generation_window": 6},
     "auto, one token": {"history_window": "auto", "generation_window": 1, "hidden_depth": 0},
+    "causal history": {"causal_history": True, "token_shift": True, "history_window": 9},
     "tconstformer": {"architecture": "tconstformer"},
     "tconstformer, auto": {"architecture": "tconstformer", "history_window": "auto", "hidden_depth": 0},
     "transformer": {"architecture": "transformer", "hidden_depth": 0},
@@ -117,16 +118,23 @@ def test_prefill_step_and_slide_equal_the_reference(name):
 
 
 @pytest.mark.parametrize(
-    ("architecture", "rows_per_token", "blocks"),
+    ("architecture", "rows_per_token", "blocks", "causal"),
     [
-        ("tlinformer", 4, 2),
+        ("tlinformer", 4, 2, False),
         *(
             pytest.param(*case, marks=pytest.mark.slow)
-            for case in (("tlinformer", 0, 3), ("tconstformer", 4, 2), ("transformer", 4, 2))
+            for case in (
+                ("tlinformer", 0, 3, False),
+                ("tlinformer", 4, 3, True),
+                ("tconstformer", 4, 2, False),
+                ("transformer", 4, 2, False),
+            )
         ),
     ],
 )
-def test_chunks_and_growing_caches_change_nothing(architecture, rows_per_token, blocks, monkeypatch, own_traces):
+def test_chunks_and_growing_caches_change_nothing(
+    architecture, rows_per_token, blocks, causal, monkeypatch, own_traces
+):
     """Histories of several chunks and rounds, caches that grow class by class from the smallest; block 0's rows
     projected, or looked up by token. The Transformer with the token shift, whose last token its cache holds, the others
     with key taps."""
@@ -135,26 +143,27 @@ def test_chunks_and_growing_caches_change_nothing(architecture, rows_per_token, 
     monkeypatch.setattr(cache_module, "ROUNDS", 2)
     monkeypatch.setattr(history, "ROWS_PER_TOKEN", rows_per_token)
     options = {"token_shift": architecture == "transformer", "hidden_depth": 0, "history_window": 5}
-    options |= {"key_taps": 0 if architecture == "transformer" else 2}
+    options |= {"key_taps": 0 if architecture == "transformer" else 2, "causal_history": causal}
     config = dataclasses.replace(SMALL, architecture=architecture, num_blocks=blocks, **options)
     assert largest_error(make_decoder(config), [21, 2], 38, room=21) < TOLERANCE
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("architecture", "rows_per_token", "wavelength", "overlap"),
+    ("architecture", "rows_per_token", "wavelength", "overlap", "causal"),
     [
-        ("tlinformer", 4, 60, 17),
-        ("tlinformer", 0, 0, 0),
-        ("transformer", 0, 60, 0),
+        ("tlinformer", 4, 60, 17, False),
+        ("tlinformer", 0, 0, 0, False),
+        ("tlinformer", 0, 0, 0, True),
+        ("transformer", 0, 60, 0, False),
     ],
 )
 def test_the_gpu_kernels_in_the_decoder(
-    architecture, rows_per_token, wavelength, overlap, monkeypatch, interpreted_kernels
+    architecture, rows_per_token, wavelength, overlap, causal, monkeypatch, interpreted_kernels
 ):
     """Tokens and rows stored and read by the kernels, in half precision."""
     monkeypatch.setattr(history, "ROWS_PER_TOKEN", rows_per_token)
-    windows = {"history_window": 40, "generation_window": 64, "window_overlap": overlap}
+    windows = {"history_window": 40, "generation_window": 64, "window_overlap": overlap, "causal_history": causal}
     half = {"dtype": "float16", "attention": "auto", "d_model": 24, "hidden_depth": 0}
     options = {"longest_wavelength": wavelength, "token_shift": not rows_per_token}
     options |= {"key_taps": 2 * (architecture == "tlinformer")}

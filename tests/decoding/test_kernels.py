@@ -207,9 +207,10 @@ def test_feature_pieces_cover_the_width_once(least):
         pytest.param(3, False, True, 48, marks=pytest.mark.slow),
     ],
 )
-def test_token_layer_by_kernels_equals_plain_products(batch, with_context, int8, most_features, monkeypatch):
+@pytest.mark.parametrize("causal", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_token_layer_by_kernels_equals_plain_products(batch, with_context, int8, most_features, causal, monkeypatch):
     monkeypatch.setattr(decode_kernel, "MOST_FEATURES", most_features)
-    config = ModelConfig(d_model=24, num_heads=2, d_ff=40, dtype="float32", attention="xla")
+    config = ModelConfig(d_model=24, num_heads=2, d_ff=40, causal_history=causal, dtype="float32", attention="xla")
     shapes = {
         "norm1_scale": (24,),
         "norm1_bias": (24,),
