@@ -10,16 +10,18 @@ Variants; models have 41M parameters, windows of 256 and N = 1,024 unless anothe
 
 - rates (28 runs of 60 M tokens): four rates for each architecture. `--point=K --points=7`, K = 0 to 6, runs those of
   one. The best ones belong in RATES below before the other variants are started.
-- books (the default, 15 runs of 600 M tokens, about six epochs): Base, TLinFormer, TConstFormer, sliding window, Gated
+- books (the default, 18 runs of 600 M tokens, about six epochs): Base, TLinFormer, TConstFormer, sliding window, Gated
   DeltaNet, the hybrid, and no-history, a Transformer on samples of 256 tokens, which shows what a window of 256 can
   know without a history. All have the token shift, or Gated DeltaNet's convolution, except base and tlin, which show
-  what it gives. base-plus and plus have three seeds, and one run without dropout.
-- long (5 runs of 300 M tokens): N = 8,192, also evaluated in samples of 65,536 tokens: Base, TLinFormer with windows of
-  256 and of 1,024, sliding window, Gated DeltaNet.
-- large (2 runs of 300 M tokens): Base and TLinFormer in the shape of configs/large.py:125m, N = 2,048.
-- knee (5 runs of 300 M tokens): TLinFormer with five shares of W_oh in W_oh + W_og = 512. --seeds=0,1 marks the knee.
-- gap (6 runs of 300 M tokens): why Base is better after 600 M tokens. base-plus; plus alone, with key taps and with a
-  window overlap; the sliding window; no-history.
+  what it gives. base-plus, plus and causal-plus (TLinFormer with `model.causal_history`) have three seeds; base-plus
+  and plus also have one run without dropout.
+- long (7 runs of 300 M tokens): N = 8,192, also evaluated in samples of 65,536 tokens: Base, TLinFormer with windows of
+  256 and of 1,024, sliding window, Gated DeltaNet, and TLinFormer with a causal history and both windows.
+- large (3 runs of 300 M tokens): Base and TLinFormer in the shape of configs/large.py:125m, N = 2,048.
+- knee (5 runs of 300 M tokens): TLinFormer with a causal history and five shares of W_oh in W_oh + W_og = 512.
+  --seeds=0,1 marks the knee.
+- gap (6 runs of 200 M tokens): why Base is better after 600 M tokens: base-plus, plus, causal-plus, causal-plus with
+  W_oh = 512, the sliding window, no-history.
 - tiny (2 runs): Base and TLinFormer on the Python reference that comes with CPython, minutes on a CPU.
 
 An update has 65,536 tokens: with larger ones there are fewer updates in which to learn to copy. Dropout (0.1), weight
@@ -62,12 +64,14 @@ RATES = {
     "no-history": 2e-3,
     "tlin": 2e-3,
     "plus": 2e-3,
+    "causal-plus": 2e-3,
     "tconst-plus": 2e-3,
     "sliding-plus": 2e-3,
     "delta": 2e-3,
     "hybrid": 2e-3,
     "125m-base-plus": 1e-3,
     "125m-plus": 1e-3,
+    "125m-causal-plus": 1e-3,
 }
 TRIED = (3e-4, 6e-4, 1e-3, 2e-3)
 RATED = ("base", "tlin", "plus", "tconst-plus", "sliding-plus", "delta", "hybrid")
@@ -78,12 +82,13 @@ VARIANTS: dict[str, tuple[int, tuple[str, ...]]] = {
     "long": (300_000_000, ("evaluate", "evaluate@65536", "history")),
     "large": (300_000_000, ("evaluate", "history")),
     "knee": (300_000_000, ("evaluate", "history")),
-    "gap": (300_000_000, ("evaluate", "history")),
+    "gap": (200_000_000, ("evaluate", "history")),
     "tiny": (0, ("evaluate", "history")),
 }
 SCHEDULE, DROPOUT = "wsd:0.2", 0.1
 TOKENS_PER_UPDATE = 65_536
 COMPARED = ("base-plus", "plus")
+CAUSAL = "causal-plus"
 HISTORIES = (64, 128, 256, 384, 448)  # W_oh of `knee`
 SHAPE = ("vocab_size", "d_model", "num_heads", "num_blocks", "hidden_depth")
 # Name of a point -> row of `config.recipes`, and the fields that differ from it.
@@ -109,24 +114,28 @@ def _rows(variant: str) -> Rows:
         }
     if variant == "long":
         rows = {f"8k-{name}": _model(name, row="8k-512-0.5") for name in ("base-plus", "plus", "sliding-plus", "delta")}
-        return rows | {"8k-plus-1024": _model("plus", row="8k-2k-0.5")}
+        rows |= {"8k-plus-1024": _model("plus", row="8k-2k-0.5"), f"8k-{CAUSAL}": _model(CAUSAL, row="8k-512-0.5")}
+        return rows | {f"8k-{CAUSAL}-1024": _model(CAUSAL, row="8k-2k-0.5")}
     if variant == "large":
         model = package_config("large")("125m").model
         shape = {f"model.{field}": model[field] for field in SHAPE}
-        names = {f"125m-{name}": name for name in COMPARED}
+        names = {f"125m-{name}": name for name in (*COMPARED, CAUSAL)}
         return {
             point: _model(name, shape | {"train.learning_rate": RATES[point]}, row="2k-512-0.5")
             for point, name in names.items()
         }
     if variant == "gap":
-        options = {"plus-taps": {"model.key_taps": 5}, "plus-overlap": {"model.window_overlap": 32}}
-        rows = {f"1k-{name}": _model(name) for name in (*COMPARED, "sliding-plus")} | {"1k-no-history": no_history}
-        return rows | {f"1k-{name}": _model("plus", fields) for name, fields in options.items()}
+        rows = {name: _model(name) for name in (*COMPARED, CAUSAL, "sliding-plus")}
+        rows |= {"no-history": no_history, f"{CAUSAL}-512": _model(CAUSAL, window_fields(512, 256))}
+        return {f"gap-{name}": row for name, row in rows.items()}
     if variant == "knee":
-        return {f"1k-{size}-{512 - size}": _model("plus", window_fields(size, 512 - size)) for size in HISTORIES}
-    rows = {f"1k-{name}": _model(name, {"train.seed": (0, 1, 2)} if name in COMPARED else {}) for name in TEXT_MODELS}
+        return {f"1k-{size}-{512 - size}": _model(CAUSAL, window_fields(size, 512 - size)) for size in HISTORIES}
+    seeds = {"train.seed": (0, 1, 2)}
+    others = [name for name in TEXT_MODELS if name != CAUSAL]
+    rows = {f"1k-{name}": _model(name, seeds if name in COMPARED else {}) for name in others}
     rows["1k-no-history"] = no_history
-    return rows | {f"1k-{name}-dropout0": _model(name, {"model.dropout": 0.0}) for name in COMPARED}
+    rows |= {f"1k-{name}-dropout0": _model(name, {"model.dropout": 0.0}) for name in COMPARED}
+    return rows | {f"1k-{CAUSAL}": _model(CAUSAL, seeds)}  # last, since commands name points by their numbers
 
 
 def _model(name: str, fields: Mapping[str, Any] = {}, row: str = "1k-512-0.5") -> tuple[str, dict[str, Any]]:

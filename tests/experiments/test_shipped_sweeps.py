@@ -107,7 +107,7 @@ def evidence(variant: str) -> list:
 
 
 def test_the_evidence_is_gathered_on_equal_terms():
-    tokens = {"rates": 60e6, "books": 600e6, "long": 300e6, "large": 300e6, "knee": 300e6, "gap": 300e6}
+    tokens = {"rates": 60e6, "books": 600e6, "long": 300e6, "large": 300e6, "knee": 300e6, "gap": 200e6}
     for variant, wanted in tokens.items():
         points = evidence(variant)
         for point in points:
@@ -126,7 +126,7 @@ def test_the_evidence_is_gathered_on_equal_terms():
         sizes = [parameters(point.config.model) for point in points]
         assert sizes == pytest.approx([124e6 if variant == "large" else 41e6] * len(points), rel=0.01)
     for point in evidence("books") + evidence("long") + evidence("gap"):
-        assert ("history" in point.then) == (point.point.split("-lr")[0] != "1k-no-history")
+        assert ("history" in point.then) == (point.config.data.sequence_length != 256)
         assert "evaluate" in point.then
     with pytest.raises(UserError, match="variant = 'huge': must be one of rates, books, long, large, knee, gap, tiny"):
         evidence("huge")
@@ -141,7 +141,7 @@ def test_every_model_of_the_evidence_has_its_own_rate():
     for variant in ("books", "long", "large", "knee"):
         for point in plan_points(module["get_sweep"](variant)):
             model = re.sub("^(1k|8k)-|-dropout0$|-1024$", "", point.point)
-            model = "plus" if variant == "knee" else model
+            model = "causal-plus" if variant == "knee" else model
             assert point.config.train.learning_rate == rates[model]
             used.add(model)
     assert used == set(rates)
@@ -150,7 +150,7 @@ def test_every_model_of_the_evidence_has_its_own_rate():
 def test_the_evidence_holds_what_it_promises():
     books = collections.Counter(point.point.removeprefix("1k-") for point in evidence("books"))
     single = ("base", "tlin", "tconst-plus", "sliding-plus", "delta", "hybrid", "no-history")
-    assert books == dict.fromkeys(("base-plus", "plus"), 3) | dict.fromkeys(single, 1) | {
+    assert books == dict.fromkeys(("base-plus", "plus", "causal-plus"), 3) | dict.fromkeys(single, 1) | {
         "base-plus-dropout0": 1,
         "plus-dropout0": 1,
     }
@@ -164,9 +164,15 @@ def test_the_evidence_holds_what_it_promises():
     assert not any(point.then for point in trials)  # what chooses the rates does not see the test split
     assert {p.config.model.architecture for p in trials} == set(ARCHITECTURES)
     long = {point.point: (windows(point), point.then) for point in evidence("long")}
-    assert long["8k-plus-1024"] == ((1024, 1024), ("evaluate", "evaluate@65536", "history"))
+    assert [point.point for point in evidence("books")[:15]] == [
+        *("1k-base", *["1k-base-plus"] * 3, "1k-tlin", *["1k-plus"] * 3, "1k-tconst-plus", "1k-sliding-plus"),
+        *("1k-delta", "1k-hybrid", "1k-no-history", "1k-base-plus-dropout0", "1k-plus-dropout0"),
+    ]  # records name a point by its number
+    assert (
+        long["8k-plus-1024"] == long["8k-causal-plus-1024"] == ((1024, 1024), ("evaluate", "evaluate@65536", "history"))
+    )
     assert {name for name in long if long[name][0] == (256, 256)} == {
-        f"8k-{name}" for name in ("base-plus", "plus", "sliding-plus", "delta")
+        f"8k-{name}" for name in ("base-plus", "plus", "sliding-plus", "delta", "causal-plus")
     }
     shape = load_python("large:125m", "--config", "get_config").model
     for point in evidence("large"):
@@ -177,10 +183,11 @@ def test_the_evidence_holds_what_it_promises():
     knee = evidence("knee")
     assert [windows(point) for point in knee] == [(size, 512 - size) for size in (64, 128, 256, 384, 448)]
     assert {point.study for point in knee} == {"windows"}
-    gap = {point.point.removeprefix("1k-"): point.config for point in evidence("gap")}
-    assert set(gap) == {"base-plus", "plus", "plus-taps", "plus-overlap", "sliding-plus", "no-history"}
-    assert (gap["plus-taps"].model.key_taps, gap["plus-overlap"].model.window_overlap) == (5, 32)
-    assert dataclasses.replace(gap["plus-taps"].model, key_taps=0) == gap["plus"].model
+    assert all(point.config.model.causal_history for point in knee)
+    gap = {point.point.removeprefix("gap-"): point.config.model for point in evidence("gap")}
+    assert set(gap) == {"base-plus", "plus", "causal-plus", "sliding-plus", "no-history", "causal-plus-512"}
+    assert dataclasses.replace(gap["causal-plus"], causal_history=False) == gap["plus"]
+    assert dataclasses.replace(gap["causal-plus-512"], history_window=256) == gap["causal-plus"]
     assert {point.config.model.architecture for point in evidence("tiny")} == {"transformer", "tlinformer"}
 
 

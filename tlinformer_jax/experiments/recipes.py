@@ -57,6 +57,7 @@ TEXT_MODELS: dict[str, dict[str, Any]] = {
     "base-plus": {"model.architecture": "transformer"} | SHIFT,
     "tlin": {},
     "plus": SHIFT,
+    "causal-plus": SHIFT | {"model.causal_history": True},
     "tconst-plus": {"model.architecture": "tconstformer"} | SHIFT,
     "sliding-plus": {"model.architecture": "sliding_window"} | SHIFT,
     "delta": {"model.architecture": "gated_deltanet"},
