@@ -66,6 +66,7 @@ def test_runs_that_differ_in_their_seed_alone_are_one_group():
     elsewhere.append(made_result("b", 1.0, 1, data={"train_files": "b/x-*.txt,b/y.txt"}, train={"mesh": "fsdp=2"}))
     as_earlier(elsewhere[0])
     assert seeds_of(*elsewhere) == [[0, 1]]
+    assert frame_of(elsewhere)["recipe"].nunique() == 1
     goals = [made_result("a", 1.0), made_result("b", 1.0, 1)]
     for each in goals:
         each["config"]["train"]["steps"] = "100@0.5"
@@ -90,6 +91,12 @@ def test_records_of_other_versions_have_defaults_for_what_they_lack_and_keep_wha
 def test_a_run_has_its_points_name_or_its_own():
     frame = frame_of([made_result("mine-seed3", 1.0, 3), windows_result(8, 8, 1.0)])
     assert sorted(frame["label"]) == ["8-8", "mine"]
+
+
+def test_a_legend_names_every_option():
+    options = {"token_shift": True, "causal_history": True, "key_taps": 1, "longest_wavelength": 64}
+    (words,) = frame_of([made_result("a", 1.0, model=options)])["words"]
+    assert words.endswith(", token shift, causal history, 1 key tap, wavelengths to 64")
 
 
 def test_a_run_of_two_sweeps_counts_once_and_each_study_has_its_own():

@@ -134,7 +134,9 @@ def _derived(record: Record) -> dict[str, Any]:
         **{f"test.{field}": own_test.get(field) for field in ("perplexity", "bits_per_byte")},
         **{f"reported.{field}": figures.get(field) for field in ACCURACIES},
         "found": _found_at(record["history"]),
-        "recipe": json.dumps([record["tokens"], record["steps"], *(data[field] for field in TEXT_FIELDS)]),
+        "recipe": json.dumps(
+            [record["tokens"], record["steps"], *(fields.get(f"data.{field}") for field in TEXT_FIELDS)]
+        ),
         "group": json.dumps([record["study"], tokens, fields], sort_keys=True),
         **{
             f"by.{field}": json.dumps([tokens, fields | {field: None, "data.examples": None}], sort_keys=True)
@@ -190,7 +192,7 @@ def _model_name(model: Mapping[str, Any], layers: int) -> str:
 
 def _options(model: Mapping[str, Any]) -> str:
     """Describes the model's deviations from the published one; for an earlier version also which rows were observed."""
-    options = ["token shift"] * bool(model.get("token_shift"))
+    options = ["token shift"] * bool(model.get("token_shift")) + ["causal history"] * bool(model.get("causal_history"))
     if taps := model.get("key_taps"):
         options.append(f"{taps} key tap{'s' if taps > 1 else ''}")
     if overlap := model.get("window_overlap"):
