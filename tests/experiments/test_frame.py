@@ -94,7 +94,13 @@ def test_a_run_has_its_points_name_or_its_own():
 
 
 def test_a_legend_names_every_option():
-    options = {"token_shift": True, "causal_history": True, "key_taps": 1, "longest_wavelength": 64}
+    options = {
+        "architecture": "tlinformer",
+        "token_shift": True,
+        "causal_history": True,
+        "key_taps": 1,
+        "longest_wavelength": 64,
+    }
     (words,) = frame_of([made_result("a", 1.0, model=options)])["words"]
     assert words.endswith(", token shift, causal history, 1 key tap, wavelengths to 64")
 

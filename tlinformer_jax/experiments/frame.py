@@ -23,7 +23,8 @@ from tlinformer_jax.files import markdown
 
 N, ARCHITECTURE, DEPTH = "config.data.sequence_length", "config.model.architecture", "depth"
 RATE, BY_RATE = "config.train.learning_rate", "by.train.learning_rate"
-TEXT_FIELDS = ("dataset", "tokenizer", "train_files", "validation_files")  # of a recipe
+# Fields of a recipe.
+TEXT_FIELDS = tuple(f"data.{field}" for field in ("dataset", "tokenizer", "train_files", "validation_files"))
 PERPLEXITY, SPEED, CACHE = "validation.perplexity", "speed.tokens_per_second", "cache.used"
 ACCURACIES = ("accuracy", "accuracy_own", "accuracy_observed", "accuracy_history")
 # Fields that are the x axis of a capacity curve, and the axis's title.
