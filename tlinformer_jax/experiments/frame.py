@@ -135,9 +135,7 @@ def _derived(record: Record) -> dict[str, Any]:
         **{f"test.{field}": own_test.get(field) for field in ("perplexity", "bits_per_byte")},
         **{f"reported.{field}": figures.get(field) for field in ACCURACIES},
         "found": _found_at(record["history"]),
-        "recipe": json.dumps(
-            [record["tokens"], record["steps"], *(fields.get(f"data.{field}") for field in TEXT_FIELDS)]
-        ),
+        "recipe": json.dumps([record["tokens"], record["steps"], *map(fields.get, TEXT_FIELDS)]),
         "group": json.dumps([record["study"], tokens, fields], sort_keys=True),
         **{
             f"by.{field}": json.dumps([tokens, fields | {field: None, "data.examples": None}], sort_keys=True)
