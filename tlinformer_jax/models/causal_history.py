@@ -107,9 +107,9 @@ def _window_parts(config: ModelConfig, z: Stream, x: Stream, dropout: Dropout | 
         config, part_of(dropout, SHARED_ATTENTION), dataclasses.replace(z, never_empty=False), x
     )
     parts = attend_with_lse(x.Q, x.K, x.V, **x_options), attend_with_lse(x.Q, z.K, z.V, **reading_z)
-    z_parts = attend_with_lse(z.Q, z.K, z.V, **z_options)
-    x_parts = merge_parts(*((output.astype(jnp.float32), lse) for output, lse in parts))
-    return tuple(beside(*pair) for pair in zip(z_parts, x_parts))
+    z_attends, z_lse = attend_with_lse(z.Q, z.K, z.V, **z_options)
+    x_attends, x_lse = merge_parts(*((output.astype(jnp.float32), lse) for output, lse in parts))
+    return beside(z_attends, x_attends), beside(z_lse, x_lse)
 
 
 def _contiguous(z: Stream) -> bool:
@@ -120,5 +120,5 @@ def _contiguous(z: Stream) -> bool:
 def _side_by_side(z: Stream, x: Stream) -> Stream:
     """Returns the rows of z and x as one stream."""
     documents = documents_of(z, (z, x))
-    both = [beside(*pair) for pair in ((z.Q, x.Q), (z.K, x.K), (z.V, x.V))]
-    return Stream(None, *both, documents=None if documents is None else documents[0])
+    Q, K, V = beside(z.Q, x.Q), beside(z.K, x.K), beside(z.V, x.V)
+    return Stream(None, Q, K, V, documents=None if documents is None else documents[0])
