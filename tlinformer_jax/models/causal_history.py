@@ -25,9 +25,10 @@ from jaxtyping import Array, Float
 
 from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.models.attention import OutputAndLse, attend, attend_jointly, attend_with_lse, merge_parts
-from tlinformer_jax.models.layers import Dropout, LayerParams, part_of
+from tlinformer_jax.models.layers import Dropout, LayerParams, part_of, update
 from tlinformer_jax.models.streams import (
     CAUSAL_ATTENTION,
+    FEED_FORWARD,
     OBSERVED_ATTENTION,
     SHARED_ATTENTION,
     RestoreLayer,
@@ -75,9 +76,10 @@ def restore(
     dropout: Dropout | None = None,
 ) -> tuple[Any, XRows]:
     """Runs the last layer: as `hidden`, and rows of C before z read z. C' is None if no `later` block reads it."""
+    if not later:  # nobody reads z'
+        _, x_attends = apart(_attend_window(config, z, x, dropout), z.Q.shape[1])
+        return None, update(layer, x.rows, x_attends, part_of(dropout, FEED_FORWARD))
     z_rows, x_rows = hidden(layer, config, z, x, dropout)
-    if not later:
-        return None, x_rows
     parts = "qkv" if len(later) > 1 else "kv"  # the last block does not restore C, so it needs no Qc
     restore_some = functools.partial(restore_rows, config, z.never_empty)
     mask = ZMask(z.length, z.documents, dropout, C.observed_start)
