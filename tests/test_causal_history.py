@@ -193,3 +193,9 @@ def test_windows_do_not_overlap():
         ConfigError, match=r"model\.causal_history = True: must be False for model\.window_overlap = 2$"
     ):
         continued(window_overlap=2)
+
+
+@pytest.mark.parametrize("backend", ["cudnn", "splash"])
+def test_kernels_that_merge_no_softmaxes_are_refused(backend):
+    with pytest.raises(ConfigError, match=rf"model\.attention = '{backend}': has no log-sum-exp with a gradient"):
+        continued(attention=backend)
