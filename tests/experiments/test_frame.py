@@ -87,6 +87,12 @@ def test_records_of_other_versions_have_defaults_for_what_they_lack_and_keep_wha
     assert seeds_of(older, newer) == [[0], [1]]
 
 
+def test_options_are_named():
+    model = {"architecture": "tlinformer", "causal_history": True, "key_taps": 3}
+    (options,) = frame_of([made_result("mine-seed3", 1.0, 3, model=model)])["options"]
+    assert options == "causal history, 3 key taps"
+
+
 def test_a_run_has_its_points_name_or_its_own():
     frame = frame_of([made_result("mine-seed3", 1.0, 3), windows_result(8, 8, 1.0)])
     assert sorted(frame["label"]) == ["8-8", "mine"]

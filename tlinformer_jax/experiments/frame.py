@@ -190,7 +190,8 @@ def _model_name(model: Mapping[str, Any], layers: int) -> str:
 
 def _options(model: Mapping[str, Any]) -> str:
     """Describes the model's deviations from the published one; for an earlier version also which rows were observed."""
-    options = ["token shift"] * bool(model.get("token_shift"))
+    options = ["causal history"] * bool(model.get("causal_history"))
+    options += ["token shift"] * bool(model.get("token_shift"))
     if taps := model.get("key_taps"):
         options.append(f"{taps} key tap{'s' if taps > 1 else ''}")
     if overlap := model.get("window_overlap"):
