@@ -128,10 +128,15 @@ def segment_shapes(config: ModelConfig, segment: Segment, causal: float, fused: 
     rows, together, paired = segment.history_rows, segment.together, isinstance(segment, PairedSegment)
     # The short history of a pair is read from an array of half of the rows.
     short = rows // config.generation_window // 2 * config.generation_window
+    size, width = config.generation_window, segment.observed_width
+    if config.causal_history and fused:
+        causal = causal_pairs(width + size)
+    elif config.causal_history:  # x is beside z only if no window's z has invalid rows
+        causal = (width + size) ** 2 if min(segment.observed) == width else width**2 + size**2 + size * width
     for number, observed in enumerate(segment.observed):
         history = int(segment.starts(config, segment.first + number))
         read = short if paired and 2 * history < rows else rows
-        keys = (history, observed) if fused else (read, segment.observed_width)
+        keys = (history - observed * config.causal_history, observed) if fused else (read, segment.observed_width)
         restored = history if paired else rows
         if segment.history_chunk:  # windows that run together all restore as many chunks as the last of them needs
             longest = int(segment.starts(config, segment.first + number + together - 1 - number % together))

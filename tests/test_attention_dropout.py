@@ -13,7 +13,7 @@ from tlinformer_jax.kernels import dropout as dropout_kernel
 from tlinformer_jax.kernels.common import Scores, threefry
 from tlinformer_jax.kernels.dropout import Tile, Tiles, attend_with_dropout
 from tlinformer_jax.models import attention
-from tlinformer_jax.models.attention import attend, attend_with_lse
+from tlinformer_jax.models.attention import attend, attend_jointly, attend_with_lse
 from tlinformer_jax.models.layers import Dropout, dropout_mask
 
 # Tiles that no length below is a multiple of, other ones for each kernel.
@@ -31,7 +31,7 @@ CASES = {
 
 
 def masked_attention(query, key, value, causal, window, lengths, rate):
-    """What the kernels are to give: every weight by the formula, no mask of `attention.visible`."""
+    """What the kernels are to give: every weight by the formula, no mask of `attention.visible`; and log-sum-exps."""
     scores = jnp.einsum("bqhd,bkhd->bhqk", query, key) * SCALE
     q, k = np.arange(query.shape[1])[:, None], np.arange(key.shape[1])[None, :]
     seen = np.ones((query.shape[0], 1, q.size, k.size), bool)
@@ -45,19 +45,31 @@ def masked_attention(query, key, value, causal, window, lengths, rate):
     total = powers.sum(-1, keepdims=True)
     weights = powers / jnp.where(total > 0, total, 1.0)
     keep = dropout_mask(WORDS, query.shape[0], HEADS, q.size, k.size, rate)
-    return jnp.einsum("bhqk,bkhd->bqhd", jnp.where(keep, weights / (1 - rate), 0.0), value)
+    lse = jnp.where(total > 0, jnp.log(jnp.where(total > 0, total, 1.0)), -jnp.inf)[..., 0]
+    output = jnp.einsum("bhqk,bkhd->bqhd", jnp.where(keep, weights / (1 - rate), 0.0), value)
+    return output, jnp.swapaxes(lse, 1, 2)
 
 
 def outcome(function, queries: int, keys: int):
+    """What the function returns, and three gradients of a sum in which each of its numbers has a weight."""
     rng = np.random.default_rng(0)
-    arrays = [jnp.asarray(rng.standard_normal((2, n, HEADS, WIDTH)), jnp.float32) for n in (queries, keys, keys)]
-    weights = jnp.asarray(rng.standard_normal((2, queries, HEADS, WIDTH)), jnp.float32)
+
+    def drawn(*shape):
+        return jnp.asarray(rng.standard_normal(shape), jnp.float32)
+
+    arrays = [drawn(2, n, HEADS, WIDTH) for n in (queries, keys, keys)]
 
     def with_gradients(*arrays):
-        output, pull = jax.vjp(function, *arrays)
-        return (output, *pull(weights))
+        found, pull = jax.vjp(function, *arrays)
+        return (*jax.tree.leaves(found), *pull(jax.tree.map(lambda array: drawn(*array.shape), found)))
 
     return jax.jit(with_gradients)(*arrays)
+
+
+def check_equal(ours, truth) -> None:
+    for value, expected in zip(ours, truth, strict=True):
+        largest = np.abs(expected, where=np.isfinite(expected), out=np.zeros(expected.shape)).max()
+        np.testing.assert_allclose(value, expected, atol=2e-5 * largest)
 
 
 @pytest.mark.parametrize(
@@ -65,7 +77,7 @@ def outcome(function, queries: int, keys: int):
     [pytest.param(case, marks=pytest.mark.slow if place > 2 else ()) for place, case in enumerate(CASES)],
 )
 def test_kernels_equal_plain_products_with_the_mask(case):
-    """Output and the three gradients, float32."""
+    """Output, log-sum-exp and the three gradients of both, float32."""
     queries, keys, causal, window, lengths = CASES[case]
     valid = None if lengths is None else jnp.array(lengths, jnp.int32)
 
@@ -76,10 +88,11 @@ def test_kernels_equal_plain_products_with_the_mask(case):
         return masked_attention(query, key, value, causal, window, lengths, 0.3)
 
     ours, truth = outcome(by_kernel, queries, keys), outcome(plainly, queries, keys)
-    for value, expected in zip(ours, truth, strict=True):
-        np.testing.assert_allclose(value, expected, atol=2e-5 * float(jnp.abs(expected).max()))
+    check_equal(ours, truth)
     if lengths is not None and 0 in lengths:
-        assert not any(np.any(value[lengths.index(0)]) for value in ours)
+        output, lse, *gradients = (value[lengths.index(0)] for value in ours)
+        assert np.isneginf(lse).all()
+        assert not any(np.any(value) for value in (output, *gradients))
 
 
 def test_threefry_is_that_of_jax():
@@ -120,12 +133,12 @@ def test_nothing_is_dropped_at_rate_0():
 
 
 def test_auto_takes_the_kernel_where_it_can(monkeypatch):
-    """On one NVIDIA GPU in half precision, with dropout and without the log-sum-exp."""
+    """On one NVIDIA GPU in half precision, with dropout or the log-sum-exp."""
     half, dropout = jnp.zeros((1, 2, 1, 40), jnp.bfloat16), Dropout.by_key(jax.random.key(0), 0.1)
     assert attention.choose_backend(half, dropout, False) == "xla"
     monkeypatch.setattr(common, "available", lambda name: True)
     assert attention.choose_backend(half, dropout, False) == "triton"
-    assert attention.choose_backend(half, dropout, True) == "xla"
+    assert attention.choose_backend(half, dropout, True) == attention.choose_backend(half, None, True) == "triton"
     assert attention.choose_backend(half, None, False) == "xla"
     assert attention.choose_backend(half.astype(jnp.float32), dropout, False) == "xla"
     assert attention.choose_backend(jnp.zeros((1, 2, 1, 136), jnp.bfloat16), dropout, False) == "xla"
@@ -189,15 +202,31 @@ def test_without_dropout_the_kernels_are_exact_attention(case, monkeypatch):
         return attend(*arrays, Scores(SCALE, causal, window), key_length=valid, backend="triton")
 
     def plainly(query, key, value):
-        return masked_attention(query, key, value, causal, window, lengths, 0.0)
+        return masked_attention(query, key, value, causal, window, lengths, 0.0)[0]
 
-    ours, truth = outcome(by_kernel, queries, keys), outcome(plainly, queries, keys)
-    for value, expected in zip(ours, truth, strict=True):
-        np.testing.assert_allclose(value, expected, atol=2e-5 * float(jnp.abs(expected).max()))
+    check_equal(outcome(by_kernel, queries, keys), outcome(plainly, queries, keys))
 
 
-def test_the_kernel_refuses_the_log_sum_exp():
-    ones = jnp.ones((1, 2, 1, 8))
-    dropout = Dropout.by_key(jax.random.key(0), 0.1)
-    with pytest.raises(ValueError, match="'triton' does not support a log-sum-exp; 'auto' and 'xla' do"):
-        attend_with_lse(ones, ones, ones, Scores(1.0), backend="triton", dropout=dropout)
+def test_two_calls_of_the_kernel_are_one_softmax(monkeypatch):
+    """Over keys up to a query's own, and over the first 0 or 13 of the same keys: output and gradients, float32."""
+    interpreted = functools.partial(attend_with_dropout, interpret=True, tiles=TILES)
+    monkeypatch.setattr(dropout_kernel, "attend_with_dropout", interpreted)
+    rows, valid = 20, jnp.array([0, 13])
+
+    def by_kernel(*arrays):
+        own = attend_with_lse(*arrays, Scores(SCALE, causal=True), backend="triton")
+        others = attend_with_lse(*arrays, Scores(SCALE), key_length=valid, backend="triton")
+        return attend_jointly(own, others)
+
+    def plainly(query, key, value):
+        scores = jnp.tile(jnp.einsum("bqhd,bkhd->bhqk", query, key) * SCALE, 2)
+        q, k = np.arange(rows)[:, None], np.arange(rows)[None, :]
+        own, others = (
+            np.broadcast_to(k <= q, (2, rows, rows)),
+            np.broadcast_to(k, (2, rows, rows)) < valid[:, None, None],
+        )
+        seen = jnp.concatenate([own, others], axis=-1)[:, None]
+        weights = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), axis=-1)
+        return jnp.einsum("bhqk,bkhd->bqhd", weights, jnp.concatenate([value, value], axis=1))
+
+    check_equal(outcome(by_kernel, rows, rows), outcome(plainly, rows, rows))

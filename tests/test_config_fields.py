@@ -77,7 +77,7 @@ OTHER = {
 
 
 # Fields that others above leave no other value.
-ALONE = {"data": {"curriculum", "document_masking", "shingle"}}
+ALONE = {"model": {"causal_history"}, "data": {"curriculum", "document_masking", "shingle"}}
 
 
 @pytest.mark.parametrize("name", ["tiny.py", "wt103.py", "wt103.py:paper-1k-512-0.5", "books.py", "long.py:1m"])
@@ -109,6 +109,10 @@ def test_a_curriculum_can_be_overridden_on_the_command_line():
 
 def test_documents_can_be_kept_apart_from_the_command_line():
     assert from_flags("tiny.py", "data.document_masking=True").data.document_masking
+
+
+def test_the_history_can_be_computed_like_the_window_from_the_command_line():
+    assert from_flags("tiny.py", "model.causal_history=True").model.causal_history
 
 
 @pytest.mark.parametrize("name", ["tiny.py", "wt103.py", "books.py:4k-1k-0.5"])

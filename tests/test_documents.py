@@ -48,6 +48,7 @@ SHAPES = {
     "overlap": {"window_overlap": 2, "hidden_depth": 0},
     "shift": {"token_shift": True, "key_taps": 2, "num_blocks": 3},
     "options": {"longest_wavelength": 20, "token_shift": True, "key_taps": 3, "window_overlap": 1},
+    "causal history": {"causal_history": True, "token_shift": True, "key_taps": 2, "history_window": 5},
     "experts": {"num_experts": 3, "experts_per_token": 2},
 }
 PLANS = {
@@ -96,7 +97,7 @@ def trained(config: ModelConfig, batch, windows=None):
     ("shape", "plan"),
     [("paper's block", "one after the other"), ("options", "together"), ("sliding_window", "one after the other")]
     + [pytest.param(shape, "together", marks=slow) for shape in SHAPES if shape not in ("options", "sliding_window")]
-    + [pytest.param("paper's block", "chunks", marks=slow)],
+    + [pytest.param(shape, "chunks", marks=slow) for shape in ("paper's block", "causal history")],
 )
 def test_logits_are_the_references_and_at_a_windows_edge_as_if_alone(shape, plan):
     """Where a document begins at an edge, windows are cut as if it began the sample; 'auto' observes more, the further
@@ -118,7 +119,14 @@ def test_logits_are_the_references_and_at_a_windows_edge_as_if_alone(shape, plan
 @slow
 @pytest.mark.parametrize(
     ("shape", "plan"),
-    [("options", "checkpointing"), ("paper's block", "chunks"), ("shift", "together"), ("shift", "pairs")],
+    [
+        ("options", "checkpointing"),
+        ("paper's block", "chunks"),
+        ("shift", "together"),
+        ("shift", "pairs"),
+        ("causal history", "chunks"),
+        ("causal history", "checkpointing"),
+    ],
 )
 def test_loss_and_gradient_are_the_references(shape, plan):
     """The gradient along the weights themselves."""
@@ -176,7 +184,7 @@ def leak(config: ModelConfig, windows=None, with_logits: bool = False) -> float:
     ]
     + [
         pytest.param(shape, "checkpointing", "xla", marks=slow)
-        for shape in ("paper's block", "tconstformer", "sliding_window", "auto")
+        for shape in ("paper's block", "tconstformer", "sliding_window", "auto", "causal history")
     ]
     + [pytest.param(shape, "together", "splash", marks=slow) for shape in ("overlap", "sliding_window")],
 )

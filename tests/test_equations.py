@@ -1,4 +1,5 @@
-"""The block's equations stand once, in `models/block.py`; and a window without history costs nothing for it."""
+"""The block's equations stand once, in `models/block.py`, and those of `causal_history` in its own file; and a window
+without history costs nothing for it."""
 
 import ast
 import pathlib
@@ -21,7 +22,8 @@ ATTENTION |= {"dot_product_attention", "softmax"}
 # The files in which something calls one of these, and what for.
 CALLERS = {
     "models/block.py": "the equations",
-    "models/streams.py": "attend(Q, Kc, Vc), as `compress` reads a history that is kept whole",
+    "models/causal_history.py": "the equations with `causal_history`",
+    "models/streams.py": "attend(Q, Kc, Vc), as `compress` reads a history that is kept whole; and `restore_rows`",
     "models/paired.py": "the same of two windows whose histories share an array, and `restore` of their rows",
     "decoding/history.py": "the same of one that is kept as a cache",
     "models/cached_attention.py": "the same, and the token step",
@@ -54,8 +56,9 @@ def found(names: set[str]) -> dict[str, set[str]]:
 def test_attention_is_called_by_the_equations_alone():
     places = found(ATTENTION)
     assert set(places) == set(CALLERS)
-    assert places["models/block.py"] == {"compress", "hidden", "restore", "restore_rows"}
-    assert places["models/streams.py"] == {"History.read"}
+    assert places["models/block.py"] == {"compress", "hidden", "restore"}
+    assert places["models/causal_history.py"] == {"_attend_window", "_window_parts"}
+    assert places["models/streams.py"] == {"History.read", "History.read_before", "restore_rows"}
     assert places["models/paired.py"] == {"PairedHistory.read", "PairedHistory.restore"}
     assert places["decoding/history.py"] == {"CachedHistory.read"}
     assert places["models/model.py"] == {"forward_layers"}
@@ -64,6 +67,7 @@ def test_attention_is_called_by_the_equations_alone():
 def test_the_equations_are_called_by_the_block_and_by_the_decoder_alone():
     files = found({"compress", "hidden"})
     assert files.pop("data/domains.py") == {"png"}  # zlib's compress
+    assert files.pop("models/causal_history.py") == {"restore"}  # which begins as `hidden`
     assert set(files) == {"models/block.py", "decoding/windowed.py"}
     assert files["models/block.py"] == {"dual_window_block"}
     assert len(files["decoding/windowed.py"]) == 1

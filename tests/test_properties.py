@@ -91,6 +91,8 @@ def valid_configs(draw, architecture: str | None = None, blocks: int = 1, window
     }
     if architecture in model_config.WINDOWED:
         model["window_overlap"] = draw(st.integers(0, model["generation_window"] - 1))
+        if architecture == "tlinformer" and not model["window_overlap"]:
+            model["causal_history"] = draw(st.booleans())
         model["key_taps"] = draw(st.integers(0, model_config.MOST_TAPS)) * (model["num_blocks"] > 1)
     least = (windows_of - 1) * model["generation_window"] + 1 if windows_of else 1
     length = draw(st.integers(least, max(24, least + 2)))
@@ -217,7 +219,7 @@ CHOICES = {
     },
     "data": {"dataset": data_config.DATASETS},
 }
-SWITCHES = {"model": ("token_shift",), "train": ("deterministic",), "data": ("document_masking",)}
+SWITCHES = {"model": ("causal_history", "token_shift"), "train": ("deterministic",), "data": ("document_masking",)}
 RATES = {
     "model": {"dropout": 1.0},
     "train": {"ema": 1.0} | dict.fromkeys(("learning_rate", "weight_decay", "z_loss", "clip_norm"), math.inf),
@@ -297,7 +299,7 @@ def test_a_field_that_is_wrong_is_named_in_one_line_many_times(case):
 
 
 # Values that are allowed alone and not together; any of the fields may be the one that is named.
-PLAIN = {"model.longest_wavelength": 0, "model.window_overlap": 0, "model.key_taps": 0}
+PLAIN = {"model.longest_wavelength": 0, "model.window_overlap": 0, "model.key_taps": 0, "model.causal_history": False}
 TOGETHER = [
     {"model.num_heads": 3, "model.d_model": 8},
     {"model.num_heads": 2, "model.d_model": 6},
@@ -309,7 +311,8 @@ TOGETHER = [
     PLAIN | {"model.architecture": "sliding_window", "model.history_window": "auto", "train.sampled_windows": 0},
     PLAIN | {"model.architecture": "transformer", "train.sampled_windows": 1},
     {"model.architecture": "gated_deltanet", "model.longest_wavelength": 20, "train.sampled_windows": 0}
-    | {"model.window_overlap": 0, "model.key_taps": 0},
+    | {"model.window_overlap": 0, "model.key_taps": 0, "model.causal_history": False},
+    {"model.causal_history": True, "model.window_overlap": 1, "model.generation_window": 4, "train.sampled_windows": 0},
     {"train.sampled_windows": 9, "model.generation_window": 4, "data.sequence_length": 24},
 ]
 

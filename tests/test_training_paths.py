@@ -52,6 +52,18 @@ WAYS = {
         "architecture": "tconstformer",
         "hidden_depth": 1,
     },
+    "causal history": {
+        "memory": ExecutionPlan(2, together=2, chunk=5, checkpointing=True, paired=True),
+        "causal_history": True,
+    },
+    "causal history, one after the other": {
+        "memory": ExecutionPlan(2, chunk=3, checkpointing=True),
+        "causal_history": True,
+        "history_window": 6,
+        "hidden_depth": 2,
+        "num_blocks": 3,
+    },
+    "causal history, all kept": {"memory": ExecutionPlan(together=5), "causal_history": True, "history_window": 9},
 }
 DEFAULT = ("in groups",)
 # Of compress and restore, where a case asks for no more: the plain loop is unrolled, and its compilation is the cost.

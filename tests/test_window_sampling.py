@@ -51,7 +51,11 @@ OPTIONS = {"token_shift": True, "key_taps": 2, "window_overlap": 2, "longest_wav
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("architecture", "segments", "options"),
-    [("tlinformer", 2, OPTIONS), ("tconstformer", 1, {})],
+    [
+        ("tlinformer", 2, OPTIONS),
+        ("tlinformer", 2, {"causal_history": True, "token_shift": True}),
+        ("tconstformer", 1, {}),
+    ],
 )
 def test_over_all_subsets_the_mean_loss_and_gradient_are_the_full_ones(architecture, segments, options):
     """Every subset of k = 2 of n = 5 windows, the last one short; loss and gradients to 1e-6."""

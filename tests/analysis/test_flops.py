@@ -1,5 +1,7 @@
 """Model FLOPs against pairs counted one by one, and the peaks of accelerators."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -11,9 +13,15 @@ from tlinformer_jax.models import ModelConfig
 
 
 @pytest.mark.parametrize(
-    ("architecture", "overlap"), [*((name, 0) for name in ARCHITECTURES), ("tlinformer", 3), ("tconstformer", 1)]
+    ("architecture", "overlap", "causal"),
+    [
+        *((name, 0, False) for name in ARCHITECTURES),
+        ("tlinformer", 3, False),
+        ("tconstformer", 1, False),
+        ("tlinformer", 0, True),
+    ],
 )
-def test_model_flops_hold_the_pairs_that_the_reference_attends(architecture, overlap, monkeypatch):
+def test_model_flops_hold_the_pairs_that_the_reference_attends(architecture, overlap, causal, monkeypatch):
     """Attended pairs one by one: what a width of the attention heads adds beyond its projections."""
     config = ModelConfig(
         architecture=architecture,
@@ -26,13 +34,15 @@ def test_model_flops_hold_the_pairs_that_the_reference_attends(architecture, ove
         history_window=5,
         generation_window=4,
         window_overlap=overlap,
+        causal_history=causal,
         dtype="float32",
     )
     length, pairs, rows, mixed = 14, [0], [0, 0], [0]
     attend, layer, mix = reference._attend, reference._Layer, reference.delta_rule
 
     def counting_attend(q, k, v, causal=False, window=None, ids=None):
-        seen = [min(i + 1, window or len(k)) if causal else len(k) for i in range(len(q))]
+        before = len(k) - len(q)  # the queries are of the last rows of the keys
+        seen = [min(before + i + 1, window or len(k)) if causal else len(k) for i in range(len(q))]
         pairs[0] += sum(seen)
         return attend(q, k, v, causal, window)
 
@@ -63,14 +73,33 @@ def test_model_flops_hold_the_pairs_that_the_reference_attends(architecture, ove
         for start in range(0, length, 4):
             history = max(0, start - overlap)
             observed = min(history, 5)
-            unread = 2 * observed * 8 * 8  # z's queries under `restore`, in both blocks
-            expected -= 2 * unread
+            if causal:  # z of the last block is not restored: its queries, what they read, and its update
+                expected -= 2 * observed * 8 * 8 + 4 * 8 * observed * (observed + 1) / 2
+                expected -= 2 * observed * 8 * (8 + 3 * 8)
+                history -= observed  # rows that the last block does not restore by attention
+            else:
+                expected -= 2 * 2 * observed * 8 * 8  # z's queries under `restore`, in both blocks
             # Block 0's `compress` projections were counted with each window that reads them, not once a token.
             expected -= 2 * start * 8 * 3 * 8
             # The last block: no restored history, and queries for the observation window only.
-            expected -= 2 * (history - observed) * 8 * 8 + 4 * history * observed * 8
+            unread = history if causal else history - observed
+            expected -= 2 * unread * 8 * 8 + 4 * history * observed * 8
             expected -= 2 * history * 8 * (8 + 3 * 8)
     assert training_flops(config, length) == 3 * expected
+
+
+def test_a_causal_history_in_z_costs_what_a_transformer_costs():
+    """Over the sequence so far, but for block 0's `compress` projections, which count once for all windows, and in the
+    last layer z's queries, what they read and their update."""
+    config = dataclasses.replace(WIDE, causal_history=True, history_window=448, generation_window=64, num_blocks=2)
+    layers = dataclasses.replace(config, causal_history=False, architecture="transformer")
+    size, width, expected = 64, 256, 0.0
+    for stop in range(size, 513, size):
+        n = stop - size
+        expected += training_flops(layers, stop, read=0) - 3 * 2 * stop * width * 3 * width
+        expected -= 3 * (2 * n * width * (width + width + 3 * config.feed_forward_dim) + 4 * width * n * (n + 1) / 2)
+    expected += 3 * 2 * 512 * width * 3 * width
+    assert training_flops(config, 512, read=0) == pytest.approx(expected, rel=1e-12)
 
 
 def test_sampled_windows_cost_their_share_of_the_windows_but_all_of_block_0s_projections():

@@ -36,6 +36,7 @@ WIDE = ModelConfig(
     [
         ("tlinformer", 128, 0, {}),
         ("tlinformer", 160, 0, {"history_window": 80, "hidden_depth": 0}),
+        ("tlinformer", 192, 0, {"causal_history": True}),
         ("tlinformer", 192, 130, {}),  # its first two windows are not run
         ("tconstformer", 128, 0, {"num_blocks": 1}),
         ("tlinformer", 64, 0, {}),  # one window

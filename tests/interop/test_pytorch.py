@@ -92,6 +92,8 @@ SHAPES = [
     ("transformer", 0, 5, 4, 22, "wavelength"),
     ("tlinformer", 1, 3, 4, 22, "shift", "overlap", "taps"),
     ("tconstformer", 0, "auto", 4, 22, "overlap"),
+    ("tlinformer", 1, 6, 4, 22, "causal", "shift", "taps"),
+    ("tlinformer", 0, "auto", 1, 9, "causal"),
 ]
 
 
@@ -103,7 +105,7 @@ def test_every_architecture(shape, torch, tmp_path):
         architecture=architecture, vocab_size=41, d_model=24, num_heads=2, num_blocks=2, hidden_depth=hidden_depth,
         d_ff=40, history_window=history_window, generation_window=generation_window, dtype="float32",
         token_shift="shift" in options, key_taps=3 * ("taps" in options), window_overlap=3 * ("overlap" in options),
-        longest_wavelength=20 * ("wavelength" in options),
+        longest_wavelength=20 * ("wavelength" in options), causal_history="causal" in options,
     )  # fmt: skip
     weights = golden.random_weights(config, seed=length)
     model = loaded(tmp_path, weights, config)

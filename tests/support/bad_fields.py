@@ -31,6 +31,12 @@ MODELS += [
         ("--config.model.attention=cudnn", "--config.model.dropout=0.1"),
         "model.attention = 'cudnn'",
     ),
+    Case(
+        "a kernel that merges no softmaxes",
+        "train",
+        ("--config.model.attention=splash", "--config.model.causal_history=True"),
+        "model.attention = 'splash'",
+    ),
     Case("a GPU kernel on the CPU", "train", ("--config.model.attention=cudnn",), "model.attention"),
     Case(
         "a kernel that is not deterministic",
@@ -55,6 +61,18 @@ MODELS += [
         "train",
         ("--config.model.window_overlap=8", "--config.model.architecture=transformer"),
         "model.window_overlap = 8",
+    ),
+    Case(
+        "a causal history for a model without windows",
+        "train",
+        ("--config.model.causal_history=True", "--config.model.architecture=transformer"),
+        "model.causal_history = True",
+    ),
+    Case(
+        "a causal history with windows that overlap",
+        "train",
+        ("--config.model.causal_history=True", "--config.model.window_overlap=4"),
+        "model.causal_history = True",
     ),
     Case(
         "key taps for a model without windows",

@@ -109,6 +109,12 @@ def _window(
             kc, vc = kept(kc), kept(vc)
         if probe is not None:
             probe.append((qc[rows], qx, kc, vc, kx, vx))
+        if config.causal_history:
+            whole = [np.concatenate(pair) for pair in ((context, x), (qc, qx), (kc, kx), (vc, vx), (past, new))]
+            h, of_both = n - first - observed, ids[first : n + m]
+            both = _causal_block(weights, config, block, len(context), h, *whole, of_both)
+            context, x = both[: len(context)], both[len(context) :]
+            continue
         z = layer.update(context[rows], _attend(qc[rows], kc, vc, ids=(of_z, of_c)))
         seen = _attend(qx, kx, vx, causal=True, ids=(of_x, of_x))
         if config.architecture == "tlinformer":
@@ -130,6 +136,31 @@ def _window(
         context = layer.update(context, _attend(qc, kz, vz, ids=(of_c, of_z)))
         x = layer.update(x, _attend(qx, kx, vx, causal=True, ids=(of_x, of_x)) + _attend(qx, kz, vz, ids=(of_x, of_z)))
     return x
+
+
+def _causal_block(
+    weights: Weights,
+    config,
+    block: str,
+    n: int,
+    h: int,
+    rows: np.ndarray,
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    positions: np.ndarray,
+    ids: np.ndarray,
+) -> np.ndarray:
+    """The next C and x of a block with `causal_history`. `rows` are the n rows of C, then those of x; q, k and v are
+    theirs by the first layer. y are the rows from h on, of z and x."""
+    layer = _Layer(weights, block + "compress_context_layer.", config)
+    y = layer.update(rows[h:], _attend(q[h:], k, v, causal=True, ids=(ids[h:], ids)))
+    for name in [*(f"hidden_layers.{j}." for j in range(config.hidden_depth)), "restore_context_shape_layer."]:
+        layer = _Layer(weights, block + name, config)
+        qy, ky, vy = layer.project(y, positions[h:])
+        y = layer.update(y, _attend(qy, ky, vy, causal=True, ids=(ids[h:], ids[h:])))
+    kz, vz = ky[: n - h], vy[: n - h]
+    return np.concatenate([layer.update(rows[:h], _attend(q[:h], kz, vz, ids=(ids[:h], ids[h:n]))), y])
 
 
 def _baseline(weights: Weights, config, x: np.ndarray, ids: np.ndarray) -> np.ndarray:
@@ -264,12 +295,13 @@ def _attend(
     window: int | None = None,
     ids: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> np.ndarray:
-    """`ids` are the documents of queries and of keys; a query with no key of its own gets 0."""
+    """`ids` are the documents of queries and of keys; a query with no key of its own gets 0. If `causal`, the queries
+    are of the last rows of the keys."""
     if len(k) == 0:
         return np.zeros_like(q)
     scores = np.einsum("qhd,khd->hqk", q, k) / math.sqrt(q.shape[-1])
     if causal:
-        distance = np.arange(len(q))[:, None] - np.arange(len(k))[None, :]
+        distance = len(k) - len(q) + np.arange(len(q))[:, None] - np.arange(len(k))[None, :]
         hidden = (distance < 0) | (distance >= (window or len(k) + 1))
         scores = np.where(hidden, -np.inf, scores)
     if ids is not None:

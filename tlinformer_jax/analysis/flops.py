@@ -62,9 +62,10 @@ class WindowShape(NamedTuple):
     rows: int  # rows that run in the generation window
     history: int  # rows of the history stream to restore
     observed: int  # rows of the observation window
-    history_keys: int  # keys that a query of the history reads
+    history_keys: int  # keys that a query of the history reads; with `causal_history` of the rows before z
     observed_keys: int  # keys that a query of the observation window reads
-    causal_pairs: float  # pairs of query and key in the window's causal attention
+    causal_pairs: float  # pairs of query and key in the window's causal attention; with `causal_history` z's, too
+    spared: int = 0  # rows of C in whose place z' is put, and of z without queries under the last `restore`
 
 
 def training_flops(
@@ -107,7 +108,13 @@ def _model_forward(config: ModelConfig, length: int, skipped: int) -> tuple[Forw
     for begin in range(size * max(skipped, 1), length, size):
         start = begin - config.window_overlap
         rows, observed = min(begin + size, length) - start, config.observed_rows(start)
-        total += window(config, WindowShape(rows, start, observed, start, observed, causal_pairs(rows)), inner)
+        if config.causal_history:
+            shape = WindowShape(
+                rows, start, observed, start - observed, observed, causal_pairs(observed + rows), spared=observed
+            )
+        else:
+            shape = WindowShape(rows, start, observed, start, observed, causal_pairs(rows))
+        total += window(config, shape, inner)
     return project(config, length, 3, inner), total
 
 
@@ -128,6 +135,8 @@ def window(config: ModelConfig, shape: WindowShape, inner: int) -> Forward:
     """Counts a window with history in all blocks, without block 0's `compress` projections."""
     rows, observed, both = shape.rows, shape.observed, shape.observed + shape.rows
     blocks, last = config.num_blocks, config.num_blocks - 1
+    if config.causal_history:
+        return _causal_window(config, shape, inner)
     readers = both if config.architecture == "tlinformer" else observed
     # compress, the hidden layers, restore; then the projections of later blocks that block 0 does not need.
     total = _attend(readers * shape.history_keys, inner) + _update(config, both, inner)
@@ -140,10 +149,23 @@ def window(config: ModelConfig, shape: WindowShape, inner: int) -> Forward:
     return total + project(config, observed, 1, inner) if last else total
 
 
+def _causal_window(config: ModelConfig, shape: WindowShape, inner: int) -> Forward:
+    """Counts what `window` does for `causal_history`: z and x are one stretch of causal layers."""
+    rows, both, last = shape.rows, shape.observed + shape.rows, config.num_blocks - 1
+    layer = project(config, both, 3, inner) + _attend(shape.causal_pairs, inner) + _update(config, both, inner)
+    total = layer * config.num_layers + _attend(both * shape.history_keys, inner) * config.num_blocks
+    # The last `restore` computes no z'; `compress` projections of z are those of C.
+    total += _update(config, -shape.observed, inner) + project(config, -shape.spared, 1, inner)
+    total += _attend(-causal_pairs(shape.spared), inner)
+    total += project(config, -both, 3, inner) * config.num_blocks + project(config, rows, 3, inner) * last
+    total += restored(config, shape, inner)
+    return total + project(config, shape.observed, 1, inner) if last else total
+
+
 def restored(config: ModelConfig, shape: WindowShape, inner: int) -> Forward:
     """Counts the history between blocks: restored, and projected for the next block."""
-    between = config.num_blocks - 1
-    restore = _attend(shape.history * shape.observed_keys, inner) + _update(config, shape.history, inner)
+    between, rows = config.num_blocks - 1, shape.history - shape.spared
+    restore = _attend(rows * shape.observed_keys, inner) + _update(config, rows, inner)
     return restore * between + project(config, shape.history, (3 * between - 1) * (between > 0), inner)
 
 

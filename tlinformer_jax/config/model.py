@@ -216,6 +216,9 @@ class ModelConfig:
         if self.attention in ("cudnn", "splash") and self.dropout > 0:
             allowed = "has no attention dropout; use 'auto', or model.dropout = 0"
             raise ConfigError("model.attention", self.attention, allowed)
+        if self.attention in ("cudnn", "splash") and self.causal_history:
+            allowed = "has no log-sum-exp with a gradient; use 'auto', or model.causal_history = False"
+            raise ConfigError("model.attention", self.attention, allowed)
         if self.num_layers > MOST_LAYERS:
             made = f"with model.hidden_depth = {self.hidden_depth} it makes {self.num_layers:,}"
             raise ConfigError("model.num_blocks", self.num_blocks, f"must make at most {MOST_LAYERS:,} layers; {made}")

@@ -13,7 +13,8 @@ n is the position of a window's first row, counting the `model.window_overlap` r
   tokens.
 - *Loss of the same tokens*: over the windows whose history is at least as long as the largest distance.
 - *Mass*: the part of the `compress` layers' softmax, for the window's tokens ('x', not in TConstFormer) and for the
-  observation window ('z'), on rows n - r with r in a bin: the mean over queries, heads, windows and samples.
+  observation window ('z'), on rows n - r with r in a bin: the mean over queries, heads, windows and samples. With
+  `model.causal_history` the softmax of x also has the window's own rows, so that its masses add up to less than 1.
 - *Share*: the mean over tokens of |O a| / (|O a| + |O b|): a is what x reads from the history, b what it reads from its
   own window, O the output projection of the `compress` layer without its bias.
 
@@ -233,17 +234,29 @@ def _probe(
     readers = {"z": (z.Q, jnp.arange(z.Q.shape[1]) < placed.frame.observed_length)}
     if config.architecture != "tconstformer":
         readers["x"] = (x.Q, real)
-    seen = jnp.arange(key.shape[1]) < n
+    rows = jnp.arange(key.shape[1])
+    seen = rows < n
     for name, (query, counts) in readers.items():
-        scores = jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=jnp.float32)
-        weights = jax.nn.softmax(scores * scale, axis=-1, where=seen)
+        keys, visible = key, seen[None]
+        if config.causal_history and name == "x":
+            keys = jnp.concatenate([key, x.K], axis=1)
+            earlier = jnp.tri(query.shape[1], dtype=bool)
+            visible = jnp.concatenate([jnp.broadcast_to(seen, (len(earlier), len(rows))), earlier], axis=1)
+        elif config.causal_history:
+            visible = visible & (rows <= placed.frame.observed_start + jnp.arange(query.shape[1])[:, None])
+        scores = jnp.einsum("bqhd,bkhd->bhqk", query, keys, preferred_element_type=jnp.float32)
+        weights = jax.nn.softmax(scores * scale, axis=-1, where=visible)
+        weights, own_weights = weights[..., : len(rows)], weights[..., len(rows) :]
         paid = jnp.sum(jnp.mean(weights, axis=1) * counts[None, :, None], axis=(0, 1))
         binned = jnp.zeros(len(edges)).at[jnp.where(seen, bins, len(edges))].add(paid, mode="drop")
         probed[f"mass_{name}_{index}"] = binned
         probed[f"queries_{name}_{index}"] = together * jnp.sum(counts, dtype=jnp.float32)
         if name == "x":
             read = jnp.einsum("bhqk,bkhd->bqhd", weights, C.V.astype(jnp.float32))
-            own = attend(x.Q, x.K, x.V, Scores(scale, causal=True), backend="xla")
+            if config.causal_history:
+                own = jnp.einsum("bhqk,bkhd->bqhd", own_weights, x.V.astype(jnp.float32))
+            else:
+                own = attend(x.Q, x.K, x.V, Scores(scale, causal=True), backend="xla")
             parts = jnp.stack([read, own.astype(jnp.float32)])
             norms = jnp.linalg.norm(jnp.einsum("nbqhd,hdo->nbqo", parts, layer.out_kernel), axis=-1)
             probed[f"share_{index}"] = jnp.sum(norms[0] / (norms[0] + norms[1]) * counts)

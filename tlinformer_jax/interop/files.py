@@ -23,7 +23,10 @@ SHAPE = (
     "generation_window", "dropout",
 )  # fmt: skip
 # Fields that are written only if they differ from the default.
-OPTIONAL, PLAIN = ("token_shift", "key_taps", "longest_wavelength", "window_overlap", "num_experts"), ModelConfig()
+OPTIONAL = (
+    "causal_history", "token_shift", "key_taps", "longest_wavelength", "window_overlap", "num_experts",
+)  # fmt: skip
+PLAIN = ModelConfig()
 
 
 def read_weights(path: pathlib.Path) -> dict[str, np.ndarray]:

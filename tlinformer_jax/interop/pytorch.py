@@ -45,6 +45,7 @@ class Config:
     key_taps: int = 0  # K; later blocks' keys of the history add multiples of the K previous tokens' embeddings
     longest_wavelength: int = 0  # do not rotate feature pairs that need more positions for a full turn; 0: rotate all
     window_overlap: int = 0  # o; later windows also run the o tokens before them
+    causal_history: bool = False  # rows of z are computed like those of x, in one softmax; see `Block.causal_history`
 
     def __post_init__(self) -> None:
         if self.architecture not in ARCHITECTURES:
@@ -196,6 +197,8 @@ class Block(nn.Module):
         (first, *middle, final), n = layers_of(self), C.shape[1]
         h, p = self.config.observed_start(n), first.attention_dropout
         Qc, Kc, Vc = first.project(C, rope, key_rows)
+        if self.config.causal_history:
+            return self.causal_history(C, Qc, KeyValue(Kc, Vc), rope, last)
         z = first.update(C[:, h:], attend(Qc[:, :, h:], Kc, Vc, dropout=p))
         seen = slice(0 if self.config.architecture == "tlinformer" else n, n)
         read = [KeyValue(Kc[:, :, seen], Vc[:, :, seen])]
@@ -207,6 +210,21 @@ class Block(nn.Module):
         read.append(KeyValue(Kz, Vz))
         rows = slice(n if last else 0, n)
         return final.update(C[:, rows], attend(Qc[:, :, rows], Kz, Vz, dropout=p)), read
+
+    def causal_history(
+        self, C: Tensor, Qc: Tensor, of_c: KeyValue, rope: Tensor, last: bool
+    ) -> tuple[Tensor, list[KeyValue]]:
+        """Returns what `history` does. Rows of z read rows up to their own, and z' are the rows of C' from h on."""
+        (first, *others), h, read = layers_of(self), self.config.observed_start(C.shape[1]), [of_c]
+        z = first.update(C[:, h:], attend_causal(Qc[:, :, h:], *of_c, dropout=first.attention_dropout))
+        for layer in others:
+            Qz, Kz, Vz = layer.project(z, rope[:, h:])
+            read.append(KeyValue(Kz, Vz))
+            z = layer.update(z, attend_causal(Qz, Kz, Vz, dropout=layer.attention_dropout))
+        if last:
+            return z[:, :0], read
+        before = layer.update(C[:, :h], attend(Qc[:, :, :h], Kz, Vz, dropout=layer.attention_dropout))
+        return torch.cat([before, z], dim=1), read
 
 
 class LanguageModel(nn.Module):
@@ -281,9 +299,13 @@ class LanguageModel(nn.Module):
         for layer, history, earlier in zip(layers_of(self), read, own):
             (Q, K, V), key_rows, p = layer.project(x, rope, key_rows), None, layer.attention_dropout
             K, V = torch.cat([earlier.K, K], dim=2), torch.cat([earlier.V, V], dim=2)
-            x = layer.update(x, attend_causal(Q, K, V, self.config.reach, p) + attend(Q, *history, dropout=p))
             rows = -(self.config.reach or K.shape[2])
             kept.append(KeyValue(K[:, :, rows:], V[:, :, rows:]))
+            if self.config.causal_history:
+                K, V = torch.cat([history.K, K], dim=2), torch.cat([history.V, V], dim=2)
+                x = layer.update(x, attend_causal(Q, K, V, dropout=p))
+            else:
+                x = layer.update(x, attend_causal(Q, K, V, self.config.reach, p) + attend(Q, *history, dropout=p))
         return x, kept
 
     def head(self, x: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """The architectures, from the paper's block to logits.
 
 block             compress, hidden, restore: the paper's equations
+causal_history    the same three of a history that is computed like the window
 streams           C, z and x with their projections
 windows           positions of generation windows, and their rows
 layers            the layer of all architectures: parameters, dropout, `project`, `update`

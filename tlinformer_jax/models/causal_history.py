@@ -25,9 +25,10 @@ from jaxtyping import Array, Float
 
 from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.models.attention import OutputAndLse, attend, attend_jointly, attend_with_lse, merge_parts
-from tlinformer_jax.models.layers import Dropout, LayerParams, part_of
+from tlinformer_jax.models.layers import Dropout, LayerParams, part_of, update
 from tlinformer_jax.models.streams import (
     CAUSAL_ATTENTION,
+    FEED_FORWARD,
     OBSERVED_ATTENTION,
     SHARED_ATTENTION,
     RestoreLayer,
@@ -75,9 +76,10 @@ def restore(
     dropout: Dropout | None = None,
 ) -> tuple[Any, XRows]:
     """Runs the last layer: as `hidden`, and rows of C before z read z. C' is None if no `later` block reads it."""
+    if not later:  # nobody reads z'
+        _, x_attends = apart(_attend_window(config, z, x, dropout), z.Q.shape[1])
+        return None, update(layer, x.rows, x_attends, part_of(dropout, FEED_FORWARD))
     z_rows, x_rows = hidden(layer, config, z, x, dropout)
-    if not later:
-        return None, x_rows
     parts = "qkv" if len(later) > 1 else "kv"  # the last block does not restore C, so it needs no Qc
     restore_some = functools.partial(restore_rows, config, z.never_empty)
     mask = ZMask(z.length, z.documents, dropout, C.observed_start)
@@ -107,9 +109,9 @@ def _window_parts(config: ModelConfig, z: Stream, x: Stream, dropout: Dropout | 
         config, part_of(dropout, SHARED_ATTENTION), dataclasses.replace(z, never_empty=False), x
     )
     parts = attend_with_lse(x.Q, x.K, x.V, **x_options), attend_with_lse(x.Q, z.K, z.V, **reading_z)
-    z_parts = attend_with_lse(z.Q, z.K, z.V, **z_options)
-    x_parts = merge_parts(*((output.astype(jnp.float32), lse) for output, lse in parts))
-    return tuple(beside(*pair) for pair in zip(z_parts, x_parts))
+    z_attends, z_lse = attend_with_lse(z.Q, z.K, z.V, **z_options)
+    x_attends, x_lse = merge_parts(*((output.astype(jnp.float32), lse) for output, lse in parts))
+    return beside(z_attends, x_attends), beside(z_lse, x_lse)
 
 
 def _contiguous(z: Stream) -> bool:
@@ -120,5 +122,5 @@ def _contiguous(z: Stream) -> bool:
 def _side_by_side(z: Stream, x: Stream) -> Stream:
     """Returns the rows of z and x as one stream."""
     documents = documents_of(z, (z, x))
-    both = [beside(*pair) for pair in ((z.Q, x.Q), (z.K, x.K), (z.V, x.V))]
-    return Stream(None, *both, documents=None if documents is None else documents[0])
+    Q, K, V = beside(z.Q, x.Q), beside(z.K, x.K), beside(z.V, x.V)
+    return Stream(None, Q, K, V, documents=None if documents is None else documents[0])

@@ -272,7 +272,7 @@ def continue_rows(restored: Float[Array, "batch n D"], first: Array | int, layer
 
 def rows_of_device(split: SplitRows, layer: RestoreLayer, mask: ZMask) -> tuple[RestoreLayer, ZMask]:
     """Takes this device's rows of `layer.z_rows`; `mask.start` becomes the first one's index among its rows of C."""
-    if layer.z_rows is None:
+    if layer.z_rows is None or not layer.z_rows.shape[1]:
         return layer, mask
     start, parts = jnp.asarray(mask.start, jnp.int32), split.parts
     first, count = split.count(start), -(-layer.z_rows.shape[1] // parts)
