@@ -166,7 +166,8 @@ def test_every_part_of_a_pair_draws_its_own_dropout(monkeypatch):
 
     for module in (block, paired):
         monkeypatch.setattr(module, "attend", recorded(module.attend, lambda _, options: options["dropout"]))
-    monkeypatch.setattr(block, "update", recorded(block.update, lambda arrays, _: arrays[3]))
+    for module in (block, streams):
+        monkeypatch.setattr(module, "update", recorded(module.update, lambda arrays, _: arrays[3]))
     config = dataclasses.replace(SHALLOW, **WAYS["in pairs"], dropout=0.5)
     jax.jit(functools.partial(summed_loss, model=build_model(config)))(
         golden_scale(config)["params"], sequences(), jax.random.key(0)

@@ -28,6 +28,7 @@ from tlinformer_jax.models.attention import OutputAndLse, attend, attend_jointly
 from tlinformer_jax.models.layers import Dropout, LayerParams, part_of, update
 from tlinformer_jax.models.streams import (
     CAUSAL_ATTENTION,
+    EARLIER_ATTENTION,
     FEED_FORWARD,
     OBSERVED_ATTENTION,
     SHARED_ATTENTION,
@@ -53,7 +54,7 @@ def compress(
 
     The argument z contains rows h .. n - 1 of C with their queries, keys and values.
     """
-    before = C.read_before(beside(z.Q, x.Q), config, part_of(dropout, SHARED_ATTENTION), z, x)
+    before = C.read_before(beside(z.Q, x.Q), config, part_of(dropout, EARLIER_ATTENTION), z, x)
     attended = attend_jointly(_window_parts(config, z, x, dropout), before)
     return update_both(layer, (z.rows, x.rows), apart(attended, z.Q.shape[1]), dropout)
 

@@ -23,7 +23,8 @@ from tlinformer_jax.models.windows import PerWindow, WindowFrame, in_chunks, joi
 from tlinformer_jax.parallel.sharding import SplitRows
 
 # Parts of a layer that draw separate dropout masks.
-SHARED_ATTENTION, CAUSAL_ATTENTION, FEED_FORWARD, CONTEXT_ATTENTION, CONTEXT_FEED_FORWARD, OBSERVED_ATTENTION = range(6)
+SHARED_ATTENTION, CAUSAL_ATTENTION, FEED_FORWARD, CONTEXT_ATTENTION, CONTEXT_FEED_FORWARD = range(5)
+OBSERVED_ATTENTION, EARLIER_ATTENTION = 5, 6
 
 AnyStream = TypeVar("AnyStream", bound="Stream")
 
