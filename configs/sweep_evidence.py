@@ -36,9 +36,10 @@ on the validation split; --then=evaluate,history,samples adds texts.
 A run that was stopped continues from its last checkpoint when the same command is run again. There are ten, and SIGTERM
 saves another.
 
-Needs: the same as configs/books.py. Result: docs/quality.md, "Six epochs of books" (points 0, 4 and 5 of `books`: after
-600 M tokens a Transformer is better) and "Learning rates for six epochs" (9 points of `rates`). The rest is not
-measured yet.
+Needs: the same as configs/books.py. Result: docs/quality.md, "Six epochs of books" (points 0, 4, 5 and 15 of `books`:
+after 600 M tokens a Transformer is better, with a causal history by less) and "Learning rates for six epochs" (9 points
+of `rates`). The first section also has base-plus, plus, causal-plus and causal-plus-512 of `gap`, as an experimental
+version of the code measured them. The rest is not measured yet.
 """
 
 from collections.abc import Mapping
