@@ -182,6 +182,14 @@ def test_every_part_of_a_pair_draws_its_own_dropout(monkeypatch):
     assert len(set(drawn)) == len(drawn)
 
 
+@pytest.mark.slow
+def test_every_part_of_a_causal_history_draws_its_own_dropout(monkeypatch):
+    """The first windows' z has invalid rows, so x reads z by a softmax of its own."""
+    drawn = dropouts_of("causal history, all kept", monkeypatch)
+    assert drawn
+    assert len(set(drawn)) == len(drawn)
+
+
 def too_few_chunks(monkeypatch):
     """The last chunk of a history is left out."""
     real = model_history.map_steps

@@ -27,6 +27,7 @@ from tlinformer_jax.models.history import ReadableHistory, restored_history
 from tlinformer_jax.models.layers import Dropout, LayerParams, part_of, update
 from tlinformer_jax.models.streams import (
     CAUSAL_ATTENTION,
+    CROSS_ATTENTION,
     FEED_FORWARD,
     OBSERVED_ATTENTION,
     SHARED_ATTENTION,
@@ -93,7 +94,7 @@ def _window_parts(config: ModelConfig, z: Stream, x: Stream, dropout: Dropout | 
     every = dataclasses.replace(z, length=None)  # a valid row of z sees valid rows only
     z_options = attention_options(config, part_of(dropout, OBSERVED_ATTENTION), every, z, causal=True)
     x_options = attention_options(config, part_of(dropout, CAUSAL_ATTENTION), x, x, causal=True)
-    reading_z = attention_options(config, part_of(dropout, SHARED_ATTENTION), z, x)
+    reading_z = attention_options(config, part_of(dropout, CROSS_ATTENTION), z, x)
     z_attends, z_lse = attend_with_lse(z.Q, z.K, z.V, **z_options)
     x_attends, x_lse = merge_parts(
         attend_with_lse(x.Q, x.K, x.V, **x_options), attend_with_lse(x.Q, z.K, z.V, **reading_z)

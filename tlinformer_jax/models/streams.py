@@ -19,7 +19,9 @@ from tlinformer_jax.models.rope import Rope
 from tlinformer_jax.models.windows import PerWindow, WindowFrame
 
 # Parts of a layer that draw separate dropout masks.
-SHARED_ATTENTION, CAUSAL_ATTENTION, FEED_FORWARD, CONTEXT_ATTENTION, CONTEXT_FEED_FORWARD, OBSERVED_ATTENTION = range(6)
+SHARED_ATTENTION, CAUSAL_ATTENTION, FEED_FORWARD, CONTEXT_ATTENTION, CONTEXT_FEED_FORWARD = range(5)
+# And in `models.causal_history`, where z has invalid rows: attention of z to itself, and of x to z.
+OBSERVED_ATTENTION, CROSS_ATTENTION = 5, 6
 
 AnyStream = TypeVar("AnyStream", bound="Stream")
 
