@@ -142,8 +142,8 @@ def choose_backend(
     """Returns the back end for 'auto' and 'deterministic'; every other `backend` is returned as it is.
 
     In half precision on NVIDIA GPUs 'auto' is cuDNN, or 'triton' with dropout or `with_lse`; in bfloat16 on TPUs
-    splash, or XLA with one of these; otherwise XLA. 'deterministic' has 'triton' (or XLA where that cannot run) in place
-    of cuDNN: see `training.step`.
+    splash, or XLA with one of these; otherwise XLA. 'deterministic' has 'triton' (or XLA where that cannot run) in
+    place of cuDNN: see `training.step`.
 
     Raises:
       ValueError: for an unknown back end.
