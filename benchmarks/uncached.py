@@ -8,10 +8,11 @@ import jax.numpy as jnp
 from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.decoding.cache import history_of
 from tlinformer_jax.decoding.params import DecoderParams, embed, logits_of
+from tlinformer_jax.models.history import History
 from tlinformer_jax.models.key_rows import embedded
 from tlinformer_jax.models.model import forward_layers, taps_of
 from tlinformer_jax.models.rope import rope_table
-from tlinformer_jax.models.streams import History, Stream
+from tlinformer_jax.models.streams import Stream
 from tlinformer_jax.models.tlinformer import window_states
 from tlinformer_jax.models.windows import WindowFrame
 

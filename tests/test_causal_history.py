@@ -20,7 +20,6 @@ from tlinformer_jax import DualWindowBlock, ModelConfig, build_model
 from tlinformer_jax.config.model import ARCHITECTURES, ExecutionPlan
 from tlinformer_jax.errors import ConfigError
 from tlinformer_jax.interop import params_from_reference, params_to_reference
-from tlinformer_jax.models import attention
 from tlinformer_jax.models.layers import layer_norm
 from tlinformer_jax.training.loss import summed_loss
 
@@ -116,7 +115,11 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+# The others take seconds to compile. tests/decoding/test_exactness.py and tests/test_properties.py have similar ones.
+QUICK = ("z not full at first", "in chunks")
+
+
+@pytest.mark.parametrize("case", [case if case in QUICK else pytest.param(case, marks=slow) for case in CASES])
 def test_logits_are_the_references(case):
     length, changes = CASES[case]
     config, tokens = continued(**changes), tokens_of(length)
@@ -144,6 +147,7 @@ def test_blocks_of_their_own_are_the_model():
     np.testing.assert_allclose(logits_of(rows[:, :4], None), expected[:, :4], atol=TOLERANCE)
 
 
+@slow
 def test_later_tokens_never_matter_and_every_earlier_one_does():
     """d logits[t] / d embedding[s] is 0 for s > t and not 0 for s <= t, also for s before h."""
     config = continued(token_shift=False)
@@ -160,27 +164,6 @@ def test_later_tokens_never_matter_and_every_earlier_one_does():
     for position, found in enumerate(np.asarray(influence(rows, jnp.arange(LENGTH)))):
         assert not found[position + 1 :].any()
         assert found[: position + 1].min() > 1e-6, position
-
-
-@slow
-def test_every_attention_draws_its_own_dropout(monkeypatch, own_traces):
-    """Also if x reads z apart from its own rows, because z is not full in every window."""
-    drawn, real = [], attention._attend
-
-    def recorded(query, key, value, scores, key_length, dropout, *rest, **options):
-        if query.shape[1] and key.shape[1]:
-            jax.debug.callback(lambda words: drawn.append(tuple(words.tolist())), dropout.words)
-        return real(query, key, value, scores, key_length, dropout, *rest, **options)
-
-    monkeypatch.setattr(attention, "_attend", recorded)
-    model = build_model(continued(history_window=6, dropout=0.5, memory=ExecutionPlan(together=3, scan_layers=False)))
-    variables, rngs = golden_scale(model.config), {"dropout": jax.random.key(0)}
-    jax.block_until_ready(jax.jit(functools.partial(model.apply, train=True))(variables, tokens_of(), rngs=rngs))
-    jax.effects_barrier()
-    # The first window reads its own rows in four layers. The others: of z by z, of z by x, of x; in `compress` also of
-    # rows before z; and once rows of C read z.
-    assert len(drawn) == 4 + 4 * 3 + 2 + 1
-    assert len(set(drawn)) == len(drawn)
 
 
 # ---- Over devices

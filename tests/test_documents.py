@@ -24,7 +24,8 @@ from tlinformer_jax.errors import ConfigError, UserError
 from tlinformer_jax.evaluation.history import measure_history
 from tlinformer_jax.interop import params_from_reference
 from tlinformer_jax.kernels.common import Scores
-from tlinformer_jax.models import attention, block, key_rows, streams
+from tlinformer_jax.models import attention, block, key_rows
+from tlinformer_jax.models import history as model_history
 from tlinformer_jax.models.attention import attend
 from tlinformer_jax.models.layers import Dropout
 from tlinformer_jax.training.check import check_run
@@ -219,8 +220,8 @@ def seen_causal(monkeypatch):
 
 
 def seen_in_compress(monkeypatch):
-    real = streams.attend
-    monkeypatch.setattr(streams, "attend", lambda *qkv, **rest: real(*qkv, **rest | {"documents": None}))
+    real = model_history.attend
+    monkeypatch.setattr(model_history, "attend", lambda *qkv, **rest: real(*qkv, **rest | {"documents": None}))
 
 
 def seen_in_hidden(monkeypatch):
@@ -242,12 +243,12 @@ def seen_by_x_in_restore(monkeypatch):
 
 
 def seen_by_c_in_restore(monkeypatch):
-    real = block.restore_rows
+    real = model_history.restore_rows
 
     def mutated(config, never_empty, C, Qc, layer, mask, documents):
         return real(config, never_empty, C, Qc, layer, mask._replace(documents=None))
 
-    monkeypatch.setattr(block, "restore_rows", mutated)
+    monkeypatch.setattr(model_history, "restore_rows", mutated)
 
 
 def seen_by_the_token_shift(monkeypatch):

@@ -23,7 +23,7 @@ ATTENTION |= {"dot_product_attention", "softmax"}
 CALLERS = {
     "models/block.py": "the equations",
     "models/causal_history.py": "the equations with `causal_history`",
-    "models/streams.py": "attend(Q, Kc, Vc), as `compress` reads a history that is kept whole; and `restore_rows`",
+    "models/history.py": "attend(Q, Kc, Vc), as `compress` reads a history that is kept whole; and `restore_rows`",
     "models/paired.py": "the same of two windows whose histories share an array, and `restore` of their rows",
     "decoding/history.py": "the same of one that is kept as a cache",
     "models/cached_attention.py": "the same, and the token step",
@@ -57,10 +57,10 @@ def test_attention_is_called_by_the_equations_alone():
     places = found(ATTENTION)
     assert set(places) == set(CALLERS)
     assert places["models/block.py"] == {"compress", "hidden", "restore"}
-    assert places["models/causal_history.py"] == {"_attend_window", "_window_parts"}
-    assert places["models/streams.py"] == {"History.read", "History.read_before", "restore_rows"}
+    assert places["models/causal_history.py"] == {"_attend_side_by_side", "_window_parts"}
+    assert places["models/history.py"] == {"History.read", "History._read_first", "restore_rows"}
     assert places["models/paired.py"] == {"PairedHistory.read", "PairedHistory.restore"}
-    assert places["decoding/history.py"] == {"CachedHistory.read"}
+    assert places["decoding/history.py"] == {"CachedHistory._read_first"}
     assert places["models/model.py"] == {"forward_layers"}
 
 
@@ -73,7 +73,7 @@ def test_the_equations_are_called_by_the_block_and_by_the_decoder_alone():
     assert len(files["decoding/windowed.py"]) == 1
     assert found({"read"})["models/block.py"] == {"compress"}
     # How `restore` maps it.
-    assert not found({"restore_rows"}).keys() - {"models/streams.py", "models/paired.py", "decoding/history.py"}
+    assert not found({"restore_rows"}).keys() - {"models/history.py", "models/paired.py", "decoding/history.py"}
 
 
 def products(config: ModelConfig, length: int) -> tuple[int, int]:

@@ -11,7 +11,7 @@ from tests.support import golden, reference
 from tlinformer_jax import ModelConfig, build_model
 from tlinformer_jax.config.model import ExecutionPlan
 from tlinformer_jax.interop import params_from_reference, params_to_reference
-from tlinformer_jax.models import block, streams, tlinformer
+from tlinformer_jax.models import block, history, tlinformer
 
 needs_golden = pytest.mark.skipif(not golden.available(), reason=f"no golden files in {golden.FOLDER}")
 LOGITS_TOLERANCE = 2e-5 if jax.default_backend() == "cpu" else 5e-5
@@ -127,13 +127,13 @@ def drop_history(monkeypatch):
         attended = real(query, key, value, scores, **options)
         return attended if scores.causal else jnp.zeros_like(attended)
 
-    for module in (block, streams):
+    for module in (block, history):
         monkeypatch.setattr(module, "attend", without)
 
 
 def skip_restore(monkeypatch):
     """The next block reads the history it had before."""
-    monkeypatch.setattr(block, "restore_rows", lambda config, never_empty, C, *rest: C)
+    monkeypatch.setattr(history, "restore_rows", lambda config, never_empty, C, *rest: C)
 
 
 def shift_observed_positions(monkeypatch):
@@ -151,7 +151,7 @@ def shift_observed_positions(monkeypatch):
 
 def read_future_rows(monkeypatch):
     """Rows past the history's end are attended to."""
-    for module in (block, streams):
+    for module in (block, history):
         real = module.attend
         monkeypatch.setattr(module, "attend", lambda *args, key_length=None, real=real, **rest: real(*args, **rest))
 

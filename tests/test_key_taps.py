@@ -29,7 +29,8 @@ from tlinformer_jax.decoding.history import SequenceRows
 from tlinformer_jax.errors import ConfigError, DataError
 from tlinformer_jax.interop import params_from_reference, params_to_reference
 from tlinformer_jax.interop.files import read_weights, write_safetensors
-from tlinformer_jax.models import paired, streams
+from tlinformer_jax.models import history as model_history
+from tlinformer_jax.models import paired
 from tlinformer_jax.models.key_rows import SHIFT_SCALE
 from tlinformer_jax.models.model import embed
 from tlinformer_jax.models.tlinformer import PreparedSequence
@@ -179,7 +180,7 @@ def test_a_small_rate_moves_them_and_nothing_makes_them_decay(optimizer):
 
 def keys_of_rows(monkeypatch):
     """Keys of C' are made of its rows alone."""
-    for module in (streams, paired):
+    for module in (model_history, paired):
         monkeypatch.setattr(module, "keyed", lambda rows, sums: None)
 
 
@@ -228,7 +229,7 @@ def test_a_decoder_of_half_precision_adds_the_sums_of_the_forward_pass():
     cache = dataclasses.replace(cache, tokens=cache.tokens.at[:, :LENGTH].set(tokens))
     at = SequenceRows(decoder.params, config, cache, jnp.int32(1), jnp.int32(LENGTH))
     for block, expected in zip(decoder.params.blocks[1:], sums, strict=True):
-        found = at.tap_sum(block.compress.taps, jnp.int32(0))
+        found = at.tap_sum(block.compress.taps, at.positions(jnp.int32(0)))
         np.testing.assert_array_equal(found[0, :LENGTH], expected[1])
 
 

@@ -15,6 +15,7 @@ from tests.test_model import SMALL, golden_scale
 from tlinformer_jax.config.model import ExecutionPlan
 from tlinformer_jax.config.train import TrainConfig
 from tlinformer_jax.models import DualWindowBlock, attention, block, build_model, paired, streams, windows
+from tlinformer_jax.models import history as model_history
 from tlinformer_jax.models import model as model_module
 from tlinformer_jax.models.layers import layer_norm
 from tlinformer_jax.models.paired import PairedHistory
@@ -150,38 +151,49 @@ def test_pairs_tell_the_kernel_that_the_first_window_reads_nothing(monkeypatch, 
     assert errors("in pairs")[1] < 1e-4
 
 
-@pytest.mark.slow
-def test_every_part_of_a_pair_draws_its_own_dropout(monkeypatch):
-    """Both histories, and the rows that `restore` computes, too."""
+def dropouts_of(way: str, monkeypatch) -> list[tuple[int, ...]]:
+    """The random keys by which one evaluation of the loss drops attention weights and outputs of feed-forwards."""
     drawn = []
 
-    def recorded(function, dropout_of):
+    def recorded(function, position):
         def call(*arrays, **options):
-            dropout = dropout_of(arrays, options)
-            assert dropout is not None
-            jax.debug.callback(lambda words: drawn.append(tuple(words.tolist())), dropout.words)
+            jax.debug.callback(lambda words: drawn.append(tuple(words.tolist())), arrays[position].words)
             return function(*arrays, **options)
 
         return call
 
-    for module in (block, paired):
-        monkeypatch.setattr(module, "attend", recorded(module.attend, lambda _, options: options["dropout"]))
-    for module in (block, streams):
-        monkeypatch.setattr(module, "update", recorded(module.update, lambda arrays, _: arrays[3]))
-    config = dataclasses.replace(SHALLOW, **WAYS["in pairs"], dropout=0.5)
+    monkeypatch.setattr(attention, "_attend", recorded(attention._attend, 5))
+    for module in (block, streams, model_history):
+        monkeypatch.setattr(module, "update", recorded(module.update, 3))
+    config = dataclasses.replace(SHALLOW, **WAYS[way], dropout=0.5)
     jax.jit(functools.partial(summed_loss, model=build_model(config)))(
         golden_scale(config)["params"], sequences(), jax.random.key(0)
     )
     jax.effects_barrier()
+    return drawn
+
+
+@pytest.mark.slow
+def test_every_part_of_a_pair_draws_its_own_dropout(monkeypatch):
+    """Both histories, and the rows that `restore` computes, too."""
+    drawn = dropouts_of("in pairs", monkeypatch)
     # A block: 3 reads and an update in `compress`, 2 and one in `restore`; the first block also restores C. Two pairs.
     assert len(drawn) == 2 * (7 + 2 + 7)
     assert len(set(drawn)) == len(drawn)
 
 
+@pytest.mark.slow
+def test_every_part_of_a_causal_history_draws_its_own_dropout(monkeypatch):
+    """The first windows' z has invalid rows, so x reads z by a softmax of its own."""
+    drawn = dropouts_of("causal history, all kept", monkeypatch)
+    assert drawn
+    assert len(set(drawn)) == len(drawn)
+
+
 def too_few_chunks(monkeypatch):
     """The last chunk of a history is left out."""
-    real = streams.map_steps
-    monkeypatch.setattr(streams, "map_steps", lambda *args: real(*args[:-1], args[-1] - 1))
+    real = model_history.map_steps
+    monkeypatch.setattr(model_history, "map_steps", lambda *args: real(*args[:-1], args[-1] - 1))
 
 
 def forgotten_windows(monkeypatch):
@@ -243,7 +255,7 @@ def test_the_way_from_the_step_to_the_attention_is_short(length, changes, monkey
         depths.append(depth)
         return real(*arrays, **options)
 
-    for module in (block, streams, model_module):
+    for module in (block, model_history, model_module):
         monkeypatch.setattr(module, "attend", counted)
     state = jax.eval_shape(lambda key: step.init_state(key, model, train, horizon), jax.random.key(0))
     rows = {

@@ -15,7 +15,7 @@ from tlinformer_jax.config.model import ExecutionPlan
 from tlinformer_jax.config.train import TrainConfig
 from tlinformer_jax.data.tasks import AnswerPositions
 from tlinformer_jax.errors import ConfigError
-from tlinformer_jax.models import ModelConfig, build_model, streams
+from tlinformer_jax.models import ModelConfig, build_model, history
 from tlinformer_jax.parallel.sharding import (
     NO_WINDOW,
     UNSPLIT,
@@ -193,8 +193,8 @@ def test_a_mistake_is_noticed(mutation, monkeypatch):
     elif mutation == "count":
         monkeypatch.setattr(SplitRows, "count", lambda self, length: length // self.parts - 1)
     elif mutation == "gather":
-        real = streams.History.slice
-        monkeypatch.setattr(streams.History, "slice", lambda self, array, start, *rest: real(self, array, 0, *rest))
+        real = history.History.slice
+        monkeypatch.setattr(history.History, "slice", lambda self, array, start, *rest: real(self, array, 0, *rest))
     else:
         monkeypatch.setattr(BatchSplit, "psum", lambda self, values: values)
     error = gradient_error(one, gradient(model, TRAIN, MESHES["data, window, context"]))

@@ -20,10 +20,11 @@ from tlinformer_jax.kernels.common import merge_softmaxes
 from tlinformer_jax.kernels.key_value import KeyValue
 from tlinformer_jax.models.attention import OutputAndLse, attend_parts, merge_parts, no_parts
 from tlinformer_jax.models.cached_attention import TokenTable, attend_context, attend_history, write_rows, write_tokens
+from tlinformer_jax.models.history import RestoreLayer, ZMask, continue_rows, rows_of_device
 from tlinformer_jax.models.key_rows import plus, tap_sum
 from tlinformer_jax.models.layers import Dropout, Embedded, LayerParams, project, projections
 from tlinformer_jax.models.rope import Rope, Rotations, rope_table, rotate
-from tlinformer_jax.models.streams import RestoreLayer, Stream, ZMask, continue_rows, rows_of_device
+from tlinformer_jax.models.streams import Stream
 
 # Block 0's projections, before rotation, depend only on the token. If the history has room for at least this many rows
 # per token of the vocabulary, the whole vocabulary is projected once, and rows are looked up. With a token shift keys

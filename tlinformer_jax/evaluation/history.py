@@ -40,10 +40,11 @@ from tlinformer_jax.errors import UserError, check_value, integer
 from tlinformer_jax.kernels.common import Scores
 from tlinformer_jax.models.attention import attend
 from tlinformer_jax.models.block import dual_window_block
+from tlinformer_jax.models.history import History, observed_stream
 from tlinformer_jax.models.layers import LayerParams, layer_norm
 from tlinformer_jax.models.model import ModelParams, embed, hidden_states, prepare_params
 from tlinformer_jax.models.rope import rope_table
-from tlinformer_jax.models.streams import History, PlacedWindow, Stream, observed_stream, place_window
+from tlinformer_jax.models.streams import PlacedWindow, Stream, place_window
 from tlinformer_jax.models.windows import WindowFrame, num_windows
 from tlinformer_jax.training.loss import LOSS_CHUNK, token_losses_and_hits
 from tlinformer_jax.training.setup import TrainedRun

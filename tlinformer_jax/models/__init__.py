@@ -2,7 +2,8 @@
 
 block             compress, hidden, restore: the paper's equations
 causal_history    the same three of a history that is computed like the window
-streams           C, z and x with their projections
+streams           z and x with their projections
+history           C of training: how a block reads it and restores it
 windows           positions of generation windows, and their rows
 layers            the layer of all architectures: parameters, dropout, `project`, `update`
 attention, rope   softmax attention, rotary positions

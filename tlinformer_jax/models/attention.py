@@ -76,6 +76,7 @@ def attend_with_lse(
     scores: Scores,
     *,
     key_length: Array | int | None = None,
+    never_empty: bool = False,
     dropout: Dropout | None = None,
     documents: Documents | None = None,
     backend: str = "auto",
@@ -88,7 +89,7 @@ def attend_with_lse(
     chosen = choose_backend(query, dropout, True, documents is not None, backend)
     if chosen == "splash":
         raise _unsupported(chosen, "a log-sum-exp")
-    output, lse = _attend(query, key, value, scores, key_length, dropout, documents, chosen, with_lse=True)
+    output, lse = _attend(query, key, value, scores, key_length, dropout, documents, chosen, never_empty, True)
     assert lse is not None
     return output, lse
 
@@ -140,8 +141,9 @@ def choose_backend(
 ) -> str:
     """Returns the back end for 'auto' and 'deterministic'; every other `backend` is returned as it is.
 
-    In half precision on NVIDIA GPUs 'auto' is cuDNN, or 'triton' with dropout; in bfloat16 on TPUs splash; otherwise
-    XLA. 'deterministic' has 'triton' (or XLA where that cannot run) in place of cuDNN: see `training.step`.
+    In half precision on NVIDIA GPUs 'auto' is cuDNN, or 'triton' with dropout or `with_lse`; in bfloat16 on TPUs
+    splash, or XLA with one of these; otherwise XLA. 'deterministic' has 'triton' (or XLA where that cannot run) in
+    place of cuDNN: see `training.step`.
 
     Raises:
       ValueError: for an unknown back end.
@@ -232,23 +234,21 @@ def attend_chunk(
     own = attend_with_lse(query, *rows(start // size), Scores(scale, causal=True), backend=chosen)
     if key.shape[1] == size:
         return own[0]
-    parts = own[0].astype(jnp.float32), own[1]
     if fused:
-        before, lse = attend_with_lse(query, key, value, Scores(scale), key_length=start, backend=chosen)
-        return merge_parts(parts, (before.astype(jnp.float32), lse))[0].astype(query.dtype)
+        return attend_jointly(own, attend_with_lse(query, key, value, Scores(scale), key_length=start, backend=chosen))
 
     def block(number: Array, parts: OutputAndLse) -> OutputAndLse:
         keys, values = rows(number)
         return merge_parts(parts, attend_parts(query, keys, values, jnp.int32(size), scale, chosen))
 
     # One chunk of keys at a time, so that the memory for scores does not grow with the sequence.
+    parts = own[0].astype(jnp.float32), own[1]
     return jax.lax.fori_loop(0, start // size, block, parts)[0].astype(query.dtype)
 
 
 def attend_jointly(first: OutputAndLse, second: OutputAndLse) -> Queries:
     """Returns the output of one softmax over the keys of both, in the dtype of the first."""
-    parts = ((output.astype(jnp.float32), lse) for output, lse in (first, second))
-    return merge_parts(*parts)[0].astype(first[0].dtype)
+    return merge_parts(first, second)[0].astype(first[0].dtype)
 
 
 def no_parts(query: Queries) -> OutputAndLse:
@@ -257,8 +257,8 @@ def no_parts(query: Queries) -> OutputAndLse:
 
 
 def merge_parts(first: OutputAndLse, second: OutputAndLse) -> OutputAndLse:
-    """Merges two softmaxes over disjoint keys."""
-    output, lse = jax.tree.map(lambda *arrays: jnp.stack(arrays), first, second)
+    """Merges two softmaxes over disjoint keys; returns float32."""
+    output, lse = jax.tree.map(lambda *arrays: jnp.stack(arrays).astype(jnp.float32), first, second)
     return merge_softmaxes(output, lse, axis=0)
 
 

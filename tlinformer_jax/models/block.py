@@ -12,10 +12,11 @@ starts as C[h:], the last W_oh rows of C. A layer projects each stream to Q, K a
 (`Stream.of`). `attend` is softmax attention (`attention.attend`). `update` is the rest of the layer, row by row: output
 projection, feed-forward and both residuals (`layers.update`).
 
-The functions `compress`, `hidden` and `restore` below are these equations. Training, evaluation, `prefill` and `slide`
-all call them, but store C in different ways. So C has two methods: `read` is attend(Q, Kc, Vc), and `restore` computes
-C' for every row. `streams.History` restores all rows at once, in chunks, or split over devices; `decoding.history`
-works from a KV cache.
+The functions `compress`, `hidden` and `restore` below are these equations; with `model.causal_history` those of
+`models.causal_history` take their place (`equations`). Training, evaluation, `prefill` and `slide` all call them, but
+store C in different ways, so C has methods (`history.ReadableHistory`): `read` is attend(Q, Kc, Vc), and `restore`
+computes C' for every row. `history.History` restores all rows at once, in chunks, or split over devices;
+`decoding.history` works from a KV cache.
 
 Rows of z and x are concatenated ("side by side") to share one call of `update`, and of `attend` if they read the same
 keys. The first window has no history: C and z have no rows, which compiles to nothing, and attention to no keys is 0.
@@ -25,9 +26,8 @@ restart with a document: rotary positions encode distances, which do not depend 
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import flax.struct
@@ -38,24 +38,20 @@ from jaxtyping import Array, Float
 from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.models import causal_history
 from tlinformer_jax.models.attention import attend, head_multiple
+from tlinformer_jax.models.history import History, ReadableHistory, observed_stream, restored_history
 from tlinformer_jax.models.layers import Dropout, Layer, LayerParams, chain_layers, part_of, prepare_layers, update
 from tlinformer_jax.models.rope import rope_table
 from tlinformer_jax.models.streams import (
     CAUSAL_ATTENTION,
     FEED_FORWARD,
     SHARED_ATTENTION,
-    History,
     PlacedWindow,
-    RestoreLayer,
     Stream,
-    ZMask,
     apart,
     attention_options,
     beside,
-    observed_stream,
     place_window,
     project_both,
-    restore_rows,
     update_both,
     with_documents,
 )
@@ -65,19 +61,6 @@ from tlinformer_jax.models.windows import WindowFrame
 ZRows = Float[Array, "batch width D"]
 XRows = Float[Array, "batch m D"]
 CRows = Float[Array, "batch n D"]
-
-
-@runtime_checkable
-class ReadableHistory(Protocol):
-    """The history C, as the equations need it; see `streams.History`."""
-
-    def read(self, query: Array, config: ModelConfig, dropout: Dropout | None, *readers: Stream) -> Array:
-        """Returns attend(Q, Kc, Vc), where Q are the queries of the `readers`, side by side."""
-
-    def restore(
-        self, restore_rows: Callable[..., Array], layer: RestoreLayer, mask: ZMask, next_layer: LayerParams, parts: str
-    ) -> Any:
-        """Returns C', computed by `restore_rows` and projected to `parts` by `next_layer`."""
 
 
 def compress(
@@ -138,12 +121,7 @@ def restore(
     reading_z = attention_options(config, part_of(dropout, SHARED_ATTENTION), z, x)
     x_attends = attend(x.Q, x.K, x.V, **causal) + attend(x.Q, z.K, z.V, **reading_z)
     x_rows = update(layer, x.rows, x_attends, part_of(dropout, FEED_FORWARD))
-    if not later:
-        return None, x_rows
-    parts = "qkv" if len(later) > 1 else "kv"  # the last block does not restore C, so it needs no Qc
-    restore_some = functools.partial(restore_rows, config, z.never_empty)
-    mask = ZMask(z.length, z.documents, dropout)
-    return C.restore(restore_some, RestoreLayer(layer, z.K, z.V), mask, later[0].compress, parts), x_rows
+    return restored_history(layer, config, C, z, [block.compress for block in later], dropout), x_rows
 
 
 class Equations(NamedTuple):
@@ -155,13 +133,11 @@ class Equations(NamedTuple):
     z_parts: tuple[str, str]  # parts of z that `compress` and `restore` need, see `Stream.of`
 
 
-PUBLISHED = Equations(compress, hidden, restore, ("q", "kv"))
-CAUSAL = Equations(causal_history.compress, causal_history.hidden, causal_history.restore, ("qkv", "qkv"))
-
-
 def equations(config: ModelConfig) -> Equations:
     """Returns the equations that the model's blocks use."""
-    return CAUSAL if config.causal_history else PUBLISHED
+    if config.causal_history:
+        return Equations(causal_history.compress, causal_history.hidden, causal_history.restore, ("qkv", "qkv"))
+    return Equations(compress, hidden, restore, ("q", "kv"))
 
 
 @flax.struct.dataclass

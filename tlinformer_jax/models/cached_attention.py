@@ -19,10 +19,10 @@ from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.kernels import decode as decode_kernel
 from tlinformer_jax.kernels import history as history_kernel
 from tlinformer_jax.kernels import storing as storing_kernel
-from tlinformer_jax.kernels.common import Scores, addressable, available, is_half, merge_softmaxes
+from tlinformer_jax.kernels.common import Scores, addressable, available, is_half
 from tlinformer_jax.kernels.key_value import KeyValue
 from tlinformer_jax.models.attention import OutputAndLse, attend, attend_parts, merge_parts, no_parts
-from tlinformer_jax.models.cached_rows import CachedRows, attend_cached
+from tlinformer_jax.models.cached_rows import CachedRows, attend_cached, merge_sources
 from tlinformer_jax.models.layers import (
     LAYER_NORM_EPSILON,
     LayerParams,
@@ -100,7 +100,7 @@ def token_layer(
         query, key, value = (part[:, 0] for part in project(natural, x[:, None], rows, key_rows=keyed))
         own = KeyValue(key, value)
         parts, lses = attend_cached(query, own, past, context, config.attention_scale)
-        parts = _merged(config, context, parts, lses)
+        parts = merge_sources(parts, lses, context, joint=config.causal_history)
         return update(natural, x[:, None], jnp.sum(parts, axis=0).astype(x.dtype)[:, None])[:, 0], own
     interpret = backend == "triton_interpreted"
     # The fused products do not support experts; the attention kernel does not depend on the feed-forward.
@@ -116,26 +116,11 @@ def token_layer(
     parts, lses, own_key = decode_kernel.attend(
         projected, (rope.cos, rope.sin), sources, config.attention_scale, interpret
     )
-    parts = _merged(config, context, parts, lses)
+    parts = merge_sources(parts, lses, context, joint=config.causal_history)
     own = KeyValue(own_key, projected[:, 2])
     if fused:
         return _updated(params, x, parts, interpret), own
     return update(params.natural(), x[:, None], jnp.sum(parts, axis=0).astype(x.dtype)[:, None])[:, 0], own
-
-
-def _merged(
-    config: ModelConfig,
-    context: CachedRows | None,
-    parts: Float[Array, "sources b h d"],
-    lses: Float[Array, "sources b h"],
-) -> Float[Array, "sums b h d"]:
-    """Returns the outputs whose sum is the row's attention, over the cached rows of all devices."""
-    if context is None:
-        return parts
-    if context.split is not None:
-        output, lse = context.merged(parts[1], lses[1])
-        parts, lses = jnp.stack([parts[0], output]), jnp.stack([lses[0], lse])
-    return merge_softmaxes(parts, lses, axis=0)[0][None] if config.causal_history else parts
 
 
 def use_token_kernels(config: ModelConfig) -> bool:

@@ -74,6 +74,21 @@ def attend_cached(
     return jnp.stack(outputs), jnp.stack(lses)
 
 
+def merge_sources(
+    outputs: Float[Array, "sources b h d"], lses: Float[Array, "sources b h"], context: CachedRows | None, joint: bool
+) -> Float[Array, "sums b h d"]:
+    """Returns the outputs whose sum is the row's attention, given those of the sources as by `attend_cached`.
+
+    Merges the softmaxes over `context` of all devices, and if `joint` both sources to a single softmax.
+    """
+    if context is None:
+        return outputs
+    if context.split is not None:
+        output, lse = context.merged(outputs[1], lses[1])
+        outputs, lses = jnp.stack([outputs[0], output]), jnp.stack([lses[0], lse])
+    return merge_softmaxes(outputs, lses, axis=0)[0][None] if joint else outputs
+
+
 def _softmax_sum(
     query: Float[Array, "b h d"], source: CachedRows, own: KeyValue | None, scale: float
 ) -> tuple[Float[Array, "b h d"], Float[Array, "b h"]]:

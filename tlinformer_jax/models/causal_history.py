@@ -1,8 +1,8 @@
 """A block whose history is computed like the generation window (`model.causal_history`); not in the paper.
 
 In the paper's block (`models.block`) rows of z read each other in both directions, a row of x adds two softmaxes, and
-`restore` starts again from C. Here the rows of z and x, side by side, are a stretch of a Transformer. y are rows
-h .. n + m - 1:
+`restore` starts again from C. Here the rows of z and x, side by side, are computed like the rows of a Transformer. y
+are rows h .. n + m - 1:
 
     compress:  y  = update(y, attend_causal(Qy, [Kc; Ky], [Vc; Vy]))    Kc, Vc: rows before h, which every row reads
     hidden:    y' = update(y, attend_causal(Qy, Ky, Vy))
@@ -14,32 +14,28 @@ h, and the next block continues y. Otherwise rows before h are read in `compress
 """
 
 import dataclasses
-import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
 from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.models.attention import OutputAndLse, attend, attend_jointly, attend_with_lse, merge_parts
+from tlinformer_jax.models.history import ReadableHistory, restored_history
 from tlinformer_jax.models.layers import Dropout, LayerParams, part_of, update
 from tlinformer_jax.models.streams import (
     CAUSAL_ATTENTION,
-    EARLIER_ATTENTION,
+    CROSS_ATTENTION,
     FEED_FORWARD,
     OBSERVED_ATTENTION,
     SHARED_ATTENTION,
-    RestoreLayer,
     Stream,
-    ZMask,
     apart,
     attention_options,
     beside,
     documents_of,
-    restore_rows,
     update_both,
 )
 
@@ -48,13 +44,13 @@ XRows = Float[Array, "batch m D"]
 
 
 def compress(
-    layer: LayerParams, config: ModelConfig, C: Any, z: Stream, x: Stream, dropout: Dropout | None = None
+    layer: LayerParams, config: ModelConfig, C: ReadableHistory, z: Stream, x: Stream, dropout: Dropout | None = None
 ) -> tuple[ZRows, XRows]:
     """Runs the first layer: rows of z and x read the rows of C before z, and z and x up to their own row.
 
     The argument z contains rows h .. n - 1 of C with their queries, keys and values.
     """
-    before = C.read_before(beside(z.Q, x.Q), config, part_of(dropout, EARLIER_ATTENTION), z, x)
+    before = C.read_before(beside(z.Q, x.Q), config, part_of(dropout, SHARED_ATTENTION), z, x)
     attended = attend_jointly(_window_parts(config, z, x, dropout), before)
     return update_both(layer, (z.rows, x.rows), apart(attended, z.Q.shape[1]), dropout)
 
@@ -70,7 +66,7 @@ def hidden(
 def restore(
     layer: LayerParams,
     config: ModelConfig,
-    C: Any,
+    C: ReadableHistory,
     z: Stream,
     x: Stream,
     later: Sequence[Any] = (),
@@ -81,37 +77,28 @@ def restore(
         _, x_attends = apart(_attend_window(config, z, x, dropout), z.Q.shape[1])
         return None, update(layer, x.rows, x_attends, part_of(dropout, FEED_FORWARD))
     z_rows, x_rows = hidden(layer, config, z, x, dropout)
-    parts = "qkv" if len(later) > 1 else "kv"  # the last block does not restore C, so it needs no Qc
-    restore_some = functools.partial(restore_rows, config, z.never_empty)
-    mask = ZMask(z.length, z.documents, dropout, C.observed_start)
-    return C.restore(restore_some, RestoreLayer(layer, z.K, z.V, z_rows), mask, later[0].compress, parts), x_rows
+    return restored_history(layer, config, C, z, [block.compress for block in later], dropout, z_rows), x_rows
 
 
 def _attend_window(config: ModelConfig, z: Stream, x: Stream, dropout: Dropout | None) -> Float[Array, "b rows h k"]:
     """Returns causal attention of the rows of z and x, side by side, to themselves."""
     if _contiguous(z):
-        y = _side_by_side(z, x)
-        options = attention_options(config, part_of(dropout, CAUSAL_ATTENTION), y, y, causal=True)
-        return attend(y.Q, y.K, y.V, **options)
+        return _attend_side_by_side(attend, config, z, x, dropout)
     return _window_parts(config, z, x, dropout)[0].astype(x.Q.dtype)
 
 
 def _window_parts(config: ModelConfig, z: Stream, x: Stream, dropout: Dropout | None) -> OutputAndLse:
     """Returns `_attend_window` with its log-sum-exp."""
     if _contiguous(z):
-        y = _side_by_side(z, x)
-        options = attention_options(config, part_of(dropout, CAUSAL_ATTENTION), y, y, causal=True)
-        return attend_with_lse(y.Q, y.K, y.V, **options)
-    z_options = attention_options(
-        config, part_of(dropout, OBSERVED_ATTENTION), dataclasses.replace(z, length=None), z, causal=True
-    )
+        return _attend_side_by_side(attend_with_lse, config, z, x, dropout)
+    every = dataclasses.replace(z, length=None)  # a valid row of z sees valid rows only
+    z_options = attention_options(config, part_of(dropout, OBSERVED_ATTENTION), every, z, causal=True)
     x_options = attention_options(config, part_of(dropout, CAUSAL_ATTENTION), x, x, causal=True)
-    reading_z = attention_options(
-        config, part_of(dropout, SHARED_ATTENTION), dataclasses.replace(z, never_empty=False), x
-    )
-    parts = attend_with_lse(x.Q, x.K, x.V, **x_options), attend_with_lse(x.Q, z.K, z.V, **reading_z)
+    reading_z = attention_options(config, part_of(dropout, CROSS_ATTENTION), z, x)
     z_attends, z_lse = attend_with_lse(z.Q, z.K, z.V, **z_options)
-    x_attends, x_lse = merge_parts(*((output.astype(jnp.float32), lse) for output, lse in parts))
+    x_attends, x_lse = merge_parts(
+        attend_with_lse(x.Q, x.K, x.V, **x_options), attend_with_lse(x.Q, z.K, z.V, **reading_z)
+    )
     return beside(z_attends, x_attends), beside(z_lse, x_lse)
 
 
@@ -120,8 +107,11 @@ def _contiguous(z: Stream) -> bool:
     return z.length is None or (not isinstance(z.length, jax.Array) and bool(np.all(z.length == z.Q.shape[1])))
 
 
-def _side_by_side(z: Stream, x: Stream) -> Stream:
-    """Returns the rows of z and x as one stream."""
+def _attend_side_by_side(
+    attend: Callable[..., Any], config: ModelConfig, z: Stream, x: Stream, dropout: Dropout | None
+) -> Any:
+    """Calls `attend` or `attend_with_lse` for the rows of z and x as one stream."""
     documents = documents_of(z, (z, x))
     Q, K, V = beside(z.Q, x.Q), beside(z.K, x.K), beside(z.V, x.V)
-    return Stream(None, Q, K, V, documents=None if documents is None else documents[0])
+    y = Stream(None, Q, K, V, documents=None if documents is None else documents[0])
+    return attend(Q, K, V, **attention_options(config, part_of(dropout, CAUSAL_ATTENTION), y, y, causal=True))

@@ -25,8 +25,9 @@ from jaxtyping import Array, Float
 
 from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.models.attention import attend
+from tlinformer_jax.models.history import History, RestoreLayer, ZMask, keyed
 from tlinformer_jax.models.layers import Dropout, LayerParams, part_of, project
-from tlinformer_jax.models.streams import History, RestoreLayer, Stream, ZMask, attention_options, keyed
+from tlinformer_jax.models.streams import Stream, attention_options
 from tlinformer_jax.models.windows import PerWindow, slice_rows
 
 

@@ -17,11 +17,12 @@ from jaxtyping import Array, Float
 from tlinformer_jax.config.model import ExecutionPlan, ModelConfig
 from tlinformer_jax.models.block import BlockParams, dual_window_block
 from tlinformer_jax.models.feed_forward import split_router_losses
+from tlinformer_jax.models.history import History
 from tlinformer_jax.models.layers import Dropout, Embedded, part_of
 from tlinformer_jax.models.paired import PairedHistory
 from tlinformer_jax.models.recompute import map_steps
 from tlinformer_jax.models.rope import Rope, rope_table
-from tlinformer_jax.models.streams import History, Stream, place_window
+from tlinformer_jax.models.streams import Stream, place_window
 from tlinformer_jax.models.windows import (
     FIRST_WINDOW,
     PairedSegment,

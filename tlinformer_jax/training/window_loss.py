@@ -15,11 +15,12 @@ from jaxtyping import Array, Float, Int
 
 from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.models.feed_forward import with_router_losses
+from tlinformer_jax.models.history import History
 from tlinformer_jax.models.key_rows import tokens_before
 from tlinformer_jax.models.layers import Embedded, layer_norm
 from tlinformer_jax.models.model import ModelParams, embed
 from tlinformer_jax.models.recompute import add_wide, rounded, wide_zeros
-from tlinformer_jax.models.streams import History, Stream
+from tlinformer_jax.models.streams import Stream
 from tlinformer_jax.models.tlinformer import Constants, PreparedSequence, place_in_segment, window_states
 from tlinformer_jax.models.windows import Segment, num_windows, pad_rows, window_rows
 from tlinformer_jax.parallel.sharding import SequenceSplit, assign_windows
