@@ -230,7 +230,7 @@ def seen_in_hidden(monkeypatch):
     def mutated(layer, config, z, x, dropout):
         return real(layer, config, dataclasses.replace(z, documents=None), x, dropout)
 
-    monkeypatch.setattr(block, "PUBLISHED", block.PUBLISHED._replace(hidden=mutated))
+    monkeypatch.setattr(block, "hidden", mutated)
 
 
 def seen_by_x_in_restore(monkeypatch):
@@ -239,7 +239,7 @@ def seen_by_x_in_restore(monkeypatch):
     def mutated(layer, config, C, z, *rest):
         return real(layer, config, C, dataclasses.replace(z, documents=None), *rest)
 
-    monkeypatch.setattr(block, "PUBLISHED", block.PUBLISHED._replace(restore=mutated))
+    monkeypatch.setattr(block, "restore", mutated)
 
 
 def seen_by_c_in_restore(monkeypatch):
