@@ -115,7 +115,11 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+# The others take seconds to compile. tests/decoding/test_exactness.py and tests/test_properties.py have similar ones.
+QUICK = ("z not full at first", "in chunks")
+
+
+@pytest.mark.parametrize("case", [case if case in QUICK else pytest.param(case, marks=slow) for case in CASES])
 def test_logits_are_the_references(case):
     length, changes = CASES[case]
     config, tokens = continued(**changes), tokens_of(length)
@@ -143,6 +147,7 @@ def test_blocks_of_their_own_are_the_model():
     np.testing.assert_allclose(logits_of(rows[:, :4], None), expected[:, :4], atol=TOLERANCE)
 
 
+@slow
 def test_later_tokens_never_matter_and_every_earlier_one_does():
     """d logits[t] / d embedding[s] is 0 for s > t and not 0 for s <= t, also for s before h."""
     config = continued(token_shift=False)

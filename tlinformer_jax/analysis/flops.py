@@ -150,7 +150,7 @@ def window(config: ModelConfig, shape: WindowShape, inner: int) -> Forward:
 
 
 def _causal_window(config: ModelConfig, shape: WindowShape, inner: int) -> Forward:
-    """Counts what `window` does for `causal_history`: z and x are one stretch of causal layers."""
+    """Counts what `window` does for `causal_history`: z and x, side by side, run causal layers."""
     rows, both, last = shape.rows, shape.observed + shape.rows, config.num_blocks - 1
     layer = project(config, both, 3, inner) + _attend(shape.causal_pairs, inner) + _update(config, both, inner)
     total = layer * config.num_layers + _attend(both * shape.history_keys, inner) * config.num_blocks

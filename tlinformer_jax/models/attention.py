@@ -141,8 +141,9 @@ def choose_backend(
 ) -> str:
     """Returns the back end for 'auto' and 'deterministic'; every other `backend` is returned as it is.
 
-    In half precision on NVIDIA GPUs 'auto' is cuDNN, or 'triton' with dropout; in bfloat16 on TPUs splash; otherwise
-    XLA. 'deterministic' has 'triton' (or XLA where that cannot run) in place of cuDNN: see `training.step`.
+    In half precision on NVIDIA GPUs 'auto' is cuDNN, or 'triton' with dropout or `with_lse`; in bfloat16 on TPUs
+    splash, or XLA with one of these; otherwise XLA. 'deterministic' has 'triton' (or XLA where that cannot run) in
+    place of cuDNN: see `training.step`.
 
     Raises:
       ValueError: for an unknown back end.

@@ -1,8 +1,8 @@
 """A block whose history is computed like the generation window (`model.causal_history`); not in the paper.
 
 In the paper's block (`models.block`) rows of z read each other in both directions, a row of x adds two softmaxes, and
-`restore` starts again from C. Here the rows of z and x, side by side, are a stretch of a Transformer. y are rows
-h .. n + m - 1:
+`restore` starts again from C. Here the rows of z and x, side by side, are computed like the rows of a Transformer. y
+are rows h .. n + m - 1:
 
     compress:  y  = update(y, attend_causal(Qy, [Kc; Ky], [Vc; Vy]))    Kc, Vc: rows before h, which every row reads
     hidden:    y' = update(y, attend_causal(Qy, Ky, Vy))
