@@ -88,8 +88,7 @@ def _window(
     """The window x at n; rows before `first` do not exist. `probe` gets queries, keys and values of blocks' starts."""
     m = len(x)
     ids = np.zeros(len(embedded), int) if ids is None else ids
-    context, past = embedded[first:n], places(ids)[first:n]
-    new = places(ids)[n : n + m]
+    context, past, new = embedded[first:n], places(ids)[first:n], places(ids)[n : n + m]
     of_c, of_x = ids[first:n], ids[n : n + m]
     observed = min(len(context), _history_window(config, len(context))) if len(context) else 0
     rows = np.arange(len(context) - observed, len(context))
@@ -111,8 +110,8 @@ def _window(
             probe.append((qc[rows], qx, kc, vc, kx, vx))
         if config.causal_history:
             whole = [np.concatenate(pair) for pair in ((context, x), (qc, qx), (kc, kx), (vc, vx), (past, new))]
-            h, of_both = n - first - observed, ids[first : n + m]
-            both = _causal_block(weights, config, block, len(context), h, *whole, of_both)
+            h = len(context) - observed
+            both = _causal_block(weights, config, block, len(context), h, *whole, ids[first : n + m])
             context, x = both[: len(context)], both[len(context) :]
             continue
         z = layer.update(context[rows], _attend(qc[rows], kc, vc, ids=(of_z, of_c)))
