@@ -176,14 +176,16 @@ def test_scanned_checkpointed_and_windowed_gradients_are_the_plain_ones(architec
 
 
 @pytest.mark.slow
-def test_the_losses_count_once_however_the_history_is_cut(monkeypatch, own_traces):
+@pytest.mark.parametrize("changes", [{}, {"causal_history": True, "history_window": 6}], ids=["published", "causal"])
+def test_the_losses_count_once_however_the_history_is_cut(changes, monkeypatch, own_traces):
     """The z-loss is a mean over rows, and so the same in chunks; the balance loss is of each chunk's own."""
     monkeypatch.setattr(module, "BALANCE_LOSS", 0.0)
-    whole = loss_and_gradient(planned(EXPERTS, checkpointing=True))
-    check_equal(loss_and_gradient(planned(EXPERTS, checkpointing=True, chunk=2)), whole)
+    config = dataclasses.replace(EXPERTS, **changes)
+    whole = loss_and_gradient(planned(config, checkpointing=True))
+    check_equal(loss_and_gradient(planned(config, checkpointing=True, chunk=2)), whole)
     without_losses(monkeypatch)
     jax.clear_caches()
-    plain = loss_and_gradient(planned(EXPERTS, checkpointing=True))
+    plain = loss_and_gradient(planned(config, checkpointing=True))
     for found, other in zip(*(router_gradients(gradient).values() for _, gradient in (whole, plain))):
         assert np.abs(found - other).max() > 1e-3 * np.abs(other).max()
 

@@ -205,7 +205,10 @@ class History(Stream):
 
             traced = mask if known is None else mask._replace(length=None)
             filled = -(-jnp.max(jnp.asarray(length, jnp.int32)) // self.chunk)
-            layers = split_router_losses(layer, filled), next_layer
+            counted = filled  # the chunks in which somebody reads rows that `restore_rows` computes
+            if layer.z_rows is not None:
+                counted = jnp.maximum(-(-jnp.max(jnp.asarray(mask.start, jnp.int32)) // self.chunk), 1)
+            layers = split_router_losses(layer, counted), next_layer
             chunks = jax.tree.map(lambda array: in_chunks(array, self.chunk), (rows, sums))
             found = map_steps(restore_chunk, layers, chunks, (traced, documents, rope), filled)
             restored, *projected = map(joined, found)
