@@ -13,7 +13,7 @@ from tlinformer_jax.kernels import dropout as dropout_kernel
 from tlinformer_jax.kernels.common import Scores, threefry
 from tlinformer_jax.kernels.dropout import Tile, Tiles, attend_with_dropout
 from tlinformer_jax.models import attention
-from tlinformer_jax.models.attention import attend, attend_jointly, attend_with_lse
+from tlinformer_jax.models.attention import attend, attend_with_lse, merge_parts
 from tlinformer_jax.models.layers import Dropout, dropout_mask
 
 # Tiles that no length below is a multiple of, other ones for each kernel.
@@ -216,7 +216,7 @@ def test_two_calls_of_the_kernel_are_one_softmax(monkeypatch):
     def by_kernel(*arrays):
         own = attend_with_lse(*arrays, Scores(SCALE, causal=True), backend="triton")
         others = attend_with_lse(*arrays, Scores(SCALE), key_length=valid, backend="triton")
-        return attend_jointly(own, others)
+        return merge_parts(own, others)[0]
 
     def plainly(query, key, value):
         scores = jnp.tile(jnp.einsum("bqhd,bkhd->bhqk", query, key) * SCALE, 2)

@@ -21,6 +21,7 @@ from tlinformer_jax.config.model import ARCHITECTURES, ExecutionPlan
 from tlinformer_jax.errors import ConfigError
 from tlinformer_jax.interop import params_from_reference, params_to_reference
 from tlinformer_jax.models.layers import layer_norm
+from tlinformer_jax.models.model import embed, hidden_states, prepare_params
 from tlinformer_jax.training.loss import summed_loss
 
 slow = pytest.mark.slow
@@ -164,6 +165,19 @@ def test_later_tokens_never_matter_and_every_earlier_one_does():
     for position, found in enumerate(np.asarray(influence(rows, jnp.arange(LENGTH)))):
         assert not found[position + 1 :].any()
         assert found[: position + 1].min() > 1e-6, position
+
+
+@pytest.mark.parametrize("rows", [3, 6])  # z is full in every window, or not in the first ones
+def test_rows_stay_in_the_compute_dtype(rows):
+    """Merged softmaxes are float32; rows that became float32 would cost time and memory."""
+    config = continued(history_window=rows, dtype="bfloat16", memory=ExecutionPlan(together=3))
+    model = build_model(config)
+
+    def hidden(variables):
+        params = prepare_params(model.apply(variables, method=model.parameters), config)
+        return hidden_states(params, config, embed(params, config, jnp.asarray(tokens_of())))
+
+    assert jax.eval_shape(hidden, golden_scale(config)).dtype == jnp.bfloat16
 
 
 # ---- Over devices

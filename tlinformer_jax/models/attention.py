@@ -235,7 +235,8 @@ def attend_chunk(
     if key.shape[1] == size:
         return own[0]
     if fused:
-        return attend_jointly(own, attend_with_lse(query, key, value, Scores(scale), key_length=start, backend=chosen))
+        before = attend_with_lse(query, key, value, Scores(scale), key_length=start, backend=chosen)
+        return merge_parts(own, before)[0].astype(query.dtype)
 
     def block(number: Array, parts: OutputAndLse) -> OutputAndLse:
         keys, values = rows(number)
@@ -244,11 +245,6 @@ def attend_chunk(
     # One chunk of keys at a time, so that the memory for scores does not grow with the sequence.
     parts = own[0].astype(jnp.float32), own[1]
     return jax.lax.fori_loop(0, start // size, block, parts)[0].astype(query.dtype)
-
-
-def attend_jointly(first: OutputAndLse, second: OutputAndLse) -> Queries:
-    """Returns the output of one softmax over the keys of both, in the dtype of the first."""
-    return merge_parts(first, second)[0].astype(first[0].dtype)
 
 
 def no_parts(query: Queries) -> OutputAndLse:

@@ -22,7 +22,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from tlinformer_jax.config.model import ModelConfig
-from tlinformer_jax.models.attention import OutputAndLse, attend, attend_jointly, attend_with_lse, merge_parts
+from tlinformer_jax.models.attention import OutputAndLse, attend, attend_with_lse, merge_parts
 from tlinformer_jax.models.history import ReadableHistory, restored_history
 from tlinformer_jax.models.layers import Dropout, LayerParams, part_of, update
 from tlinformer_jax.models.streams import (
@@ -51,7 +51,7 @@ def compress(
     The argument z contains rows h .. n - 1 of C with their queries, keys and values.
     """
     before = C.read_before(beside(z.Q, x.Q), config, part_of(dropout, SHARED_ATTENTION), z, x)
-    attended = attend_jointly(_window_parts(config, z, x, dropout), before)
+    attended = merge_parts(_window_parts(config, z, x, dropout), before)[0].astype(x.Q.dtype)
     return update_both(layer, (z.rows, x.rows), apart(attended, z.Q.shape[1]), dropout)
 
 
@@ -88,7 +88,7 @@ def _attend_window(config: ModelConfig, z: Stream, x: Stream, dropout: Dropout |
 
 
 def _window_parts(config: ModelConfig, z: Stream, x: Stream, dropout: Dropout | None) -> OutputAndLse:
-    """Returns `_attend_window` with its log-sum-exp."""
+    """Returns `_attend_window` with its log-sum-exp; float32 or the dtype of the rows."""
     if _contiguous(z):
         return _attend_side_by_side(attend_with_lse, config, z, x, dropout)
     every = dataclasses.replace(z, length=None)  # a valid row of z sees valid rows only
