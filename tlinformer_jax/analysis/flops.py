@@ -65,7 +65,7 @@ class WindowShape(NamedTuple):
     history_keys: int  # keys that a query of the history reads; with `causal_history` of the rows before z
     observed_keys: int  # keys that a query of the observation window reads
     causal_pairs: float  # pairs of query and key in the window's causal attention; with `causal_history` z's, too
-    spared: int = 0  # rows of C in whose place z' is put, and of z without queries under the last `restore`
+    replaced: int = 0  # with `causal_history`: rows of C' that z' replaces; z's rows without a query at the end
 
 
 def training_flops(
@@ -108,12 +108,10 @@ def _model_forward(config: ModelConfig, length: int, skipped: int) -> tuple[Forw
     for begin in range(size * max(skipped, 1), length, size):
         start = begin - config.window_overlap
         rows, observed = min(begin + size, length) - start, config.observed_rows(start)
+        shape = WindowShape(rows, start, observed, start, observed, causal_pairs(rows))
         if config.causal_history:
-            shape = WindowShape(
-                rows, start, observed, start - observed, observed, causal_pairs(observed + rows), spared=observed
-            )
-        else:
-            shape = WindowShape(rows, start, observed, start, observed, causal_pairs(rows))
+            pairs = causal_pairs(observed + rows)
+            shape = shape._replace(history_keys=start - observed, causal_pairs=pairs, replaced=observed)
         total += window(config, shape, inner)
     return project(config, length, 3, inner), total
 
@@ -155,8 +153,8 @@ def _causal_window(config: ModelConfig, shape: WindowShape, inner: int) -> Forwa
     layer = project(config, both, 3, inner) + _attend(shape.causal_pairs, inner) + _update(config, both, inner)
     total = layer * config.num_layers + _attend(both * shape.history_keys, inner) * config.num_blocks
     # The last `restore` computes no z'; `compress` projections of z are those of C.
-    total += _update(config, -shape.observed, inner) + project(config, -shape.spared, 1, inner)
-    total += _attend(-causal_pairs(shape.spared), inner)
+    total += _update(config, -shape.observed, inner) + project(config, -shape.replaced, 1, inner)
+    total += _attend(-causal_pairs(shape.replaced), inner)
     total += project(config, -both, 3, inner) * config.num_blocks + project(config, rows, 3, inner) * last
     total += restored(config, shape, inner)
     return total + project(config, shape.observed, 1, inner) if last else total
@@ -164,7 +162,7 @@ def _causal_window(config: ModelConfig, shape: WindowShape, inner: int) -> Forwa
 
 def restored(config: ModelConfig, shape: WindowShape, inner: int) -> Forward:
     """Counts the history between blocks: restored, and projected for the next block."""
-    between, rows = config.num_blocks - 1, shape.history - shape.spared
+    between, rows = config.num_blocks - 1, shape.history - shape.replaced
     restore = _attend(rows * shape.observed_keys, inner) + _update(config, rows, inner)
     return restore * between + project(config, shape.history, (3 * between - 1) * (between > 0), inner)
 

@@ -201,11 +201,12 @@ class ModelConfig:
         if self.window_overlap and not self.windowed:
             allowed = f"must be 0 for model.architecture = {self.architecture!r}"
             raise ConfigError("model.window_overlap", self.window_overlap, allowed)
-        if self.causal_history and (self.architecture != "tlinformer" or self.window_overlap):
-            other = f"model.architecture = {self.architecture!r}"
-            if self.architecture == "tlinformer":
-                other = f"model.window_overlap = {self.window_overlap}"
-            raise ConfigError("model.causal_history", True, f"must be False for {other}")
+        if self.causal_history and self.architecture != "tlinformer":
+            allowed = f"must be False for model.architecture = {self.architecture!r}"
+            raise ConfigError("model.causal_history", True, allowed)
+        if self.causal_history and self.window_overlap:
+            allowed = f"must be False for model.window_overlap = {self.window_overlap}"
+            raise ConfigError("model.causal_history", True, allowed)
         # With an overlap of W_og the second window would have no history either.
         if self.window_overlap >= self.generation_window:
             allowed = f"must be less than model.generation_window = {self.generation_window}"

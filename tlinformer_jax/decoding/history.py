@@ -83,6 +83,18 @@ class SequenceRows:
             return embed(self.params, ids)
         return embed(self.params, ids, self.cache.tokens_before(self.row, self.positions(start, count))[None])
 
+    def observed(self, start: Int[Array, ""], count: Int[Array, ""], rope: Rope, parts: str) -> Stream:
+        """Returns block 0's z: embeddings from row `start` on, `count` of them valid, projected to `parts`.
+
+        `rope` contains the rotations of all rows of z; they are the same on every device.
+        """
+        width, before = len(rope.cos), None
+        tokens = jax.lax.dynamic_slice(self.cache.tokens, (self.row, start), (1, width))
+        if self.params.shift is not None and "k" in parts:  # a token shift changes keys only
+            before = self.cache.tokens_before(self.row, start + jnp.arange(width, dtype=jnp.int32))[None]
+        z = embed(self.params, tokens, before)
+        return Stream.of(self.params.blocks[0].compress, z.rows, rope, parts, count, key_rows=z.key_rows)
+
     def tap_sum(self, taps: Float[Array, "K D"], positions: Int[Array, " n"]) -> Float[Array, "1 n D"]:
         """Returns what key taps add to the input of the keys of rows of C' at these positions."""
         ids = [self.cache.tokens_before(self.row, positions, back)[None] for back in range(1, len(taps) + 1)]
@@ -202,7 +214,9 @@ class CachedHistory:
         return dataclasses.replace(new, rows=lambda start: jax.lax.dynamic_slice(kept, (0, start, 0), shape))
 
 
-def embedded_history(at: SequenceRows, z: Stream, z_rope: Rope, observed_start: Array, fill: bool) -> CachedHistory:
+def embedded_history(
+    at: SequenceRows, z: Stream, z_rope: Rope, observed_start: Int[Array, ""], fill: bool
+) -> CachedHistory:
     """Returns block 0's C, the embeddings; `fill` computes its keys, which the cache otherwise contains already.
 
     For `z`, `z_rope` and `observed_start` see `CachedHistory`.

@@ -25,7 +25,7 @@ from tlinformer_jax.decoding.params import DecoderParams, embed, logits_of
 from tlinformer_jax.kernels.key_value import KeyValue
 from tlinformer_jax.models.block import equations
 from tlinformer_jax.models.cached_attention import write_plainly, write_rows
-from tlinformer_jax.models.rope import Rope, rope_table
+from tlinformer_jax.models.rope import rope_table
 from tlinformer_jax.models.streams import Stream, project_both
 
 
@@ -121,8 +121,8 @@ def _rebuild(
     both_rope = jax.tree.map(lambda *tables: jnp.concatenate(tables), z_rope, x_rope)
     x_before = cache.tokens_before(row, length + jnp.arange(m, dtype=jnp.int32))[None] if config.token_shift else None
     compress, hidden, restore, (first_parts, last_parts) = equations(config)
-    z = _embedded_z(params, cache, row, start, observed, width, z_rope, first_parts)
-    C = embedded_history(SequenceRows(params, config, cache, row, length), z, z_rope, start, fill)
+    at = SequenceRows(params, config, cache, row, length)
+    C = embedded_history(at, at.observed(start, observed, z_rope, first_parts), z_rope, start, fill)
     embedded, context, window = embed(params, window_tokens[None], x_before), [], []
     x_rows, key_rows = embedded.rows, embedded.key_rows
     for index, block in enumerate(params.blocks):
@@ -150,24 +150,6 @@ def _rebuild(
         observed_length=cache.observed_length.at[row].set(observed),
     )
     return cache, x_rows
-
-
-def _embedded_z(
-    params: DecoderParams,
-    cache: WindowedCache,
-    row: Int[Array, ""],
-    start: Int[Array, ""],
-    observed: Int[Array, ""],
-    width: int,
-    rope: Rope,
-    parts: str,
-) -> Stream:
-    """Returns block 0's z: `width` embeddings from row `start` on, `observed` of them valid, projected to `parts`."""
-    tokens, before = jax.lax.dynamic_slice(cache.tokens, (row, start), (1, width)), None
-    if params.shift is not None and "k" in parts:  # a token shift changes keys only
-        before = cache.tokens_before(row, start + jnp.arange(width, dtype=jnp.int32))[None]
-    z = embed(params, tokens, before)
-    return Stream.of(params.blocks[0].compress, z.rows, rope, parts, observed, key_rows=z.key_rows)
 
 
 def _store(cache: KeyValue, row: Int[Array, ""], layers: list[tuple[Array, Array]]) -> KeyValue:

@@ -89,7 +89,7 @@ def attend_with_lse(
     chosen = choose_backend(query, dropout, True, documents is not None, backend)
     if chosen == "splash":
         raise _unsupported(chosen, "a log-sum-exp")
-    output, lse = _attend(query, key, value, scores, key_length, dropout, documents, chosen, never_empty, True)
+    output, lse = _attend(query, key, value, scores, key_length, dropout, documents, chosen, never_empty, with_lse=True)
     assert lse is not None
     return output, lse
 

@@ -33,7 +33,6 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
 
 from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.models import causal_history
@@ -47,6 +46,8 @@ from tlinformer_jax.models.streams import (
     SHARED_ATTENTION,
     PlacedWindow,
     Stream,
+    XRows,
+    ZRows,
     apart,
     attention_options,
     beside,
@@ -56,11 +57,6 @@ from tlinformer_jax.models.streams import (
     with_documents,
 )
 from tlinformer_jax.models.windows import WindowFrame
-
-# Rows of the residual stream: of z, x and C.
-ZRows = Float[Array, "batch width D"]
-XRows = Float[Array, "batch m D"]
-CRows = Float[Array, "batch n D"]
 
 
 def compress(

@@ -32,15 +32,14 @@ from tlinformer_jax.models.streams import (
     OBSERVED_ATTENTION,
     SHARED_ATTENTION,
     Stream,
+    XRows,
+    ZRows,
     apart,
     attention_options,
     beside,
     documents_of,
     update_both,
 )
-
-ZRows = Float[Array, "batch width D"]
-XRows = Float[Array, "batch m D"]
 
 
 def compress(

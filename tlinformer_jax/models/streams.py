@@ -23,6 +23,10 @@ SHARED_ATTENTION, CAUSAL_ATTENTION, FEED_FORWARD, CONTEXT_ATTENTION, CONTEXT_FEE
 # And in `models.causal_history`, where z has invalid rows: attention of z to itself, and of x to z.
 OBSERVED_ATTENTION, CROSS_ATTENTION = 5, 6
 
+# Rows of the residual stream, of z and of x.
+ZRows = Float[Array, "batch width D"]
+XRows = Float[Array, "batch m D"]
+
 AnyStream = TypeVar("AnyStream", bound="Stream")
 
 
@@ -153,8 +157,8 @@ def side_by_side(function: Callable[..., Any], *pairs: tuple[Array, Array]) -> t
 
 
 def update_both(
-    layer: LayerParams, rows: tuple[Array, Array], attended: tuple[Array, Array], dropout: Dropout | None
-) -> tuple[Array, Array]:
+    layer: LayerParams, rows: tuple[ZRows, XRows], attended: tuple[Array, Array], dropout: Dropout | None
+) -> tuple[ZRows, XRows]:
     """Returns update(z, ...) and update(x, ...), computed side by side."""
     return side_by_side(
         lambda rows, attended: update(layer, rows, attended, part_of(dropout, FEED_FORWARD)), rows, attended
