@@ -8,10 +8,12 @@ computes the whole rectangle of queries and keys. A fused kernel skips masked pa
 backward pass: it counts 2.5 times its forward products instead of 2, and 3.5 times with dropout, where that kernel
 computes scores and gradients of the weights once for the queries and once for the keys. Rounding to tiles is not
 counted. With the mesh axes `window` and `context`, what each device computes for itself counts once: block 0's
-projections and the windows' own rows.
+projections and the windows' own rows. With `model.causal_history` the histories of later blocks are computed for all
+windows, also if windows are sampled; in a loop over groups of windows they are computed again in the backward pass.
 """
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from tlinformer_jax.analysis.flops import (
     Forward,
@@ -19,6 +21,7 @@ from tlinformer_jax.analysis.flops import (
     causal_layers,
     causal_pairs,
     delta_layers,
+    later_histories,
     peak_flops,
     project,
     restored,
@@ -28,9 +31,11 @@ from tlinformer_jax.analysis.flops import (
 from tlinformer_jax.config.model import ExecutionPlan, ModelConfig
 from tlinformer_jax.kernels import dropout as dropout_kernel
 from tlinformer_jax.models.attention import fused_kernel, head_multiple
+from tlinformer_jax.models.causal_history import WINDOWS_TOGETHER
 from tlinformer_jax.models.delta import CHUNK, SMALL
 from tlinformer_jax.models.model import attention_window, padded_vocabulary
 from tlinformer_jax.models.windows import (
+    FIRST_WINDOW,
     PairedSegment,
     Segment,
     num_windows,
@@ -38,6 +43,13 @@ from tlinformer_jax.models.windows import (
     plan_segments,
     training_plan,
 )
+
+
+class Executed(NamedTuple):
+    """Forward FLOPs, and those of what the backward pass computes again."""
+
+    once: Forward = Forward()
+    again: Forward = Forward()
 
 
 def hardware_flops(
@@ -58,13 +70,13 @@ def hardware_flops(
     width = config.head_dim + -config.head_dim % head_multiple(dtype, config.attention)
     share, skipped = trained_windows(config, length, sampled_windows, first)
     plan = training_plan(config, length, skipped, alone=share < 1)
-    outside, inside, again = _hardware_forward(config, length, width * config.num_heads, fused, plan, skipped)
+    outside, inside = _hardware_forward(config, length, width * config.num_heads, fused, plan, skipped)
     head = (
         2.0 * (length if read is None else read) * share * padded_vocabulary(config.vocab_size, dtype) * config.d_model
     )
-    once = outside + inside * share
+    once, again = outside.once + inside.once * share, outside.again + inside.again * share
     times = {"cudnn": 3.5, "triton": 4.5}.get(kernel, 3.0)
-    return batch * (3.0 * once.matrix + times * once.attention + again.total * share + 3.0 * head)
+    return batch * (3.0 * once.matrix + times * once.attention + again.total + 3.0 * head)
 
 
 def utilisation(model_flops_per_second: float, devices: int, device_kind: str, dtype: str) -> float | None:
@@ -93,8 +105,8 @@ def _delta_chunks(config: ModelConfig, length: int, checkpointing: bool) -> floa
 
 def _hardware_forward(
     config: ModelConfig, length: int, inner: int, fused: bool, plan: ExecutionPlan, skipped: int
-) -> tuple[Forward, Forward, Forward]:
-    """Returns the forward FLOPs, without the head, outside the windows, inside them, and of what is computed again.
+) -> tuple[Executed, Executed]:
+    """Returns what is executed, without the head, outside the windows and inside them.
 
     `inner` is the width of all padded heads.
     """
@@ -104,12 +116,12 @@ def _hardware_forward(
         layers = layers + Forward(matrix=delta_layers(config, length).matrix)
         states = Forward(attention=_delta_chunks(config, length, plan.checkpointing))
         if not plan.checkpointing:
-            return Forward(), layers, states
+            return Executed(), Executed(layers, states)
         # A layer's last product is not computed again: only the next layer reads it, and that layer's input is kept.
         last = config.attention_layers * config.feed_forward_dim * config.active_experts
         last += (config.num_layers - config.attention_layers) * config.delta.feed_forward * config.active_experts
         last_products = Forward(matrix=2.0 * length * config.d_model * last)
-        return Forward(), layers, layers + last_products * -1 + states
+        return Executed(), Executed(layers, layers + last_products * -1 + states)
     windows, size = num_windows(config, length), config.generation_window
     segments = plan_segments(config, windows, plan, first=skipped)
     causal, longer = (causal_pairs(rows) if fused else rows**2 for rows in (size, config.window_overlap + size))
@@ -119,8 +131,27 @@ def _hardware_forward(
     for segment in segments:
         for shape in segment_shapes(config, segment, longer, fused):
             total = total + window(config, shape, inner)
-            again = again + (restored(config, shape, inner) if segment.history_chunk else Forward())
-    return project(config, padded_length(config, windows, segments), 3, inner), total, again
+            if segment.history_chunk and not config.causal_history:
+                again = again + restored(config, shape, inner)
+    padded = padded_length(config, windows, segments)
+    later = executed_histories(config, padded, inner, fused) if config.causal_history else Executed()
+    return Executed(project(config, padded, 3, inner) + later.once, later.again), Executed(total, again)
+
+
+def executed_histories(config: ModelConfig, rows: int, inner: int, fused: bool) -> Executed:
+    """Counts the histories of later blocks, as `models.causal_history` computes them for `rows` padded rows."""
+    size, windows, pairs, looped, looped_pairs = config.generation_window, num_windows(config, rows), 0.0, 0, 0.0
+    plan = ExecutionPlan(together=WINDOWS_TOGETHER)
+    for segment in (FIRST_WINDOW, *plan_segments(config, windows, plan)):
+        keys = sum(segment.observed) if fused else segment.count * segment.observed_width
+        found = size * keys + segment.count * (causal_pairs(size) if fused else size**2)
+        pairs += found
+        if segment.count > segment.together:
+            looped, looped_pairs = looped + segment.count * size, looped_pairs + found
+    # As above, the last product is not computed again: only the projections read it, and they are outside the loop.
+    last = looped * config.feed_forward_dim * config.active_experts * (config.num_blocks - 1)
+    again = later_histories(config, 0, looped, looped_pairs, inner) + Forward(matrix=-2.0 * config.d_model * last)
+    return Executed(later_histories(config, rows, windows * size, pairs, inner), again)
 
 
 def segment_shapes(config: ModelConfig, segment: Segment, causal: float, fused: bool) -> Iterator[WindowShape]:

@@ -14,7 +14,16 @@ import pytest
 from tests.test_model import SMALL, golden_scale
 from tlinformer_jax.config.model import ExecutionPlan
 from tlinformer_jax.config.train import TrainConfig
-from tlinformer_jax.models import DualWindowBlock, attention, block, build_model, paired, streams, windows
+from tlinformer_jax.models import (
+    DualWindowBlock,
+    attention,
+    block,
+    build_model,
+    causal_history,
+    paired,
+    streams,
+    windows,
+)
 from tlinformer_jax.models import history as model_history
 from tlinformer_jax.models import model as model_module
 from tlinformer_jax.models.layers import layer_norm
@@ -65,6 +74,12 @@ WAYS = {
         "num_blocks": 3,
     },
     "causal history, all kept": {"memory": ExecutionPlan(together=5), "causal_history": True, "history_window": 9},
+    "causal history, eight windows": {
+        "memory": ExecutionPlan(together=7),
+        "causal_history": True,
+        "history_window": 3,
+        "generation_window": 2,
+    },
 }
 DEFAULT = ("in groups",)
 # Of compress and restore, where a case asks for no more: the plain loop is unrolled, and its compilation is the cost.
@@ -129,6 +144,15 @@ def test_every_way_gives_what_the_plain_loop_gives(way):
     assert gradient < 1e-4
 
 
+def test_rows_of_a_causal_history_in_a_loop_over_windows(monkeypatch):
+    """As for many windows: here one alone, then two at a time."""
+    looped(dataclasses.replace(SHALLOW, **WAYS["causal history, eight windows"] | {"memory": SHALLOW.memory}))
+    monkeypatch.setattr(causal_history, "WINDOWS_TOGETHER", 2)
+    loss, gradient = errors("causal history, eight windows")
+    assert loss < 1e-5
+    assert gradient < 1e-4
+
+
 @pytest.mark.slow
 def test_pairs_tell_the_kernel_that_the_first_window_reads_nothing(monkeypatch, request):
     """cuDNN sees at least one key unless it is told that there may be none."""
@@ -163,7 +187,7 @@ def dropouts_of(way: str, monkeypatch) -> list[tuple[int, ...]]:
         return call
 
     monkeypatch.setattr(attention, "_attend", recorded(attention._attend, 5))
-    for module in (block, streams, model_history):
+    for module in (block, causal_history, streams, model_history):
         monkeypatch.setattr(module, "update", recorded(module.update, 3))
     config = dataclasses.replace(SHALLOW, **WAYS[way], dropout=0.5)
     jax.jit(functools.partial(summed_loss, model=build_model(config)))(

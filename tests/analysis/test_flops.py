@@ -13,15 +13,9 @@ from tlinformer_jax.models import ModelConfig
 
 
 @pytest.mark.parametrize(
-    ("architecture", "overlap", "causal"),
-    [
-        *((name, 0, False) for name in ARCHITECTURES),
-        ("tlinformer", 3, False),
-        ("tconstformer", 1, False),
-        ("tlinformer", 0, True),
-    ],
+    ("architecture", "overlap"), [*((name, 0) for name in ARCHITECTURES), ("tlinformer", 3), ("tconstformer", 1)]
 )
-def test_model_flops_hold_the_pairs_that_the_reference_attends(architecture, overlap, causal, monkeypatch):
+def test_model_flops_hold_the_pairs_that_the_reference_attends(architecture, overlap, monkeypatch):
     """Attended pairs one by one: what a width of the attention heads adds beyond its projections."""
     config = ModelConfig(
         architecture=architecture,
@@ -34,7 +28,6 @@ def test_model_flops_hold_the_pairs_that_the_reference_attends(architecture, ove
         history_window=5,
         generation_window=4,
         window_overlap=overlap,
-        causal_history=causal,
         dtype="float32",
     )
     length, pairs, rows, mixed = 14, [0], [0, 0], [0]
@@ -73,24 +66,55 @@ def test_model_flops_hold_the_pairs_that_the_reference_attends(architecture, ove
         for start in range(0, length, 4):
             history = max(0, start - overlap)
             observed = min(history, 5)
-            if causal:  # z of the last block is not restored: its queries, what they read, and its update
-                expected -= 2 * observed * 8 * 8 + 4 * 8 * observed * (observed + 1) / 2
-                expected -= 2 * observed * 8 * (8 + 3 * 8)
-                history -= observed  # rows that the last block does not restore by attention
-            else:
-                expected -= 2 * 2 * observed * 8 * 8  # z's queries under `restore`, in both blocks
+            expected -= 2 * 2 * observed * 8 * 8  # z's queries under `restore`, in both blocks
             # Block 0's `compress` projections were counted with each window that reads them, not once a token.
             expected -= 2 * start * 8 * 3 * 8
             # The last block: no restored history, and queries for the observation window only.
-            unread = history if causal else history - observed
-            expected -= 2 * unread * 8 * 8 + 4 * history * observed * 8
+            expected -= 2 * (history - observed) * 8 * 8 + 4 * history * observed * 8
             expected -= 2 * history * 8 * (8 + 3 * 8)
+    assert training_flops(config, length) == 3 * expected
+
+
+@pytest.mark.parametrize(
+    ("blocks", "hidden", "observed", "generation"), [(1, 0, 3, 4), (2, 1, 5, 4), (4, 0, 2, 4), (3, 1, "auto", 1)]
+)
+def test_model_flops_with_a_causal_history_are_those_of_its_rows_one_by_one(blocks, hidden, observed, generation):
+    config = ModelConfig(
+        vocab_size=11,
+        d_model=8,
+        num_heads=2,
+        num_blocks=blocks,
+        hidden_depth=hidden,
+        d_ff=16,
+        history_window=observed,
+        generation_window=generation,
+        causal_history=True,
+        dtype="float32",
+    )
+    length, pairs, projected, updated = 14, 0, 3 * 14, 0  # block 0's `compress` projections, once a token
+    for n in range(0, length, generation):
+        h, stop = n - config.observed_rows(n), min(n + generation, length)
+        for layer in range(config.num_layers):
+            in_compress, last = not layer % (hidden + 2), layer == config.num_layers - 1
+            for row in range(h, stop):
+                computed = row >= n or not last  # of z in the last layer only keys and values
+                if layer:
+                    projected += 3 if computed else 2
+                if computed:
+                    pairs += row + 1 if in_compress else row + 1 - h
+                    updated += 1
+        for block in range(1, blocks):  # the history that the block reads
+            for row in range(n, stop):
+                pairs += row + 1 - h
+                updated += 1
+                projected += 3 if block < blocks - 1 else 2
+    expected = 2 * projected * 8 * 8 + 2 * updated * 8 * (8 + 3 * 16) + 4 * pairs * 8 + 2 * length * 8 * 11
     assert training_flops(config, length) == 3 * expected
 
 
 def test_a_causal_history_in_z_costs_what_a_transformer_costs():
     """Over the sequence so far, but for block 0's `compress` projections, which count once for all windows, and in the
-    last layer z's queries, what they read and their update."""
+    last layer z's queries, what they read and their update. Block 1's history is one layer more without queries."""
     config = dataclasses.replace(WIDE, causal_history=True, history_window=448, generation_window=64, num_blocks=2)
     layers = dataclasses.replace(config, causal_history=False, architecture="transformer")
     size, width, expected = 64, 256, 0.0
@@ -99,6 +123,7 @@ def test_a_causal_history_in_z_costs_what_a_transformer_costs():
         expected += training_flops(layers, stop, read=0) - 3 * 2 * stop * width * 3 * width
         expected -= 3 * (2 * n * width * (width + width + 3 * config.feed_forward_dim) + 4 * width * n * (n + 1) / 2)
     expected += 3 * 2 * 512 * width * 3 * width
+    expected += training_flops(layers, 512, read=0) / layers.num_layers - 3 * 2 * 512 * width * width
     assert training_flops(config, 512, read=0) == pytest.approx(expected, rel=1e-12)
 
 
@@ -106,6 +131,17 @@ def test_sampled_windows_cost_their_share_of_the_windows_but_all_of_block_0s_pro
     whole, sampled = (training_flops(WIDE, 512, sampled_windows=k) for k in (0, 2))
     projections = 3 * 2 * 512 * 256 * 3 * 256
     assert sampled == pytest.approx((whole - projections) / 4 + projections)
+
+
+def test_sampled_windows_cost_all_of_a_causal_history():
+    """Of three blocks, the histories of the second and the third; rows of 7 windows read 48 rows of z."""
+    config = dataclasses.replace(WIDE, causal_history=True)
+    whole, sampled = (training_flops(config, 512, sampled_windows=k) for k in (0, 2))
+    projections = 3 * 2 * 512 * 256 * (3 + 3 + 2) * 256
+    pairs = 7 * 64 * 48 + 8 * 64 * 65 / 2
+    history = 3 * (2 * 512 * 256 * (256 + 3 * 512) + 4 * pairs * 256)
+    outside = projections + 2 * history
+    assert sampled == pytest.approx((whole - outside) / 4 + outside)
 
 
 def test_the_41m_shape_at_512():

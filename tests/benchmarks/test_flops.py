@@ -10,7 +10,10 @@ from benchmarks import flops
 from benchmarks.flops import hardware_flops, utilisation
 from tlinformer_jax.analysis.flops import training_flops
 from tlinformer_jax.config.model import ExecutionPlan
-from tlinformer_jax.models import ModelConfig, build_model
+from tlinformer_jax.models import ModelConfig, build_model, causal_history
+from tlinformer_jax.models.history import History
+from tlinformer_jax.models.model import prepare_params
+from tlinformer_jax.models.rope import rope_table
 from tlinformer_jax.training.loss import summed_losses_and_hits
 
 PLAN = ExecutionPlan(segments=8, scan_layers=False)  # a segment for each window: nothing is masked
@@ -37,6 +40,7 @@ WIDE = ModelConfig(
         ("tlinformer", 128, 0, {}),
         ("tlinformer", 160, 0, {"history_window": 80, "hidden_depth": 0}),
         ("tlinformer", 192, 0, {"causal_history": True}),
+        ("tlinformer", 150, 0, {"causal_history": True, "history_window": 80, "num_blocks": 3, "hidden_depth": 0}),
         ("tlinformer", 192, 130, {}),  # its first two windows are not run
         ("tconstformer", 128, 0, {"num_blocks": 1}),
         ("tlinformer", 64, 0, {}),  # one window
@@ -63,6 +67,53 @@ def test_hardware_flops_are_what_xla_counts(architecture, length, first, fields)
     counted = jax.jit(jax.grad(loss)).lower(params, tokens).cost_analysis()["flops"]
     expected = hardware_flops(config, length, batch=2, read=length - first, first=first)
     assert expected == pytest.approx(counted, rel=0.02 if config.recurrent else 0.015)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "history_window", "windows", "together"), [(2, 80, 3, 32), (4, 8, 3, 32), (3, 80, 7, 2), (3, 8, 8, 2)]
+)
+def test_later_histories_are_what_xla_counts(blocks, history_window, windows, together, monkeypatch):
+    """With `causal_history`, to 1.5%. With two windows together the last six run in a loop of three groups, unrolled
+    here since XLA counts one round; of 8 windows the second runs before the loop."""
+    for module in (causal_history, flops):
+        monkeypatch.setattr(module, "WINDOWS_TOGETHER", together)
+
+    def unrolled(start, stop, body, state):
+        for number in range(3):
+            state = body(number, state)
+        return state
+
+    monkeypatch.setattr(jax.lax, "fori_loop", unrolled)
+    config = dataclasses.replace(WIDE, causal_history=True, num_blocks=blocks, history_window=history_window)
+    model, rows = build_model(config), windows * 64
+    params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8), jnp.int32))["params"]
+    heads = jax.ShapeDtypeStruct((2, rows, 2, 128), jnp.float32)
+
+    def summed(params, arrays):
+        blocks = prepare_params(model.apply({"params": params}, method=model.parameters), config).blocks
+        C = causal_history.with_later(blocks, config, History(*arrays), rope_table(jnp.arange(rows), 128))
+        return sum(jnp.sum(array**2) for each in C.later for array in (each.K, each.V))
+
+    arrays = jax.ShapeDtypeStruct((2, rows, 256), jnp.float32), heads, heads, heads
+    counted = jax.jit(jax.grad(summed, (0, 1))).lower(params, arrays).cost_analysis()["flops"]
+    once, again = flops.executed_histories(config, rows, 256, False)
+    assert 2 * (3 * once.total + again.total) == pytest.approx(counted, rel=0.015)
+    assert (again.total > 0) == (together == 2)
+
+
+def test_histories_of_later_blocks_are_executed_for_all_windows(monkeypatch):
+    """Also if two of eight are sampled, and in a loop for the backward pass, too."""
+    monkeypatch.setattr(flops, "WINDOWS_TOGETHER", 2)
+    config = dataclasses.replace(WIDE, causal_history=True)
+    whole, sampled = (hardware_flops(config, 512, sampled_windows=k) for k in (0, 2))
+    once, again = flops.executed_histories(config, 512, 256, False)
+    outside = 3 * 2 * 512 * 256 * 3 * 256 + 3 * once.total + again.total
+    assert sampled == pytest.approx((whole - outside) / 4 + outside)
+    in_chunks = dataclasses.replace(config, memory=dataclasses.replace(PLAN, chunk=64))
+    assert hardware_flops(in_chunks, 512) == whole, "no history is restored"
+    # A fused kernel computes the pairs that are read: z has 64 rows in the second window, then 80.
+    fused = flops.executed_histories(dataclasses.replace(config, history_window=80), 448, 256, True).once
+    assert fused.attention == 2 * 4 * (64 * (64 + 5 * 80) + 7 * 64 * 65 / 2) * 256
 
 
 def test_masked_history_padding_and_checkpointing_are_hardware_flops_only():

@@ -30,8 +30,20 @@ CASES = {
     "three blocks, three devices": ({"num_blocks": 3, "hidden_depth": 0, "key_taps": 1}, 3),
     "auto": ({"history_window": "auto", "generation_window": 5, "hidden_depth": 2}, 8),
     "causal history": (
-        {"causal_history": True, "token_shift": True, "history_window": 7, "generation_window": 5, "key_taps": 2},
+        {
+            "causal_history": True,
+            "token_shift": True,
+            "key_taps": 2,
+            "num_blocks": 3,
+            "history_window": 7,
+            "generation_window": 5,
+            "hidden_depth": 0,
+        },
         3,
+    ),
+    "causal history, one token a window": (
+        {"causal_history": True, "history_window": 3, "generation_window": 1, "hidden_depth": 0},
+        8,
     ),
     "tconstformer": ({"architecture": "tconstformer", "history_window": 7, "generation_window": 5}, 8),
 }
@@ -66,10 +78,11 @@ def test_every_logit_is_the_references(name):
 
 
 @pytest.mark.slow
-def test_growing_caches_keep_every_row_in_its_place(monkeypatch, own_traces):
+@pytest.mark.parametrize("causal", [False, True])
+def test_growing_caches_keep_every_row_in_its_place(causal, monkeypatch, own_traces):
     """Through at least two larger classes; every class is a program of its own, which is what this costs."""
     small_caches(monkeypatch)
-    decoder = make_decoder(ODD, 3)
+    decoder = make_decoder(dataclasses.replace(ODD, causal_history=causal), 3)
     assert decoder.init_cache(2, 21).capacity * 1.2 < 61 - ODD.generation_window
     assert largest_error(decoder, [21, 2], 61, room=21) < TOLERANCE
 

@@ -94,14 +94,29 @@ SHAPES = {
     "one block": {"num_blocks": 1},
     "auto": {"history_window": "auto", "generation_window": 6},
     "auto, one token": {"history_window": "auto", "generation_window": 1, "hidden_depth": 0},
-    "causal history": {"causal_history": True, "token_shift": True, "history_window": 9},
+    "causal history": {
+        "causal_history": True,
+        "token_shift": True,
+        "key_taps": 2,
+        "num_blocks": 3,
+        "history_window": 9,
+    },
+    "causal history, short z": {"causal_history": True, "history_window": 3},
+    "causal history, auto": {"causal_history": True, "history_window": "auto", "generation_window": 6},
+    "causal history, auto, one token": {
+        "causal_history": True,
+        "num_blocks": 3,
+        "history_window": "auto",
+        "generation_window": 1,
+        "hidden_depth": 0,
+    },
     "tconstformer": {"architecture": "tconstformer"},
     "tconstformer, auto": {"architecture": "tconstformer", "history_window": "auto", "hidden_depth": 0},
     "transformer": {"architecture": "transformer", "hidden_depth": 0},
     "sliding window": {"architecture": "sliding_window", "hidden_depth": 0, "history_window": 3},
 }
 # Three blocks without a hidden layer are in the slow cases of the test after this one, in chunks besides.
-SLOW = ("one block", "auto, one token", "tconstformer, auto")
+SLOW = ("one block", "auto, one token", "causal history, auto, one token", "tconstformer, auto")
 
 
 def shapes():
@@ -172,9 +187,8 @@ def test_the_gpu_kernels_in_the_decoder(
     assert largest_error(make_decoder(config), [127, 64], 131) < 0.05
     expected = {"attend_cached", "dense"}
     if architecture == "tlinformer":
-        expected |= {"attend_history", "attend_context", "store_products"} | (
-            {"store_tokens"} if rows_per_token else set()
-        )
+        expected |= {"attend_history", "store_products"} | ({"store_tokens"} if rows_per_token else set())
+        expected |= set() if causal else {"attend_context"}
     assert interpreted_kernels == expected
 
 

@@ -93,6 +93,8 @@ SHAPES = [
     ("tlinformer", 1, 3, 4, 22, "shift", "overlap", "taps"),
     ("tconstformer", 0, "auto", 4, 22, "overlap"),
     ("tlinformer", 1, 6, 4, 22, "causal", "shift", "taps"),
+    ("tlinformer", 0, 3, 5, 22, "causal", "shift", "taps", "deep"),
+    ("tlinformer", 0, "auto", 6, 67, "causal", "taps", "deep"),
     ("tlinformer", 0, "auto", 1, 9, "causal"),
 ]
 
@@ -102,10 +104,10 @@ def test_every_architecture(shape, torch, tmp_path):
     """Logits as the reference's and ours; tokens generated with a cache as without."""
     architecture, hidden_depth, history_window, generation_window, length, *options = shape
     config = ModelConfig(
-        architecture=architecture, vocab_size=41, d_model=24, num_heads=2, num_blocks=2, hidden_depth=hidden_depth,
-        d_ff=40, history_window=history_window, generation_window=generation_window, dtype="float32",
+        architecture=architecture, vocab_size=41, d_model=24, num_heads=2, num_blocks=2 + 2 * ("deep" in options),
+        hidden_depth=hidden_depth, d_ff=40, history_window=history_window, generation_window=generation_window,
         token_shift="shift" in options, key_taps=3 * ("taps" in options), window_overlap=3 * ("overlap" in options),
-        longest_wavelength=20 * ("wavelength" in options), causal_history="causal" in options,
+        longest_wavelength=20 * ("wavelength" in options), causal_history="causal" in options, dtype="float32",
     )  # fmt: skip
     weights = golden.random_weights(config, seed=length)
     model = loaded(tmp_path, weights, config)
@@ -114,7 +116,7 @@ def test_every_architecture(shape, torch, tmp_path):
     truth = reference.logits(weights, config, tokens)
     assert truth.std() > 0.5
     np.testing.assert_allclose(logits, truth, atol=TOLERANCE, rtol=0)
-    if not config.windowed:  # the others are compared above, and take long to compile
+    if config.causal_history or not config.windowed:  # the others are compared above, and take long to compile
         np.testing.assert_allclose(logits, jax_logits(weights, config, tokens), atol=TOLERANCE, rtol=0)
     prompt = torch.from_numpy(tokens[:, :3])
     generated = model.generate(prompt, 15)

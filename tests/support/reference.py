@@ -93,6 +93,13 @@ def _window(
     observed = min(len(context), _history_window(config, len(context))) if len(context) else 0
     rows = np.arange(len(context) - observed, len(context))
     of_z = of_c[rows]
+    if config.causal_history:
+        histories = _histories(weights, config, embedded[:n], first, ids, kept)
+        y = np.concatenate([context[rows], x])
+        for b, C in enumerate(histories):
+            before = C[: len(context) - observed]
+            y = _causal_block(weights, config, b, before, y, observed, embedded, first, ids, kept, probe)
+        return y[observed:]
     for b in range(config.num_blocks):
         block = f"transformer.transformer_layers.{b}."
         layer = _Layer(weights, block + "compress_context_layer.", config)
@@ -108,12 +115,6 @@ def _window(
             kc, vc = kept(kc), kept(vc)
         if probe is not None:
             probe.append((qc[rows], qx, kc, vc, kx, vx))
-        if config.causal_history:
-            whole = [np.concatenate(pair) for pair in ((context, x), (qc, qx), (kc, kx), (vc, vx), (past, new))]
-            h = len(context) - observed
-            both = _causal_block(weights, config, block, len(context), h, *whole, ids[first : n + m])
-            context, x = both[: len(context)], both[len(context) :]
-            continue
         z = layer.update(context[rows], _attend(qc[rows], kc, vc, ids=(of_z, of_c)))
         seen = _attend(qx, kx, vx, causal=True, ids=(of_x, of_x))
         if config.architecture == "tlinformer":
@@ -137,29 +138,80 @@ def _window(
     return x
 
 
+def _histories(
+    weights: Weights, config, embedded: np.ndarray, first: int, ids: np.ndarray, kept: Kept | None
+) -> list[np.ndarray]:
+    """C of each block with `causal_history`, rows `first` .. n - 1: a row reads its own window and that window's z."""
+    n, size = len(embedded), config.generation_window
+    positions, C = places(ids)[first:n], embedded[first:]
+    found = [C]
+    for b in range(config.num_blocks - 1):
+        layer = _Layer(weights, f"transformer.transformer_layers.{b}.compress_context_layer.", config)
+        q, k, v = layer.project(C, positions)
+        k = layer.project(_keyed(weights, config, b, C, embedded, ids[:n], first), positions)[1]
+        k, v = (k, v) if kept is None or not len(C) else (kept(k), kept(v))
+        attended = np.zeros_like(q)
+        for start in range(0, n, size):
+            window = slice(max(start - first, 0), max(min(start + size, n) - first, 0))
+            z = start - (min(start, _history_window(config, start)) if start else 0)
+            seen = slice(max(z - first, 0), window.stop)
+            of = ids[first:n][window], ids[first:n][seen]
+            attended[window] = _attend(q[window], k[seen], v[seen], causal=True, ids=of)
+        C = layer.update(C, attended)
+        found.append(C)
+    return found
+
+
+def _keyed(
+    weights: Weights, config, b: int, rows: np.ndarray, embedded: np.ndarray, ids: np.ndarray, first: int
+) -> np.ndarray:
+    """What the keys of rows `first`, ... of C are made of in block b."""
+    last = first + len(rows)
+    if b == 0 and config.token_shift:
+        return key_rows(weights, config, embedded, ids)[first:last]
+    if b > 0 and config.key_taps:
+        name = f"transformer.transformer_layers.{b}.compress_context_layer.key_taps"
+        return rows + tokens_before(weights[name], embedded, ids)[first:last]
+    return rows
+
+
 def _causal_block(
     weights: Weights,
     config,
-    block: str,
-    n: int,
-    h: int,
-    rows: np.ndarray,
-    q: np.ndarray,
-    k: np.ndarray,
-    v: np.ndarray,
-    positions: np.ndarray,
+    b: int,
+    before: np.ndarray,
+    y: np.ndarray,
+    observed: int,
+    embedded: np.ndarray,
+    first: int,
     ids: np.ndarray,
+    kept: Kept | None,
+    probe: list | None,
 ) -> np.ndarray:
-    """The next C and x of a block with `causal_history`. `rows` are the n rows of C, then those of x; q, k and v are
-    theirs by the first layer. y are the rows from h on, of z and x."""
+    """The next y, the rows of z and x, of a block with `causal_history`; `before` are the rows of C before z.
+
+    `first` is the position of the first of all these rows; `embedded` and `ids` are those of the whole sequence.
+    """
+    h, block = len(before), f"transformer.transformer_layers.{b}."
+    n, whole, rows = h + observed, ids, slice(first, first + h + len(y))
+    positions, ids = places(ids)[rows], ids[rows]
     layer = _Layer(weights, block + "compress_context_layer.", config)
-    y = layer.update(rows[h:], _attend(q[h:], k, v, causal=True, ids=(ids[h:], ids)))
+    context, x = np.concatenate([before, y[:observed]]), y[observed:]
+    (qc, kc, vc), (qx, kx, vx) = layer.project(context, positions[:n]), layer.project(x, positions[n:])
+    kc = layer.project(_keyed(weights, config, b, context, embedded, whole, first), positions[:n])[1]
+    if b == 0:
+        kx = layer.project(_keyed(weights, config, b, x, embedded, whole, first + n), positions[n:])[1]
+    if kept is not None and h:  # a cache keeps the rows of z with the window
+        kc, vc = (np.concatenate([kept(rows[:h]), rows[h:]]) for rows in (kc, vc))
+    if probe is not None:
+        probe.append((qc[h:], qx, kc, vc, kx, vx))
+    q, k, v = np.concatenate([qc[h:], qx]), np.concatenate([kc, kx]), np.concatenate([vc, vx])
+    y = layer.update(y, _attend(q, k, v, causal=True, ids=(ids[h:], ids)))
     for name in [*(f"hidden_layers.{j}." for j in range(config.hidden_depth)), "restore_context_shape_layer."]:
         layer = _Layer(weights, block + name, config)
         qy, ky, vy = layer.project(y, positions[h:])
         y = layer.update(y, _attend(qy, ky, vy, causal=True, ids=(ids[h:], ids[h:])))
-    kz, vz = ky[: n - h], vy[: n - h]
-    return np.concatenate([layer.update(rows[:h], _attend(q[:h], kz, vz, ids=(ids[:h], ids[h:n]))), y])
+    return y
 
 
 def _baseline(weights: Weights, config, x: np.ndarray, ids: np.ndarray) -> np.ndarray:

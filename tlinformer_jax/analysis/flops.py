@@ -2,8 +2,9 @@
 
 Only products count, for experts only those that a row uses; a multiplication and an addition are two operations.
 Causal attention is half the square. A product of the forward pass has two in the backward pass. Block 0's `compress`
-projections count once per token; the last block has no `restore`. Rows that run in two windows count twice.
-`benchmarks.flops` counts what a device executes.
+projections count once per token; the last block has no `restore`. Rows that run in two windows count twice. With
+`causal_history` the histories of later blocks count once for each row of the sequence. `benchmarks.flops` counts what a
+device executes.
 """
 
 import dataclasses
@@ -60,12 +61,11 @@ class WindowShape(NamedTuple):
     """The sizes of one window with history."""
 
     rows: int  # rows that run in the generation window
-    history: int  # rows of the history stream to restore
+    history: int  # rows of the history stream to restore; with `causal_history` none is
     observed: int  # rows of the observation window
     history_keys: int  # keys that a query of the history reads; with `causal_history` of the rows before z
     observed_keys: int  # keys that a query of the observation window reads
     causal_pairs: float  # pairs of query and key in the window's causal attention; with `causal_history` z's, too
-    replaced: int = 0  # with `causal_history`: rows of C' that z' replaces; z's rows without a query at the end
 
 
 def training_flops(
@@ -100,7 +100,9 @@ def _model_forward(config: ModelConfig, length: int, skipped: int) -> tuple[Forw
     if not config.windowed:
         attention = causal_layers(config, length, inner, causal_pairs(length, attention_window(config)))
         return Forward(), attention + delta_layers(config, length)
-    size = config.generation_window
+    size, outside = config.generation_window, project(config, length, 3, inner)
+    if config.causal_history:
+        outside += later_histories(config, length, length, _own_window_pairs(config, length), inner)
     first, total = min(length, size), Forward()
     if not skipped:
         # Subtract the first window's projections, which count with the whole sequence.
@@ -111,9 +113,11 @@ def _model_forward(config: ModelConfig, length: int, skipped: int) -> tuple[Forw
         shape = WindowShape(rows, start, observed, start, observed, causal_pairs(rows))
         if config.causal_history:
             pairs = causal_pairs(observed + rows)
-            shape = shape._replace(history_keys=start - observed, causal_pairs=pairs, replaced=observed)
+            shape = shape._replace(history_keys=start - observed, causal_pairs=pairs)
+            # In the last layer rows of z are only read: they need no queries.
+            total += project(config, -observed, 1, inner) + _attend(-causal_pairs(observed), inner)
         total += window(config, shape, inner)
-    return project(config, length, 3, inner), total
+    return outside, total
 
 
 def causal_layers(config: ModelConfig, rows: int, inner: int, pairs: float) -> Forward:
@@ -149,20 +153,39 @@ def window(config: ModelConfig, shape: WindowShape, inner: int) -> Forward:
 
 def _causal_window(config: ModelConfig, shape: WindowShape, inner: int) -> Forward:
     """Counts what `window` does for `causal_history`: z and x, side by side, run causal layers."""
-    rows, both, last = shape.rows, shape.observed + shape.rows, config.num_blocks - 1
+    both = shape.observed + shape.rows
     layer = project(config, both, 3, inner) + _attend(shape.causal_pairs, inner) + _update(config, both, inner)
     total = layer * config.num_layers + _attend(both * shape.history_keys, inner) * config.num_blocks
-    # The last `restore` computes no z'; `compress` projections of z are those of C.
-    total += _update(config, -shape.observed, inner) + project(config, -shape.replaced, 1, inner)
-    total += _attend(-causal_pairs(shape.replaced), inner)
-    total += project(config, -both, 3, inner) * config.num_blocks + project(config, rows, 3, inner) * last
-    total += restored(config, shape, inner)
-    return total + project(config, shape.observed, 1, inner) if last else total
+    # Without block 0's `compress` projections. The last layer computes no z'.
+    return total + project(config, -both, 3, inner) + _update(config, -shape.observed, inner)
+
+
+def later_histories(config: ModelConfig, rows: int, updated: int, pairs: float, inner: int) -> Forward:
+    """Counts what `causal_history` computes once for all windows: C' of each block but the last, and its projections.
+
+    Args:
+      rows: rows of C' to project for the next block.
+      updated: rows of C' to compute.
+      pairs: pairs of a query and a key that they attend to.
+    """
+    between = config.num_blocks - 1
+    total = (_attend(pairs, inner) + _update(config, updated, inner)) * between
+    # The last of these histories is only read: it needs no queries.
+    return total + project(config, rows, (3 * between - 1) * (between > 0), inner)
+
+
+def _own_window_pairs(config: ModelConfig, length: int) -> float:
+    """Counts pairs of a row and those that it reads in its own window: z, and the window up to its own row."""
+    size, pairs = config.generation_window, 0.0
+    for begin in range(0, length, size):
+        rows = min(size, length - begin)
+        pairs += rows * config.observed_rows(begin) + causal_pairs(rows)
+    return pairs
 
 
 def restored(config: ModelConfig, shape: WindowShape, inner: int) -> Forward:
     """Counts the history between blocks: restored, and projected for the next block."""
-    between, rows = config.num_blocks - 1, shape.history - shape.replaced
+    between, rows = config.num_blocks - 1, shape.history
     restore = _attend(rows * shape.observed_keys, inner) + _update(config, rows, inner)
     return restore * between + project(config, shape.history, (3 * between - 1) * (between > 0), inner)
 

@@ -44,6 +44,9 @@ SHORT_SEQUENCE = 1024
 # gradients, or WIDE_GROUP if the model has more than NARROW features. On an H200 at N = 2,048 that takes 53% (41M
 # parameters) and 37% (125M) of the memory of all windows together, is 3% and 8% faster, and compiles 14 and 12 s more.
 NARROW, NARROW_GROUP, WIDE_GROUP = 512, 3, 2
+# With `causal_history` windows restore no rows of the history, so that many of them fit into memory together, and one
+# alone would leave an accelerator idle. Not measured.
+CAUSAL_GROUP = 8
 # More layers than this are compiled once and looped over, in one segment; otherwise libtpu compiles for an hour.
 MOST_UNROLLED = 20
 # The parameters of a model are described layer by layer before they are compared with a checkpoint: 8 s at this number.
@@ -146,10 +149,10 @@ class ModelConfig:
       generation_window: W_og, tokens of a window that are predicted together.
       window_overlap: o < W_og; every window except the first also runs the o tokens before it, so that its first tokens
         have neighbours. These o tokens are not predicted in this window, nor part of its history. 0 in the paper.
-      causal_history: whether the rows of z are computed like those of the generation window: each row attends to all
-        rows up to its own in one softmax, and the next block continues z instead of restoring it from C. If W_oh covers
-        the whole history, the model is then a Transformer. Only for 'tlinformer', without `window_overlap`. See
-        `models.causal_history`. Not in the paper.
+      causal_history: whether the history is computed like the generation window: each row attends to rows up to its
+        own in one softmax, and the next block continues z instead of restoring it from C. Rows before z do not depend
+        on the window, so a slide only appends to them. If W_oh covers the whole history, the model is a Transformer.
+        Only for 'tlinformer', without `window_overlap`. See `models.causal_history`. Not in the paper.
       token_shift: whether the input of the first layer's keys is e_t + s * e_(t-1): each token's embedding plus a
         learned multiple of the previous token's, with a vector s of D numbers that starts at 0. Not in the paper. A
         query can then find a row by the token before it, so that recall takes one layer.
@@ -336,8 +339,8 @@ class ModelConfig:
         low, few, length = self.memory == "low", windows <= FEW_WINDOWS, windows * self.generation_window
         cpu, deep, short = platform() == "cpu", self.num_layers > MOST_UNROLLED, length <= SHORT_SEQUENCE
         several = 8 if low and not few else 2 - deep
-        grouped = few and windows > 1 and not short and not cpu
-        group = NARROW_GROUP if self.d_model <= NARROW else WIDE_GROUP
+        grouped = (few or self.causal_history) and windows > 1 and not short and not cpu
+        group = CAUSAL_GROUP if not few else NARROW_GROUP if self.d_model <= NARROW else WIDE_GROUP
         together = min(group, windows - 1) if grouped else windows if few or short else 1
         return ExecutionPlan(
             segments=1 if short else several,

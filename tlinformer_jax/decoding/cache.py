@@ -45,9 +45,10 @@ class WindowedCache:
       history: for each block, keys and values of all history rows in its `compress` layer; empty for TConstFormer,
         whose window does not read the history.
       context: keys and values of the compressed context in each block's hidden and `restore` layers,
-        [num_blocks * (hidden_depth + 1), batch, heads, d_h, observed capacity].
+        [num_blocks * (hidden_depth + 1), batch, heads, d_h, observed capacity]. None with `config.causal_history`.
       window: keys and values of the generation window in every layer, [num_layers, batch, heads, d_h, o + W_og]. Except
-        in the first window, the first o rows overlap the window before.
+        in the first window, the first o rows overlap the window before. With `config.causal_history` the rows of z come
+        first, also in `compress`: a token reads both in one softmax, and of `history` only the rows before z.
       history_length: n of each sequence.
       observed_length: valid rows of the compressed context.
       window_length: rows of the generation window so far.
@@ -58,7 +59,7 @@ class WindowedCache:
 
     tokens: Int[Array, "batch ids"]
     history: tuple[KeyValue, ...]
-    context: KeyValue
+    context: KeyValue | None
     window: KeyValue
     history_length: Int[Array, " batch"]
     observed_length: Int[Array, " batch"]
@@ -81,6 +82,11 @@ class WindowedCache:
         """Number of tokens so far, which is the next token's position."""
         return self.history_length + self.window_length
 
+    @property
+    def rows_in_window(self) -> Int[Array, " batch"]:
+        """Number of valid rows of `window`."""
+        return self.window_length if self.context is not None else self.observed_length + self.window_length
+
     def tokens_before(
         self, row: Int[Array, "..."], positions: Int[Array, " count"], back: int = 1
     ) -> Int[Array, " count"]:
@@ -96,14 +102,16 @@ class WindowedCache:
 
     def read_by(self, config: ModelConfig, layer: int) -> tuple[CachedRows, CachedRows | None]:
         """Returns the rows that a token reads: its window, and the history (`compress`) or the compressed context."""
-        window = CachedRows(self.window, self.window_length, layer)
+        window = CachedRows(self.window, self.rows_in_window, layer)
         block, depth = divmod(layer, config.layers_per_block)
-        if depth > 0:
+        if depth > 0 and self.context is not None:
             index = block * (config.hidden_depth + 1) + depth - 1
             return window, CachedRows(self.context, self.observed_length, index)
-        if not self.history:
+        if depth > 0 or not self.history:
             return window, None
         length, split = self.history_length, self.split
+        if self.context is None:
+            length = length - self.observed_length
         length = length if split is None else split.count(length)
         return window, CachedRows(self.history[block], length, split=split)
 
@@ -113,7 +121,7 @@ class WindowedCache:
         return dataclasses.replace(
             self,
             tokens=self.tokens.at[rows, self.position].set(tokens),
-            window=write_row(self.window, own, self.window_length, active),
+            window=write_row(self.window, own, self.rows_in_window, active),
             window_length=self.window_length + active,
         )
 
@@ -284,13 +292,15 @@ def init_cache(
         state = DeltaState.zeros(config, recurrent, batch) if recurrent else None
         return LayeredCache(rows(capacity, attention, dtype=cache_dtype), lengths(), capacity, last, state)
     observed, own = max(config.observed_rows(capacity), 1), config.window_overlap + config.generation_window
+    if config.causal_history:
+        own += observed
     parts = 1 if split is None else split.parts
     kept = config.num_blocks if config.architecture == "tlinformer" else 0
     return WindowedCache(
         # Slices of an observation window may reach past its valid rows.
         tokens=jnp.zeros((batch, capacity + max(own, observed)), jnp.int32),
         history=tuple(rows(capacity, parts=parts, dtype=cache_dtype) for _ in range(kept)),
-        context=rows(observed, config.num_blocks * (config.hidden_depth + 1)),
+        context=None if config.causal_history else rows(observed, config.num_blocks * (config.hidden_depth + 1)),
         window=rows(own, config.num_layers),
         history_length=lengths(),
         observed_length=lengths(),

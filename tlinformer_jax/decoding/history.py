@@ -1,7 +1,8 @@
 """The history C of one cached sequence, as `prefill` and `slide` pass it to the block.
 
 For a million rows, neither C nor its projections fit into memory beside the cache. So C at the entrance of a block is
-a function that computes one chunk of rows at a time: embeddings, or rows that the blocks before have restored.
+a function that computes one chunk of rows at a time: embeddings, or rows that the blocks before have restored. With
+`config.causal_history` the keys of later blocks come from the cache alone: `decoding.causal` fills it before.
 """
 
 import dataclasses
@@ -20,7 +21,7 @@ from tlinformer_jax.kernels.common import merge_softmaxes
 from tlinformer_jax.kernels.key_value import KeyValue
 from tlinformer_jax.models.attention import OutputAndLse, attend_parts, merge_parts, no_parts
 from tlinformer_jax.models.cached_attention import TokenTable, attend_context, attend_history, write_rows, write_tokens
-from tlinformer_jax.models.history import RestoreLayer, ZMask, continue_rows, rows_of_device
+from tlinformer_jax.models.history import RestoreLayer, ZMask
 from tlinformer_jax.models.key_rows import plus, tap_sum
 from tlinformer_jax.models.layers import Dropout, Embedded, LayerParams, project, projections
 from tlinformer_jax.models.rope import Rope, Rotations, rope_table, rotate
@@ -51,6 +52,10 @@ class SequenceRows:
     def held(self) -> Int[Array, ""]:
         """Number of history rows on this device."""
         return self.length if self.cache.split is None else self.cache.split.count(self.length)
+
+    def whole(self) -> "SequenceRows":
+        """Returns the same sequence as if this device had all rows; its cached arrays must not be read."""
+        return dataclasses.replace(self, cache=dataclasses.replace(self.cache, split=None))
 
     def positions(self, start: Int[Array, ""], count: int | None = None) -> Int[Array, " count"]:
         """Returns positions of this device's `count` rows (default: a chunk) from row `start` on."""
@@ -95,6 +100,15 @@ class SequenceRows:
         z = embed(self.params, tokens, before)
         return Stream.of(self.params.blocks[0].compress, z.rows, rope, parts, count, key_rows=z.key_rows)
 
+    def keyed(
+        self, layer: LayerParams, rows: Float[Array, "1 n D"], positions: Int[Array, " n"]
+    ) -> Float[Array, "1 n D"] | None:
+        """Returns the input of the keys of rows of C' at these positions; None if that is the rows.
+
+        `layer` is the `compress` layer that reads C'.
+        """
+        return None if layer.taps is None else plus(rows, self.tap_sum(layer.taps, positions))
+
     def tap_sum(self, taps: Float[Array, "K D"], positions: Int[Array, " n"]) -> Float[Array, "1 n D"]:
         """Returns what key taps add to the input of the keys of rows of C' at these positions."""
         ids = [self.cache.tokens_before(self.row, positions, back)[None] for back in range(1, len(taps) + 1)]
@@ -115,7 +129,7 @@ class CachedHistory:
       queries: function from a row index and the chunk's rows to the chunk's queries.
       keys: caches of keys and values that are not filled yet, of this and later blocks; empty for TConstFormer.
       filled: caches that are filled, of this block and those before; empty for TConstFormer.
-      key_rows: function like `queries` for the input of the chunk's keys; None if that is its rows.
+      key_rows: function like `queries` for the input of the chunk's keys; None, or returns None, if that is its rows.
     """
 
     at: SequenceRows
@@ -127,7 +141,7 @@ class CachedHistory:
     queries: Callable[[Array, Array], Float[Array, "1 chunk heads d_h"]]
     keys: tuple[KeyValue, ...]
     filled: tuple[KeyValue, ...] = ()
-    key_rows: Callable[[Array, Array], Float[Array, "1 chunk D"]] | None = None
+    key_rows: Callable[[Array, Array], Float[Array, "1 chunk D"] | None] | None = None
 
     def read(self, query: Array, config: ModelConfig, dropout: Dropout | None, *readers: Stream) -> Array:
         """Returns attend(Q, Kc, Vc)."""
@@ -161,32 +175,29 @@ class CachedHistory:
     ) -> "CachedHistory":
         """Returns C' for the next block, with its keys cached; rows are stored if that block restores C' again."""
         attend = functools.partial(attend_context, head_dim=self.at.config.head_dim)
-        taps, split = next_layer.taps, self.at.cache.split
-        own_layer, own_mask = (layer, mask) if split is None else rows_of_device(split, layer, mask)
 
         def rows(start: Array) -> Array:
             before = self.rows(start)
-            restored = restore_rows(before, self.queries(start, before), layer, mask, attend=attend)
-            return continue_rows(restored, start, own_layer, own_mask)
+            return restore_rows(before, self.queries(start, before), layer, mask, attend=attend)
 
         def queries(start: Array, rows: Array) -> Array:
             return project(next_layer, rows, self.at.rope(start), "q")[0]
 
-        def key_rows(start: Array, rows: Array) -> Array:
-            assert taps is not None
-            return plus(rows, self.at.tap_sum(taps, self.at.positions(start)))
+        def key_rows(start: Array, rows: Array) -> Array | None:
+            return self.at.keyed(next_layer, rows, self.at.positions(start))
 
-        z_rows = layer.z_rows
-        if z_rows is None:
-            z_rows = restore_rows(self.z.rows, self.z.Q, layer, mask, attend=attend)
-            z = Stream.of(next_layer, z_rows, self.z_rope, "q")
-        else:
-            positions = self.observed_start + jnp.arange(z_rows.shape[1], dtype=jnp.int32)
-            z_keyed = None if taps is None else plus(z_rows, self.at.tap_sum(taps, positions))
-            z = Stream.of(next_layer, z_rows, self.z_rope, "qkv", mask.length, key_rows=z_keyed)
-        keyed = None if taps is None else key_rows
-        new = dataclasses.replace(self, layer=next_layer, z=z, rows=rows, queries=queries, key_rows=keyed)
+        z_rows = restore_rows(self.z.rows, self.z.Q, layer, mask, attend=attend)
+        z = Stream.of(next_layer, z_rows, self.z_rope, "q")
+        new = dataclasses.replace(self, layer=next_layer, z=z, rows=rows, queries=queries, key_rows=key_rows)
         return new._fill(keep_rows="q" in parts)
+
+    def continued(self, z_rows: Float[Array, "1 width D"], next_layer: LayerParams) -> "CachedHistory":
+        """Returns C' with `config.causal_history`, given z'; the cache has its keys already, see `decoding.causal`."""
+        positions = self.observed_start + jnp.arange(z_rows.shape[1], dtype=jnp.int32)
+        keyed = self.at.keyed(next_layer, z_rows, positions)
+        z = Stream.of(next_layer, z_rows, self.z_rope, "qkv", self.z.length, key_rows=keyed)
+        cached, *rest = self.keys
+        return dataclasses.replace(self, layer=next_layer, z=z, keys=tuple(rest), filled=(*self.filled, cached))
 
     def _fill(self, keep_rows: bool) -> "CachedHistory":
         """Fills the cache of this block's keys; with `keep_rows`, also stores all rows of C in one array."""

@@ -78,7 +78,7 @@ def cache_bytes(config: ModelConfig, cache: Cache, lengths: Sequence[int]) -> Ca
         used = {
             "history": kept * kept_row,
             "context": observed * config.num_blocks * (config.hidden_depth + 1) * row,
-            "window": (tokens - sum(histories)) * config.num_layers * row,
+            "window": (tokens - sum(histories) + observed * config.causal_history) * config.num_layers * row,
             "tokens": 4 * tokens,
         }
         lengths_of = (cache.history_length, cache.observed_length, cache.window_length)

@@ -3,8 +3,10 @@
 Until the generation window slides, C and z are constant: a token reads the cached keys of each block's history, of the
 compressed context, and of its own window. A slide turns the window into history: its rows are appended to block 0's
 history, which contains projections of embeddings; the histories of other blocks and the compressed context are rebuilt,
-in chunks of rows. `prefill` builds all of it from the prompt. With `model.window_overlap` the last o rows of the window
-do not become history yet: the slide runs them again, as the first rows of the next window.
+in chunks of rows. With `model.causal_history` the window is appended to the histories of all blocks
+(`decoding.causal`), and only the compressed context is rebuilt. `prefill` builds all of it from the prompt. With
+`model.window_overlap` the last o rows of the window do not become history yet: the slide runs them again, as the first
+rows of the next window.
 
 Both functions work on one sequence of the batch, because sequences have different lengths and slide at different times.
 
@@ -20,6 +22,7 @@ from jaxtyping import Array, Float, Int
 
 from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.decoding.cache import WindowedCache
+from tlinformer_jax.decoding.causal import extend_histories, fill_histories
 from tlinformer_jax.decoding.history import SequenceRows, embedded_history
 from tlinformer_jax.decoding.params import DecoderParams, embed, logits_of
 from tlinformer_jax.kernels.key_value import KeyValue
@@ -86,7 +89,10 @@ def slide(
         new, layer = at.embed(start, count), params.blocks[0].compress
         keys, backend, rotations = cache.history[0], config.attention, at.rotations(start, count)
         first = write_rows(keys, row, start, layer, new.rows, rotations, backend, new.key_rows)
-        cache = dataclasses.replace(cache, history=(first, *cache.history[1:]))
+        histories = (first, *cache.history[1:])
+        if config.causal_history:
+            histories = extend_histories(at, histories, before // size)
+        cache = dataclasses.replace(cache, history=histories)
     window = jnp.zeros((0,), jnp.int32)
     if overlap:
         window = jax.lax.dynamic_slice(cache.tokens, (row, length), (1, overlap))[0]
@@ -123,12 +129,16 @@ def _rebuild(
     compress, hidden, restore, (first_parts, last_parts) = equations(config)
     at = SequenceRows(params, config, cache, row, length)
     C = embedded_history(at, at.observed(start, observed, z_rope, first_parts), z_rope, start, fill)
+    if fill and config.causal_history:
+        C = dataclasses.replace(C, keys=fill_histories(at, (*C.filled, *C.keys))[1:])
     embedded, context, window = embed(params, window_tokens[None], x_before), [], []
     x_rows, key_rows = embedded.rows, embedded.key_rows
     for index, block in enumerate(params.blocks):
         x = Stream.of(block.compress, x_rows, x_rope, key_rows=key_rows)
         key_rows = None  # only the first layer has key rows
         window.append((x.K, x.V))
+        if config.causal_history:
+            context.append((C.z.K, C.z.V))
         z_rows, x_rows = compress(block.compress, config, C, C.z, x)
         for layer in block.hidden:
             z, x = project_both(layer, z_rows, x_rows, both_rope, observed)
@@ -141,17 +151,31 @@ def _rebuild(
         window.append((x.K, x.V))
         restored, x_rows = restore(block.restore, config, C, z, x, params.blocks[index + 1 :])
         C = C if restored is None else restored
+    cache = _store(cache, row, context, window, observed)
     cache = dataclasses.replace(
         cache,
         history=C.filled,
-        context=_store(cache.context, row, context),
-        window=_store(cache.window, row, window) if m else cache.window,
         history_length=cache.history_length.at[row].set(length),
         observed_length=cache.observed_length.at[row].set(observed),
     )
     return cache, x_rows
 
 
-def _store(cache: KeyValue, row: Int[Array, ""], layers: list[tuple[Array, Array]]) -> KeyValue:
-    """Writes a sequence's keys and values, [1, rows, heads, d_h or more] for each layer."""
-    return write_plainly(cache, [jnp.stack(arrays) for arrays in zip(*layers)], (0, row))
+def _store(
+    cache: WindowedCache,
+    row: Int[Array, ""],
+    context: list[tuple[Array, Array]],
+    window: list[tuple[Array, Array]],
+    observed: Int[Array, ""],
+) -> WindowedCache:
+    """Writes a sequence's keys and values of z and of x, [1, rows, heads, d_h or more] for each layer."""
+
+    def written(cache: KeyValue, layers: list[tuple[Array, Array]], start: Array | int = 0) -> KeyValue:
+        return write_plainly(cache, [jnp.stack(arrays) for arrays in zip(*layers)], (0, row), start)
+
+    has_rows = window[0][0].shape[1] > 0
+    if cache.context is None:  # x follows the valid rows of z
+        z = written(cache.window, context)
+        return dataclasses.replace(cache, window=written(z, window, observed) if has_rows else z)
+    own = written(cache.window, window) if has_rows else cache.window
+    return dataclasses.replace(cache, context=written(cache.context, context), window=own)

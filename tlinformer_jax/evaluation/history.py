@@ -23,6 +23,7 @@ as in the whole sequence; without generation windows they do not.
 """
 
 import collections
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any, TypeVar
@@ -40,6 +41,7 @@ from tlinformer_jax.errors import UserError, check_value, integer
 from tlinformer_jax.kernels.common import Scores
 from tlinformer_jax.models.attention import attend
 from tlinformer_jax.models.block import dual_window_block
+from tlinformer_jax.models.causal_history import with_later
 from tlinformer_jax.models.history import History, observed_stream
 from tlinformer_jax.models.layers import LayerParams, layer_norm
 from tlinformer_jax.models.model import ModelParams, embed, hidden_states, prepare_params
@@ -198,14 +200,26 @@ def _window_hidden(
     x = rows_of(embedded, begin, size)
     reach = padded if cut is None else cut
     start, rows = jnp.maximum(begin - reach, 0), min(reach + width, padded)
+    observed = jnp.asarray([config.observed_rows(n) for n in range(reach + 1)], jnp.int32)[begin - start]
+    documents = None
+    if config.causal_history and cut is not None:
+        # The windows of the history are those of the whole sequence, so its rows stay where they are. No row after the
+        # cut reads one before it, as if these were another document.
+        documents = jnp.broadcast_to(jnp.arange(padded) >= start, tokens.shape).astype(jnp.int32)
+        start, rows = jnp.zeros_like(begin), padded
     # Rows and rotations are counted from the first row that is not cut, whose position is `start`.
     history = rows_of(embedded, start, rows)
     rope = rope_table(start + jnp.arange(max(rows, size) + size), config.head_dim, config.longest_wavelength)
-    observed = jnp.asarray([config.observed_rows(n) for n in range(reach + 1)], jnp.int32)[begin - start]
     layer = params.blocks[0].compress
     C = History.whole(layer, history.rows, rope, begin - start, history.key_rows, history.key_sums)
+    C = dataclasses.replace(C, documents=documents)
+    if config.causal_history:
+        C = with_later(params.blocks, config, C, rope, documents=documents)
     own = Stream.of(layer, x.rows, rope.rows(begin - start, size), key_rows=x.key_rows)
     frame = WindowFrame(begin - start, begin - start - observed, observed, width, never_empty=False)
+    if documents is not None:
+        of_z, of_x = (rows_of(documents, first, count) for first, count in ((begin - observed, width), (begin, size)))
+        frame = dataclasses.replace(frame, z_documents=of_z, x_documents=of_x)
     real = (jnp.arange(size) >= overlap) & (begin + jnp.arange(size) < length)
     placed, probed = place_window(frame, rope, size), Sums()
     for index, block in enumerate(params.blocks):
@@ -232,6 +246,10 @@ def _probe(
     edges = distance_edges(key.shape[1])
     bins = jnp.searchsorted(edges, n - jnp.arange(key.shape[1]), side="right") - 1
     z = observed_stream(layer, C, placed, together)
+    value = C.V
+    if C.z is not None:  # z continues the rows of the block before
+        put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=placed.frame.observed_start, axis=1)
+        key, value = put(key, z.K), put(value, z.V)
     readers = {"z": (z.Q, jnp.arange(z.Q.shape[1]) < placed.frame.observed_length)}
     if config.architecture != "tconstformer":
         readers["x"] = (x.Q, real)
@@ -253,7 +271,7 @@ def _probe(
         probed[f"mass_{name}_{index}"] = binned
         probed[f"queries_{name}_{index}"] = together * jnp.sum(counts, dtype=jnp.float32)
         if name == "x":
-            read = jnp.einsum("bhqk,bkhd->bqhd", weights, C.V.astype(jnp.float32))
+            read = jnp.einsum("bhqk,bkhd->bqhd", weights, value.astype(jnp.float32))
             if config.causal_history:
                 own = jnp.einsum("bhqk,bkhd->bqhd", own_weights, x.V.astype(jnp.float32))
             else:

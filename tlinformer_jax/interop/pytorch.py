@@ -214,17 +214,28 @@ class Block(nn.Module):
     def causal_history(
         self, C: Tensor, Qc: Tensor, of_c: KeyValue, rope: Tensor, last: bool
     ) -> tuple[Tensor, list[KeyValue]]:
-        """Returns what `history` does. Rows of z read rows up to their own, and z' are the rows of C' from h on."""
+        """Returns what `history` does, where C are the rows before h and then z, which the next block continues.
+
+        Each row of z reads rows up to its own. Rows before h do not read z, but what they read in their own window.
+        """
         (first, *others), h, read = layers_of(self), self.config.observed_start(C.shape[1]), [of_c]
-        z = first.update(C[:, h:], attend_causal(Qc[:, :, h:], *of_c, dropout=first.attention_dropout))
+        p = first.attention_dropout
+        z = first.update(C[:, h:], attend_causal(Qc[:, :, h:], *of_c, dropout=p))
         for layer in others:
             Qz, Kz, Vz = layer.project(z, rope[:, h:])
             read.append(KeyValue(Kz, Vz))
-            z = layer.update(z, attend_causal(Qz, Kz, Vz, dropout=layer.attention_dropout))
+            z = layer.update(z, attend_causal(Qz, Kz, Vz, dropout=p))
         if last:
             return z[:, :0], read
-        before = layer.update(C[:, :h], attend(Qc[:, :, :h], Kz, Vz, dropout=layer.attention_dropout))
+        Qc, Kc, Vc = (heads[:, :, :h] for heads in (Qc, *of_c))
+        before = first.update(C[:, :h], attend(Qc, Kc, Vc, self.own_window(h, C.device), p))
         return torch.cat([before, z], dim=1), read
+
+    def own_window(self, rows: int, device: torch.device) -> Tensor:
+        """Returns which of the first rows each of them read when it was in the generation window: [queries, keys]."""
+        row = torch.arange(rows, device=device)
+        starts = [self.config.observed_start(self.config.window_start(position)) for position in range(rows)]
+        return (row >= torch.tensor(starts, dtype=torch.long, device=device)[:, None]) & (row <= row[:, None])
 
 
 class LanguageModel(nn.Module):

@@ -238,8 +238,12 @@ class DualWindowBlock(nn.Module):
         width = max(observed, min(length, 1))
         C = History.whole(params.compress, rows, rope)
         window = Stream.of(params.compress, x, rope.rows(length, x.shape[1]))
-        placed = place_window(WindowFrame(length, length - width, observed, width), rope, x.shape[1])
+        placed = place_window(WindowFrame(length, length - observed, observed, width), rope, x.shape[1])
         # C' is only computed for a block that follows. The stand-in's projections of C' are not used.
         later = (params,) if restore and history is not None else ()
+        if later and config.causal_history:
+            C = causal_history.with_later((params, params), config, C, rope, part_of(dropout, 3))
         restored, x = dual_window_block(params, config, C, window, placed, later, dropout)
-        return x, None if restored is None else restored.rows
+        if restored is None or restored.z is None:
+            return x, None if restored is None else restored.rows
+        return x, jnp.concatenate([restored.rows[:, : length - observed], restored.z.rows[:, :observed]], axis=1)

@@ -82,7 +82,8 @@ def token_layer(
     Args:
       x: the new rows.
       rope: rotations of the new rows, [batch, d_h / 2].
-      past: rows that share a softmax with the new row's own key: its generation window, or a baseline's cache.
+      past: rows that share a softmax with the new row's own key: its generation window (with `config.causal_history`
+        after the rows of z), or a baseline's cache.
       context: rows of history or compressed context, with a separate softmax, or with `config.causal_history` in the
         same one. None, or no valid row, adds nothing.
       backend: 'plain', 'triton', or 'triton_interpreted' (for tests on the CPU); None to choose automatically.
@@ -351,13 +352,13 @@ def attend_history(
             return jax.lax.dynamic_slice(array, at, (1, *array.shape[1:-1], chunk))
 
         rows = jax.tree.map(some, cache).widened(query.dtype)
-        key, value = (_natural_rows(part, width) for part in (rows.key, rows.value))
+        key, value = (natural_rows(part, width) for part in (rows.key, rows.value))
         return merge_parts(carry, attend_parts(query, key, value, length - start, scale, backend))
 
     return jax.lax.fori_loop(0, -(-length // chunk), body, no_parts(query))
 
 
-def _natural_rows(rows: Array, width: int) -> Array:
+def natural_rows(rows: Array, width: int) -> Array:
     """Converts cached keys or values to `attend`'s order of axes, [..., rows, heads, width], padded with zeros."""
     moved = jnp.moveaxis(rows, -1, -3)
     return jnp.pad(moved, [(0, 0)] * (moved.ndim - 1) + [(0, width - moved.shape[-1])])

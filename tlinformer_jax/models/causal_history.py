@@ -7,24 +7,36 @@ are rows h .. n + m - 1:
     compress:  y  = update(y, attend_causal(Qy, [Kc; Ky], [Vc; Vy]))    Kc, Vc: rows before h, which every row reads
     hidden:    y' = update(y, attend_causal(Qy, Ky, Vy))
     restore:   y' = update(y, attend_causal(Qy, Ky, Vy))
-               C' = update(C, attend(Qc, Kz, Vz)) before row h, and the rows of z' from there on
 
-There is one softmax over all keys of a row. If z contains the whole history, this is a Transformer: no rows are before
-h, and the next block continues y. Otherwise rows before h are read in `compress` only, as in the paper.
+There is one softmax over all keys of a row, and the next block continues y. What it reads before row h are the rows of
+
+    C' = update(C, attend_window(Qc, Kc, Vc))    by the parameters of `compress`
+
+where a row reads what it read in its own window: the rows of C from the beginning of that window's z up to its own. So
+C' does not depend on the window that reads it. It is computed once, and a slide only appends to it.
+
+If z contains the whole history, this is a Transformer. Otherwise rows before h are read in `compress` only, as in the
+paper.
 """
 
 import dataclasses
+import functools
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from tlinformer_jax.config.model import ModelConfig
+from tlinformer_jax.config.model import ExecutionPlan, ModelConfig
 from tlinformer_jax.models.attention import OutputAndLse, attend, attend_with_lse, merge_parts
-from tlinformer_jax.models.history import ReadableHistory, restored_history
+from tlinformer_jax.models.feed_forward import without_router_losses
+from tlinformer_jax.models.history import History, ReadableHistory, keyed
 from tlinformer_jax.models.layers import Dropout, LayerParams, part_of, update
+from tlinformer_jax.models.recompute import map_steps
+from tlinformer_jax.models.rope import Rope
 from tlinformer_jax.models.streams import (
     CAUSAL_ATTENTION,
     CROSS_ATTENTION,
@@ -40,6 +52,20 @@ from tlinformer_jax.models.streams import (
     documents_of,
     update_both,
 )
+from tlinformer_jax.models.windows import (
+    FIRST_WINDOW,
+    PerWindow,
+    Segment,
+    joined,
+    num_windows,
+    pad_rows,
+    padded_length,
+    plan_segments,
+    slice_rows,
+)
+
+# Windows whose rows of C' are computed together.
+WINDOWS_TOGETHER = 32
 
 
 def compress(
@@ -71,12 +97,109 @@ def restore(
     later: Sequence[Any] = (),
     dropout: Dropout | None = None,
 ) -> tuple[Any, XRows]:
-    """Runs the last layer: as `hidden`, and rows of C before z read z. C' is None if no `later` block reads it."""
+    """Runs the last layer: as `hidden`. The next block continues z'; C' is None if no `later` block reads it."""
     if not later:  # nobody reads z'
         _, x_attends = apart(_attend_window(config, z, x, dropout), z.Q.shape[1])
         return None, update(layer, x.rows, x_attends, part_of(dropout, FEED_FORWARD))
     z_rows, x_rows = hidden(layer, config, z, x, dropout)
-    return restored_history(layer, config, C, z, [block.compress for block in later], dropout, z_rows), x_rows
+    return C.continued(z_rows, later[0].compress), x_rows
+
+
+def next_rows(layer: LayerParams, config: ModelConfig, z: Stream, x: Stream, dropout: Dropout | None = None) -> XRows:
+    """Returns C' = update(C, attend_window(Qc, Kc, Vc)) for the rows of C that were a generation window.
+
+    Args:
+      layer: the block's `compress` layer.
+      z: keys and values of the rows of C that were z beside this window; no other fields are read.
+      x: the window's rows of C with their queries, keys and values.
+    """
+    attended = _x_parts(config, z, x, dropout)[0].astype(x.Q.dtype)
+    return update(layer, x.rows, attended, part_of(dropout, FEED_FORWARD))
+
+
+# ---- Histories of the later blocks
+
+
+def with_later(
+    blocks: Sequence[Any],
+    config: ModelConfig,
+    C: History,
+    rope: Rope,
+    dropout: Dropout | None = None,
+    documents: Array | None = None,
+) -> History:
+    """Returns C, the history of block 0, with the histories of the later blocks, on this device's rows.
+
+    Args:
+      blocks: parameters of all blocks, from `prepare_layers`.
+      rope: rotations of positions 0, 1, ... of the whole sequence.
+      documents: of the whole sequence's rows, int32 [batch, rows]; None if it is a single document.
+    """
+    following, later, split = C, [], C.split
+    take: Any = None if split is None else functools.partial(split.take, axis=0)
+    for index, (block, next_block) in enumerate(itertools.pairwise(blocks)):
+        rows = _next_history(block.compress, config, following, part_of(dropout, index), documents)
+        own_rope = rope.rows(0, rows.shape[1]) if split is None else jax.tree.map(take, rope)
+        keys = keyed(rows, C.key_sums[index : index + 1])
+        parts = "qkv" if index < len(blocks) - 2 else "kv"  # queries compute the history after it
+        following = History.of(next_block.compress, rows, own_rope, parts, key_rows=keys)
+        following = dataclasses.replace(following, key_sums=C.key_sums[index + 1 :], split=split)
+        later.append(following)
+    return dataclasses.replace(C, later=tuple(later))
+
+
+def _next_history(
+    layer: LayerParams, config: ModelConfig, C: History, dropout: Dropout | None, documents: Array | None
+) -> Float[Array, "batch n D"]:
+    """Returns C' for all rows of C, window by window; of this device's rows if devices split them."""
+    split, held = C.split, C.rows.shape[1]
+    if not held:
+        return C.rows
+    parts = split.parts if split else 1
+    windows = num_windows(config, held * parts)
+    segments = plan_segments(config, windows, ExecutionPlan(together=1 if split else WINDOWS_TOGETHER))
+    padded = padded_length(config, windows, segments, parts)
+    own = jax.tree.map(lambda rows: pad_rows(rows, padded // parts - held), Stream(C.rows, C.Q, C.K, C.V))
+    C = History(own.rows, own.Q, own.K, own.V, split=split)
+    if documents is not None:
+        documents = pad_rows(documents, padded - documents.shape[1])
+    layer, found = without_router_losses(layer), []
+    for segment in (FIRST_WINDOW, *segments):
+        groups = segment.count // segment.together
+        items = jnp.zeros((groups,)) if split else segment.rows(config, own)
+        step = functools.partial(_next_window, config, segment)
+        if groups == 1:
+            item = jax.tree.map(lambda array: array[0], items)
+            found.append(step((layer, C), (dropout, documents), (item, 0)))
+        else:
+            found.append(joined(map_steps(step, (layer, C), items, (dropout, documents), groups)))
+    rows = jnp.concatenate(found, axis=1)
+    rows = pad_rows(rows, padded - rows.shape[1])
+    return (rows if split is None else split.take(rows))[:, :held]
+
+
+def _next_window(
+    config: ModelConfig, segment: Segment, shared: Any, constants: Any, item: tuple[Any, Any]
+) -> Float[Array, "batch rows D"]:
+    """Returns `next_rows` of the windows of group `number` of a segment, in order."""
+    ((layer, C), (dropout, documents), (x, number)), size = (shared, constants, item), config.generation_window
+    windows: PerWindow = segment.first + number * segment.together
+    if segment.together > 1:
+        windows = windows + np.arange(segment.together, dtype=np.int32)
+    frame, starts = segment.frame(config, windows), segment.starts(config, windows)
+    if C.split is not None:
+        x = jax.tree.map(lambda array: C.slice(array, starts, size), Stream(C.rows, C.Q, C.K, C.V))
+    start, width, batch = frame.observed_start, frame.observed_width, len(x.rows)
+    key, value = (C.slice(array, start, width, batch) for array in (C.K, C.V))
+    z = Stream(None, K=key, V=value, length=frame.observed_length)
+    if documents is not None:
+        z = dataclasses.replace(z, documents=slice_rows(documents, start, width, batch))
+        x = dataclasses.replace(x, documents=slice_rows(documents, starts, size, batch))
+    rows = next_rows(layer, config, z, x, part_of(dropout, windows if segment.together == 1 else windows[0]))
+    return rows.reshape(len(C.rows), -1, rows.shape[-1])
+
+
+# ---- Attention of z and x
 
 
 def _attend_window(config: ModelConfig, z: Stream, x: Stream, dropout: Dropout | None) -> Float[Array, "b rows h k"]:
@@ -92,13 +215,16 @@ def _window_parts(config: ModelConfig, z: Stream, x: Stream, dropout: Dropout | 
         return _attend_side_by_side(attend_with_lse, config, z, x, dropout)
     every = dataclasses.replace(z, length=None)  # a valid row of z sees valid rows only
     z_options = attention_options(config, part_of(dropout, OBSERVED_ATTENTION), every, z, causal=True)
+    z_attends, z_lse = attend_with_lse(z.Q, z.K, z.V, **z_options)
+    x_attends, x_lse = _x_parts(config, z, x, dropout)
+    return beside(z_attends, x_attends), beside(z_lse, x_lse)
+
+
+def _x_parts(config: ModelConfig, z: Stream, x: Stream, dropout: Dropout | None) -> OutputAndLse:
+    """Returns attention of the rows of x to z and to the rows of x up to their own, and its log-sum-exp; float32."""
     x_options = attention_options(config, part_of(dropout, CAUSAL_ATTENTION), x, x, causal=True)
     reading_z = attention_options(config, part_of(dropout, CROSS_ATTENTION), z, x)
-    z_attends, z_lse = attend_with_lse(z.Q, z.K, z.V, **z_options)
-    x_attends, x_lse = merge_parts(
-        attend_with_lse(x.Q, x.K, x.V, **x_options), attend_with_lse(x.Q, z.K, z.V, **reading_z)
-    )
-    return beside(z_attends, x_attends), beside(z_lse, x_lse)
+    return merge_parts(attend_with_lse(x.Q, x.K, x.V, **x_options), attend_with_lse(x.Q, z.K, z.V, **reading_z))
 
 
 def _contiguous(z: Stream) -> bool:

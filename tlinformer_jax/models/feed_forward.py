@@ -100,6 +100,11 @@ def split_router_losses(params: Any, calls: jax.Array | float) -> Any:
     )
 
 
+def without_router_losses(params: Any) -> Any:
+    """Removes the routers' losses and tallies."""
+    return map_routers(lambda router: router.replace(weight=None, tally=None), params)
+
+
 def feed_forward(router: Router | None, gate_up_kernel: Array, down_kernel: Array, x: Rows) -> Rows:
     """Applies the feed-forward to normalised rows x, row by row.
 

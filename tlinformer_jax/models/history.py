@@ -12,7 +12,6 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import flax.struct
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float
 
 from tlinformer_jax.config.model import ModelConfig
@@ -40,7 +39,6 @@ class RestoreLayer(NamedTuple):
     params: LayerParams
     K: Array  # [batch, width, heads, d_h]
     V: Array
-    z_rows: Array | None = None  # z after the layer, [batch, width, D], only with `config.causal_history`
 
 
 class ZMask(NamedTuple):
@@ -49,7 +47,6 @@ class ZMask(NamedTuple):
     length: PerWindow  # number of valid rows, see `Stream`
     documents: Array | None  # of the rows of z
     dropout: Dropout | None  # of their attention weights and in their feed-forward
-    start: PerWindow = None  # h, where `RestoreLayer.z_rows` take the place of rows of C
 
 
 @runtime_checkable
@@ -75,6 +72,9 @@ class ReadableHistory(Protocol):
     ) -> Any:
         """Returns C', computed by `restore_rows` and projected to `parts` by `next_layer`."""
 
+    def continued(self, z_rows: Float[Array, "b width D"], next_layer: LayerParams) -> Any:
+        """Returns C' with `config.causal_history`, given z'; `next_layer` is the `compress` layer of the next block."""
+
 
 @flax.struct.dataclass
 class History(Stream):
@@ -89,11 +89,15 @@ class History(Stream):
       chunk: rows restored at a time; 0 for all at once.
       key_sums: for each block from the next one on, what is added to the input of its keys, see `layers.Embedded`.
       observed_start: h, the first row of the observation window; None outside a block.
+      later: with `config.causal_history`, the histories of the later blocks, which are the same for all windows.
+      z: with `config.causal_history`, z at the entrance of a later block; None if it is the rows of C from h on.
     """
 
     rope: Rope | None = None
     key_sums: tuple[Any, ...] = ()
     observed_start: PerWindow = None
+    later: tuple["History", ...] = ()
+    z: Stream | None = None
     split: SplitRows | None = flax.struct.field(pytree_node=False, default=None)
     chunk: int = flax.struct.field(pytree_node=False, default=0)
 
@@ -182,10 +186,8 @@ class History(Stream):
             rope = Rope(self.split.take(rope.cos, axis=0), self.split.take(rope.sin, axis=0))
             mask = mask._replace(dropout=part_of(mask.dropout, self.split.index()))
             length = self.split.count(length)
-            layer, mask = rows_of_device(self.split, layer, mask)
         if not self.chunk:
             restored = restore_rows(*rows, layer, mask, documents)
-            restored = continue_rows(restored, 0, layer, mask)
             rotations = rope.rows(0, restored.shape[1])
             projected = list(project(next_layer, restored, rotations, parts, keyed(restored, sums)))
         else:
@@ -199,21 +201,26 @@ class History(Stream):
                 length = mask.length if known is None else known
                 mask = mask._replace(length=length, dropout=part_of(mask.dropout, number))
                 restored = restore_rows(*part, layer, mask, documents)
-                restored = continue_rows(restored, number * self.chunk, layer, mask)
                 rotations = rope.rows(number * self.chunk, self.chunk)
                 return restored, *project(next_layer, restored, rotations, parts, keyed(restored, sums))
 
             traced = mask if known is None else mask._replace(length=None)
             filled = -(-jnp.max(jnp.asarray(length, jnp.int32)) // self.chunk)
-            counted = filled  # the chunks in which somebody reads rows that `restore_rows` computes
-            if layer.z_rows is not None:
-                counted = jnp.maximum(-(-jnp.max(jnp.asarray(mask.start, jnp.int32)) // self.chunk), 1)
-            layers = split_router_losses(layer, counted), next_layer
+            layers = split_router_losses(layer, filled), next_layer
             chunks = jax.tree.map(lambda array: in_chunks(array, self.chunk), (rows, sums))
             found = map_steps(restore_chunk, layers, chunks, (traced, documents, rope), filled)
             restored, *projected = map(joined, found)
         arrays: dict[str, Any] = {"rows": restored, "Q": None, **dict(zip(parts.upper(), projected))}
         return dataclasses.replace(self, key_sums=self.key_sums[1:], **arrays)
+
+    def continued(self, z_rows: Float[Array, "b width D"], next_layer: LayerParams) -> "History":
+        """Returns C' with `config.causal_history`, given z'; `next_layer` is the `compress` layer of the next block."""
+        start, (batch, width) = self.observed_start, z_rows.shape[:2]
+        assert self.rope is not None
+        sums = [self.slice(array, start, width, batch) for array in self.key_sums[:1]]
+        z = Stream.of(next_layer, z_rows, self.rope.rows(start, width), key_rows=keyed(z_rows, sums))
+        following, *later = self.later
+        return dataclasses.replace(following, later=tuple(later), z=z)
 
 
 def restored_history(
@@ -223,20 +230,18 @@ def restored_history(
     z: Stream,
     later: Sequence[LayerParams],
     dropout: Dropout | None,
-    z_rows: Float[Array, "batch width D"] | None = None,
 ) -> Any:
     """Returns C' as a block's `restore` layer computes it from z, projected for the next block.
 
     Args:
       later: the `compress` layers of the blocks that follow. If there are none, nobody reads C', and it is None.
-      z_rows: rows that take the place of C' from row h on; None to compute these like the others.
     """
     if not later:
         return None
     parts = "qkv" if len(later) > 1 else "kv"  # the last block does not restore C, so it needs no Qc
     restore_some = functools.partial(restore_rows, config, z.never_empty)
-    mask = ZMask(z.length, z.documents, dropout, None if z_rows is None else C.observed_start)
-    return C.restore(restore_some, RestoreLayer(layer, z.K, z.V, z_rows), mask, later[0], parts)
+    mask = ZMask(z.length, z.documents, dropout)
+    return C.restore(restore_some, RestoreLayer(layer, z.K, z.V), mask, later[0], parts)
 
 
 def restore_rows(
@@ -262,42 +267,6 @@ def restore_rows(
     return update(params, C, attend(Qc, Kz, Vz, **options), part_of(mask.dropout, CONTEXT_FEED_FORWARD))
 
 
-def continue_rows(restored: Float[Array, "batch n D"], first: Array | int, layer: RestoreLayer, mask: ZMask) -> Array:
-    """Returns the restored rows `first`, `first` + 1, ... of C, with `layer.z_rows` in the places of the rows of z.
-
-    Rows of z that are not valid fall on rows of the future, which no query reads.
-    """
-    if layer.z_rows is None or not layer.z_rows.shape[1]:
-        return restored
-    count, width = restored.shape[1], layer.z_rows.shape[1]
-    # Rows of z before or after these rows of C fall into the margins.
-    padded = jnp.pad(restored, ((0, 0), (width, width), (0, 0)))
-    start = jnp.clip(mask.start - first + width, 0, count + width)
-    return put_rows(padded, layer.z_rows, start)[:, width : width + count]
-
-
-def rows_of_device(split: SplitRows, layer: RestoreLayer, mask: ZMask) -> tuple[RestoreLayer, ZMask]:
-    """Takes this device's rows of `layer.z_rows`; `mask.start` becomes the first one's index among its rows of C."""
-    if layer.z_rows is None or not layer.z_rows.shape[1]:
-        return layer, mask
-    start, parts = jnp.asarray(mask.start, jnp.int32), split.parts
-    first, count = split.count(start), -(-layer.z_rows.shape[1] // parts)
-    padded = jnp.pad(layer.z_rows, ((0, 0), (0, 2 * parts), (0, 0)))
-    own = jax.lax.dynamic_slice_in_dim(padded, first * parts + split.index() - start, count * parts, axis=1)
-    own = own.reshape(own.shape[0], count, parts, -1)[:, :, 0]
-    return layer._replace(z_rows=own), mask._replace(start=first)
-
-
-def put_rows(array: Array, rows: Array, start: PerWindow) -> Array:
-    """Writes `rows` into an array [batch, n, D] from row `start` on; `start` is [g] for g windows that run together."""
-    if not np.ndim(start):
-        return jax.lax.dynamic_update_slice_in_dim(array, rows, start, axis=1)
-    count = len(start)
-    parts, rows = (each.reshape(-1, count, *each.shape[1:]) for each in (array, rows))
-    written = [jax.lax.dynamic_update_slice_in_dim(parts[:, i], rows[:, i], start[i], axis=1) for i in range(count)]
-    return jnp.stack(written, axis=1).reshape(array.shape)
-
-
 def keyed(rows: Array, sums: Sequence[Array]) -> Array | None:
     """Returns the input of the keys of C', given its rows and `History.key_sums`; None if that is the rows."""
     return plus(rows, sums[0]) if sums else None
@@ -309,6 +278,8 @@ def observed_stream(layer: LayerParams, C: History, window: PlacedWindow, batch:
     With `parts` = 'qkv' also with its keys and values.
     """
     start, width = window.frame.observed_start, window.frame.observed_width
+    if C.z is not None:
+        return dataclasses.replace(C.z, length=window.frame.observed_length)
     z = C.slice(C.rows, start, width, batch)
     stream = Stream.of(layer, z, window.z_rope, "q") if C.Q is None else Stream(z, C.slice(C.Q, start, width, batch))
     if parts == "q":

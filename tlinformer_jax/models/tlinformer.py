@@ -16,6 +16,7 @@ from jaxtyping import Array, Float
 
 from tlinformer_jax.config.model import ExecutionPlan, ModelConfig
 from tlinformer_jax.models.block import BlockParams, dual_window_block
+from tlinformer_jax.models.causal_history import with_later
 from tlinformer_jax.models.feed_forward import split_router_losses
 from tlinformer_jax.models.history import History
 from tlinformer_jax.models.layers import Dropout, Embedded, part_of
@@ -38,6 +39,9 @@ from tlinformer_jax.models.windows import (
     window_rows,
 )
 from tlinformer_jax.parallel.sharding import WHOLE, SequenceSplit
+
+# The part of a sequence's dropout for `causal_history.with_later`; smaller numbers are windows.
+LATER_HISTORIES = (1 << 31) - 1
 
 # A sequence's rotations of positions 0, 1, ...; its dropout, None outside training; and the documents of all its rows,
 # the same on every device, None if it is a single document.
@@ -143,6 +147,10 @@ def prepare_sequence(
     rows_rope = jax.tree.map(lambda table: rows.take(table, axis=0), rope) if rows else rope
     history = History.of(blocks[0].compress, embeddings.rows, rows_rope, key_rows=embeddings.key_rows)
     history = dataclasses.replace(history, split=rows, key_sums=embeddings.key_sums)
+    if config.causal_history:
+        history = with_later(blocks, config, history, rope, part_of(dropout, LATER_HISTORIES), documents)
+        later = [dataclasses.replace(each, rows=None, Q=None) for each in history.later]  # windows read only their keys
+        history = dataclasses.replace(history, later=tuple(later))
     if not first and not (segments and segments[0].first == 0):
         segments = (FIRST_WINDOW, *segments)
     return PreparedSequence(history, (rope, dropout, documents), count, segments)
@@ -168,7 +176,8 @@ def place_in_segment(
         fields |= {"never_empty": segment.first > 0, "size": size, "longest_second": rows // size // 2 * size}
         C = PairedHistory(C.rows, C.Q, C.K, C.V, key_sums=C.key_sums, **fields)
     else:
-        C = dataclasses.replace(C, chunk=segment.history_chunk, **fields)
+        later = tuple(dataclasses.replace(each, **fields) for each in C.later)
+        C = dataclasses.replace(C, chunk=segment.history_chunk, later=later, **fields)
     return C, frame, part_of(dropout, windows if segment.together == 1 else windows[0])
 
 

@@ -223,17 +223,19 @@ class SplitRows:
         parted = rows.reshape(*shape[0], rows.shape[axis] // self.parts, self.parts, *shape[1])
         return jax.lax.dynamic_index_in_dim(parted, self.index(), axis + 1, keepdims=False)
 
-    def gather(self, rows: jax.Array, start: jax.Array | int, length: int) -> jax.Array:
-        """Returns rows start .. start + length - 1 of the sequence, [batch, length, ...], on every device.
+    def gather(self, rows: jax.Array, start: jax.Array | int, length: int, axis: int = 1) -> jax.Array:
+        """Returns rows start .. start + length - 1 of the sequence on every device.
 
-        `rows` are this device's rows, [batch, rows, ...]; start + length is at most rows * parts.
+        `rows` are this device's rows, an array whose axis `axis` counts them; start + length is at most rows * parts.
         """
         # The first row may be anywhere in its round of `parts` rows.
-        rounds = min(-(-(length + self.parts - 1) // self.parts), rows.shape[1])
-        first = jnp.minimum(jnp.asarray(start, jnp.int32) // self.parts, rows.shape[1] - rounds)
-        part = jax.lax.dynamic_slice_in_dim(rows, first, rounds, axis=1)
-        whole = jax.lax.all_gather(part, self.axis, axis=2).reshape(rows.shape[0], -1, *rows.shape[2:])
-        return jax.lax.dynamic_slice_in_dim(whole, start - first * self.parts, length, axis=1)
+        held = rows.shape[axis]
+        rounds = min(-(-(length + self.parts - 1) // self.parts), held)
+        first = jnp.minimum(jnp.asarray(start, jnp.int32) // self.parts, held - rounds)
+        part = jax.lax.dynamic_slice_in_dim(rows, first, rounds, axis)
+        whole = jax.lax.all_gather(part, self.axis, axis=axis + 1)
+        whole = whole.reshape(*rows.shape[:axis], -1, *rows.shape[axis + 1 :])
+        return jax.lax.dynamic_slice_in_dim(whole, start - first * self.parts, length, axis)
 
     def index(self) -> jax.Array:
         """Returns this device's index on the axis, int32 []."""
