@@ -5,6 +5,7 @@ stream            a running generation: when the host calls the device, when a w
 decoder           the token step, the loop on the device, one interface to all architectures
 windowed          `prefill` and `slide` of TLinFormer and TConstFormer
 history           C in `prefill` and `slide`, in chunks of rows
+causal            the histories of later blocks with `model.causal_history`
 layered           `prefill` of the baselines
 cache             types and sizes of the caches
 memory            bytes of a cache
