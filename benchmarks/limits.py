@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.timing import Timing, time_calls
-from tlinformer_jax.analysis.flops import delta_layers
+from tlinformer_jax.analysis.flops import causal_pairs, delta_layers, own_window_pairs
 from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.decoding.cache import history_of
 from tlinformer_jax.decoding.memory import paper_row_bytes, row_bytes, tree_bytes
@@ -113,15 +113,23 @@ def cached_rows(config: ModelConfig, history: float, window: float, devices: int
         return config.attention_layers * (history + window)
     if config.architecture == "sliding_window":
         return config.num_layers * min(history + window, int(config.history_window) + config.generation_window - 1)
-    observed = config.num_blocks * (config.hidden_depth + 1) * config.observed_rows(int(history))
+    layers = config.num_layers if config.causal_history else config.num_blocks * (config.hidden_depth + 1)
+    observed = layers * config.observed_rows(int(history))
     return _growing_rows(config, history, window, devices) + observed + config.num_layers * window
 
 
 def _growing_rows(config: ModelConfig, history: float, window: float, devices: int) -> float:
     """Returns the part of `cached_rows` that grows with the sequence and has the dtype `cache_dtype`."""
     if config.windowed:
-        return config.num_blocks * history / devices if config.architecture == "tlinformer" else 0
+        return config.num_blocks * _read_rows(config, history) / devices
     return config.attention_layers * (history + window) if config.grows else 0
+
+
+def _read_rows(config: ModelConfig, history: float) -> float:
+    """Returns the rows of the history that the window reads in `compress`: with `causal_history` those before z."""
+    if config.architecture != "tlinformer":
+        return 0
+    return history - config.observed_rows(int(history)) * config.causal_history
 
 
 def cached_bytes(
@@ -177,7 +185,8 @@ def slide_work(
 ) -> Work:
     """Returns the work of one device for a slide of one sequence to `history` rows.
 
-    Block 0 reads its rows, other blocks compute and write theirs, and rows that overlap the window run again.
+    Block 0 reads its rows, other blocks compute and write theirs, and rows that overlap the window run again. With
+    `causal_history` other blocks compute only the rows of the window.
     """
     known = max(history - config.generation_window, 0) if config.architecture == "tlinformer" else 0
     dense, pairs = _history_work(config, history, known, devices)
@@ -210,8 +219,8 @@ def prefill_work(
 
 def _window_pairs(config: ModelConfig, rows: int, history: int, devices: int) -> float:
     """Returns the pairs of the first `rows` rows of a window on one device."""
-    read = history / devices if config.architecture == "tlinformer" else 0
-    context = (config.hidden_depth + 1) * config.observed_rows(history) + read
+    layers = config.hidden_depth + 1 + config.causal_history
+    context = layers * config.observed_rows(history) + _read_rows(config, history) / devices
     return config.num_layers * rows * (rows + 1) // 2 + config.num_blocks * rows * context
 
 
@@ -223,6 +232,8 @@ def _history_work(config: ModelConfig, history: int, known: int, devices: int) -
       known: rows whose keys and values block 0 already has in the cache.
       devices: number of devices that the rows are split over.
     """
+    if config.causal_history:
+        return _causal_history_work(config, history, known, devices)
     square, observed = 2 * config.d_model**2, config.observed_rows(history)
     each, rows, known_rows = _layer_flops(config), history / devices, known / devices
     # Per block: keys and values of all rows; the observed rows through compress, hidden layers and restore's keys.
@@ -237,6 +248,22 @@ def _history_work(config: ModelConfig, history: int, known: int, devices: int) -
         dense -= square * max(rows - config.vocab_size, 0)
     if config.architecture == "tlinformer":
         dense -= 2 * square * max(rows - known_rows - config.vocab_size, 0)
+    return dense, pairs
+
+
+def _causal_history_work(config: ModelConfig, history: int, known: int, devices: int) -> tuple[float, float]:
+    """Returns what `_history_work` does with `causal_history`, where all caches have the `known` rows.
+
+    Each device computes all new rows and z; only the rows before z that z reads are split.
+    """
+    each, square, observed = _layer_flops(config), 2 * config.d_model**2, config.observed_rows(history)
+    between, new, computed = config.num_blocks - 1, history - known, config.num_layers - 1
+    # A new row goes through one layer for each later block. Block 0 projects a token of the vocabulary at most once.
+    dense = between * new * each + 2 * square * min(new, config.vocab_size)
+    pairs = between * (own_window_pairs(config, history) - own_window_pairs(config, known))
+    # z goes through all layers; in the last one it has keys and values only.
+    dense += observed * (computed * each + 2 * square)
+    pairs += computed * causal_pairs(observed) + config.num_blocks * observed * (history - observed) / devices
     return dense, pairs
 
 

@@ -15,6 +15,7 @@ from tlinformer_jax import ModelConfig, build_model
 from tlinformer_jax.config.model import ARCHITECTURES
 from tlinformer_jax.decoding import layered, windowed
 from tlinformer_jax.decoding.cache import init_cache
+from tlinformer_jax.decoding.causal import extend_histories
 from tlinformer_jax.decoding.decoder import step
 from tlinformer_jax.decoding.memory import row_bytes, tree_bytes
 from tlinformer_jax.decoding.params import decoder_params
@@ -112,6 +113,47 @@ def test_operations_of_prefill_and_slide_are_those_of_the_decoder(architecture, 
 
     compare(filling, squared(limits.prefill_work(config, NONE, ROWS + 16), overlap + 16), rel=0.02)
     compare(sliding, squared(limits.slide_work(config, NONE, ROWS), overlap), rel=0.02)
+
+
+CAUSAL = dataclasses.replace(SMALL, causal_history=True, token_shift=True)
+
+
+def test_operations_with_a_causal_history_are_those_of_the_decoder(monkeypatch):
+    """Of a slide, and of a prompt whose 64 windows of history are computed at once; z has 8 rows.
+
+    The decoder computes squares of causal attention, masks the rows of z in the history, and computes queries and
+    attention of z in the last layer, too. With a token shift it looks up no projections.
+    """
+    monkeypatch.setattr(windowed, "fill_histories", lambda at, found: extend_histories(at, found, jnp.int32(0), 64))
+    params, cache = abstract(CAUSAL, 1)
+    number = jax.ShapeDtypeStruct((), jnp.int32)
+    prompt = jax.ShapeDtypeStruct(cache.tokens.shape[1:], jnp.int32)
+    filling = jax.make_jaxpr(windowed.prefill, static_argnums=1)(params, CAUSAL, cache, number, prompt, number, number)
+    sliding = jax.make_jaxpr(windowed.slide, static_argnums=1)(params, CAUSAL, cache, number, number)
+    square = 24**2
+    for traced, work, windows, rows, looked_up in (
+        (sliding, limits.slide_work(CAUSAL, NONE, ROWS), 1, 0, 0),
+        (filling, limits.prefill_work(CAUSAL, NONE, ROWS + 16), 64, 16, ROWS - CAUSAL.vocab_size),
+    ):
+        masked = 2 * windows * 16 * 15 // 2 + 3 * (8 + rows) * 8
+        masked += CAUSAL.num_layers * (8 * 7 + rows * (rows - 1)) // 2
+        masked += (2 * 16 * 8 if rows else 0) + 8 * 9 // 2  # the first window has no z; the last layer
+        projected = 2 * square * (8 + 2 * looked_up)
+        more = dataclasses.replace(work, pairs=work.pairs + masked, dense=work.dense + projected)
+        compare(traced, more, rel=1e-9)
+
+
+def test_a_token_reads_a_causal_history_up_to_z():
+    """Not int8's rows of z. A token of the decoder reads all rows that the cache has room for: here all are before z."""
+    params, cache = abstract(CAUSAL, 1)
+    token, active = (jax.ShapeDtypeStruct((1,), dtype) for dtype in (jnp.int32, jnp.bool_))
+    traced = jax.make_jaxpr(step, static_argnums=1)(params, CAUSAL, cache, token, active)
+    work = limits.hit_work(CAUSAL, NONE, 1, ROWS + 8, 16)
+    compare(traced, dataclasses.replace(work, pairs=work.pairs - CAUSAL.num_layers), rel=1e-9)
+    for cache_dtype in ("auto", "int8"):
+        cache = jax.eval_shape(lambda cache_dtype=cache_dtype: init_cache(CAUSAL, 1, ROWS, cache_dtype=cache_dtype))
+        found = limits.cached_bytes(CAUSAL, ROWS + 8, 16, cache_dtype=cache_dtype)
+        assert found == tree_bytes((cache.history, cache.window))
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

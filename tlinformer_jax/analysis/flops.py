@@ -102,7 +102,7 @@ def _model_forward(config: ModelConfig, length: int, skipped: int) -> tuple[Forw
         return Forward(), attention + delta_layers(config, length)
     size, outside = config.generation_window, project(config, length, 3, inner)
     if config.causal_history:
-        outside += later_histories(config, length, length, _own_window_pairs(config, length), inner)
+        outside += later_histories(config, length, length, own_window_pairs(config, length), inner)
     first, total = min(length, size), Forward()
     if not skipped:
         # Subtract the first window's projections, which count with the whole sequence.
@@ -174,7 +174,7 @@ def later_histories(config: ModelConfig, rows: int, updated: int, pairs: float, 
     return total + project(config, rows, (3 * between - 1) * (between > 0), inner)
 
 
-def _own_window_pairs(config: ModelConfig, length: int) -> float:
+def own_window_pairs(config: ModelConfig, length: int) -> float:
     """Counts pairs of a row and those that it reads in its own window: z, and the window up to its own row."""
     size, pairs = config.generation_window, 0.0
     for begin in range(0, length, size):

@@ -41,7 +41,7 @@ class WindowedCache:
 
     Attributes:
       tokens: ids of history and generation window. A slide reads those of the history again, because the history of
-        every block but the first depends on the window.
+        every block but the first depends on the window; with `config.causal_history` only those of z and the window.
       history: for each block, keys and values of all history rows in its `compress` layer; empty for TConstFormer,
         whose window does not read the history.
       context: keys and values of the compressed context in each block's hidden and `restore` layers,

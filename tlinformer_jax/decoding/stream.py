@@ -54,7 +54,8 @@ class Generation:
       logprobs: log-probabilities of the tokens; None if not requested; see `GenerationConfig`.
       finish_reason: 'length', 'stop_token', 'stop_string' or 'interrupted'; None while the sequence continues.
       hits: number of tokens fed to the cache; after a stop string the device may have fed a few too many.
-      slides: how often the window slid; each slide processes the whole history, as the prefill does.
+      slides: how often the window slid; each slide processes the whole history, as the prefill does, but with
+        `config.causal_history` only reads it.
     """
 
     tokens: list[int]

@@ -191,8 +191,9 @@ class DualWindowBlock(nn.Module):
 
     The block maps a generation window x of m rows and its history C of n rows to the next x and C. Positions are
     0 .. n - 1 in the history and n .. n + m - 1 in the window. The block ignores `config.vocab_size`,
-    `config.generation_window`, `config.window_overlap`, `config.token_shift` and `config.key_taps`; `config.num_blocks`
-    only affects the scale of the initial weights. `taps` declares parameters that only the language model uses.
+    `config.window_overlap`, `config.token_shift` and `config.key_taps`; `config.generation_window` matters only with
+    `config.causal_history`, where it says which windows the rows of the history were in; `config.num_blocks` only
+    affects the scale of the initial weights. `taps` declares parameters that only the language model uses.
 
     Examples:
       >>> block = DualWindowBlock(ModelConfig(d_model=64, num_heads=4, history_window=32))

@@ -34,7 +34,7 @@ from tlinformer_jax.config.model import ExecutionPlan, ModelConfig
 from tlinformer_jax.models.attention import OutputAndLse, attend, attend_with_lse, merge_parts
 from tlinformer_jax.models.feed_forward import without_router_losses
 from tlinformer_jax.models.history import History, ReadableHistory, keyed
-from tlinformer_jax.models.layers import Dropout, LayerParams, part_of, update
+from tlinformer_jax.models.layers import Dropout, LayerParams, part_of, project, update
 from tlinformer_jax.models.recompute import map_steps
 from tlinformer_jax.models.rope import Rope
 from tlinformer_jax.models.streams import (
@@ -142,8 +142,9 @@ def with_later(
         own_rope = rope.rows(0, rows.shape[1]) if split is None else jax.tree.map(take, rope)
         keys = keyed(rows, C.key_sums[index : index + 1])
         parts = "qkv" if index < len(blocks) - 2 else "kv"  # queries compute the history after it
-        following = History.of(next_block.compress, rows, own_rope, parts, key_rows=keys)
-        following = dataclasses.replace(following, key_sums=C.key_sums[index + 1 :], split=split)
+        arrays: dict[str, Any] = dict(zip(parts.upper(), project(next_block.compress, rows, own_rope, parts, keys)))
+        arrays = {"rows": rows, "Q": None, **arrays}
+        following = dataclasses.replace(C, key_sums=C.key_sums[index + 1 :], **arrays)
         later.append(following)
     return dataclasses.replace(C, later=tuple(later))
 
