@@ -144,7 +144,7 @@ def test_operations_with_a_causal_history_are_those_of_the_decoder(monkeypatch):
 
 
 def test_a_token_reads_a_causal_history_up_to_z():
-    """Not int8's rows of z. A token of the decoder reads all rows that the cache has room for: here all are before z."""
+    """The rows of z are not int8. A token of the decoder reads all rows that the cache has room for, here before z."""
     params, cache = abstract(CAUSAL, 1)
     token, active = (jax.ShapeDtypeStruct((1,), dtype) for dtype in (jnp.int32, jnp.bool_))
     traced = jax.make_jaxpr(step, static_argnums=1)(params, CAUSAL, cache, token, active)
