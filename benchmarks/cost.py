@@ -16,6 +16,7 @@ LENGTHS = flags.DEFINE_list("at", ["1024", "8192", "65536", "1048576"], "Lengths
 MODELS = {
     "Transformer": ModelConfig(architecture="transformer", dtype="bfloat16"),
     "TLinFormer 256/256": ModelConfig(dtype="bfloat16"),
+    "TLinFormer 256/256, causal history": ModelConfig(causal_history=True, dtype="bfloat16"),
     "TLinFormer 1024/1024": ModelConfig(history_window=1024, generation_window=1024, dtype="bfloat16"),
     "TConstFormer 256/256": ModelConfig(architecture="tconstformer", dtype="bfloat16"),
     "sliding window 256 + 256": ModelConfig(architecture="sliding_window", dtype="bfloat16"),
