@@ -142,8 +142,8 @@ def with_later(
         own_rope = rope.rows(0, rows.shape[1]) if split is None else jax.tree.map(take, rope)
         keys = keyed(rows, C.key_sums[index : index + 1])
         parts = "qkv" if index < len(blocks) - 2 else "kv"  # queries compute the history after it
-        arrays: dict[str, Any] = dict(zip(parts.upper(), project(next_block.compress, rows, own_rope, parts, keys)))
-        arrays = {"rows": rows, "Q": None, **arrays}
+        projected = project(next_block.compress, rows, own_rope, parts, keys)
+        arrays: dict[str, Any] = {"rows": rows, "Q": None, **dict(zip(parts.upper(), projected))}
         following = dataclasses.replace(C, key_sums=C.key_sums[index + 1 :], **arrays)
         later.append(following)
     return dataclasses.replace(C, later=tuple(later))
