@@ -50,14 +50,17 @@ def masked_attention(query, key, value, causal, window, lengths, rate):
     return output, jnp.swapaxes(lse, 1, 2)
 
 
-def outcome(function, queries: int, keys: int):
-    """What the function returns, and three gradients of a sum in which each of its numbers has a weight."""
+def outcome(function, queries: int, keys: int, batch: int = 2):
+    """What the function returns, and three gradients of a sum in which each of its numbers has a weight.
+
+    `batch` sequences of queries, two of keys.
+    """
     rng = np.random.default_rng(0)
 
     def drawn(*shape):
         return jnp.asarray(rng.standard_normal(shape), jnp.float32)
 
-    arrays = [drawn(2, n, HEADS, WIDTH) for n in (queries, keys, keys)]
+    arrays = [drawn(size, n, HEADS, WIDTH) for size, n in ((batch, queries), (2, keys), (2, keys))]
 
     def with_gradients(*arrays):
         found, pull = jax.vjp(function, *arrays)
@@ -93,6 +96,41 @@ def test_kernels_equal_plain_products_with_the_mask(case):
         output, lse, *gradients = (value[lengths.index(0)] for value in ours)
         assert np.isneginf(lse).all()
         assert not any(np.any(value) for value in (output, *gradients))
+
+
+@pytest.mark.parametrize("lengths", [None, (0, 53, 48, 7, 16, 33)])
+@pytest.mark.parametrize("rate", [0.0, 0.3])
+@pytest.mark.parametrize("causal", [False, True])
+def test_sequences_that_share_keys_equal_copies_of_them(lengths, rate, causal):
+    """Three sequences of queries share each of keys; each sees as many as its own length says."""
+
+    def kernels(query, key, value):
+        length = None if lengths is None else jnp.array(lengths)
+        return attend_with_dropout(
+            query, key, value, Scores(SCALE, causal), length, WORDS, rate, interpret=True, tiles=TILES
+        )
+
+    def truth(query, key, value):
+        key, value = (jnp.repeat(array, 3, axis=0) for array in (key, value))
+        return masked_attention(query, key, value, causal, None, lengths, rate)
+
+    check_equal(outcome(kernels, 37, 53, batch=6), outcome(truth, 37, 53, batch=6))
+
+
+@pytest.mark.parametrize("backend", ["xla", "triton"])
+def test_attend_takes_keys_that_sequences_share(backend, monkeypatch):
+    interpreted = functools.partial(attend_with_dropout, interpret=True, tiles=TILES)
+    monkeypatch.setattr(dropout_kernel, "attend_with_dropout", interpreted)
+    lengths = (0, 53, 48, 7, 16, 33)
+
+    def ours(query, key, value):
+        return attend_with_lse(query, key, value, Scores(SCALE), key_length=jnp.array(lengths), backend=backend)
+
+    def truth(query, key, value):
+        key, value = (jnp.repeat(array, 3, axis=0) for array in (key, value))
+        return masked_attention(query, key, value, False, None, lengths, 0.0)
+
+    check_equal(outcome(ours, 37, 53, batch=6), outcome(truth, 37, 53, batch=6))
 
 
 def test_threefry_is_that_of_jax():

@@ -107,6 +107,8 @@ def test_it_is_a_transformer_if_z_contains_the_whole_history(hidden_depth, plan)
 CASES = {
     "one after the other": (LENGTH, {"hidden_depth": 2, "memory": ExecutionPlan(2)}),
     "z not full at first": (23, {"history_window": 9, "memory": ExecutionPlan(2, together=2)}),
+    # z of a window begins where that of the window before ends, so that they are one slice.
+    "z after z": (23, {"history_window": 4, "memory": ExecutionPlan(together=2)}),
     "in chunks": (LENGTH, {"num_blocks": 3, "memory": ExecutionPlan(chunk=2, checkpointing=True)}),
     "taps": (LENGTH, {"num_blocks": 3, "key_taps": 2, "memory": ExecutionPlan(together=3)}),
     # The last window has 60 rows of history, and z 56.
@@ -117,7 +119,7 @@ CASES = {
 
 
 # The others take seconds to compile. tests/decoding/test_exactness.py and tests/test_properties.py have similar ones.
-QUICK = ("z not full at first", "in chunks")
+QUICK = ("z not full at first", "z after z", "in chunks")
 
 
 @pytest.mark.parametrize("case", [case if case in QUICK else pytest.param(case, marks=slow) for case in CASES])

@@ -88,6 +88,25 @@ def test_few_windows_run_in_groups(width, group):
         assert model.plan(8) == ExecutionPlan(2)
 
 
+def test_windows_with_a_causal_history_run_together():
+    """All up to 32 if they share keys without copies; then they store their activations, as a Transformer does."""
+    model = ModelConfig(causal_history=True)
+    together = ExecutionPlan(2, 8, scan_layers=False, checkpointing=True)
+    with target(*GPU):
+        for windows in (5, 8, 32):
+            assert model.plan(windows) == ExecutionPlan(1, windows - 1, scan_layers=False)
+        assert model.plan(33) == dataclasses.replace(together, together=32)
+        assert model.plan(4) == ExecutionPlan(1, 4, scan_layers=False), "1,024 tokens are short"
+        low = dataclasses.replace(model, memory="low").plan(32)
+        assert low == dataclasses.replace(together, segments=8, together=1)
+        for changes in ({"dtype": "float32"}, {"attention": "xla"}):  # keys are copied for each window
+            assert dataclasses.replace(model, **changes).plan(32) == together
+    with target(*TPU):
+        assert model.plan(32) == together
+    with target(*CPU):
+        assert model.plan(32) == ExecutionPlan(2, checkpointing=True)
+
+
 @pytest.mark.parametrize(
     "changes", [{"window_overlap": 1}, {"history_window": 257}, {"history_window": "auto"}, {"num_blocks": 3}]
 )

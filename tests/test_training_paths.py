@@ -80,6 +80,12 @@ WAYS = {
         "history_window": 3,
         "generation_window": 2,
     },
+    "causal history, z after z": {
+        "memory": ExecutionPlan(together=3),
+        "causal_history": True,
+        "history_window": 2,
+        "generation_window": 2,
+    },
 }
 DEFAULT = ("in groups",)
 # Of compress and restore, where a case asks for no more: the plain loop is unrolled, and its compilation is the cost.

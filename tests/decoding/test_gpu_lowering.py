@@ -142,10 +142,14 @@ def test_calls_of_equal_shapes_share_a_kernel():
     assert len(set(calls)) == 1
 
 
-@pytest.mark.parametrize(("causal", "window", "lengths"), [(False, None, True), (True, 256, False)])
-def test_attention_with_dropout(causal, window, lengths):
-    rows, words = half(2, QUERIES, HEADS, 40), jax.ShapeDtypeStruct((3,), jnp.uint32)
-    key_length = jax.ShapeDtypeStruct((2,), jnp.int32) if lengths else None
+@pytest.mark.parametrize(
+    ("causal", "window", "lengths", "shared"), [(False, None, True, 2), (True, 256, False, 2), (False, None, True, 1)]
+)
+def test_attention_with_dropout(causal, window, lengths, shared):
+    """Two sequences of queries; with one of keys they share it."""
+    queries, keys = half(2, QUERIES, HEADS, 40), half(shared, QUERIES, HEADS, 40)
+    words, key_length = jax.ShapeDtypeStruct((3,), jnp.uint32), jax.ShapeDtypeStruct((2,), jnp.int32)
+    key_length = key_length if lengths else None
 
     def gradients(query, key, value, key_length, words):
         def total(query, key, value):
@@ -156,7 +160,7 @@ def test_attention_with_dropout(causal, window, lengths):
 
         return jax.grad(total, argnums=(0, 1, 2))(query, key, value)
 
-    text = lowered(gradients, rows, rows, rows, key_length, words)
+    text = lowered(gradients, queries, keys, keys, key_length, words)
     for name in ("dropout_attention", "dropout_attention_query_gradient", "dropout_attention_key_gradient"):
         assert f'"{name}"' in text
 

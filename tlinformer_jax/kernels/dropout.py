@@ -70,8 +70,8 @@ def use_kernel(dtype: Any, width: int) -> bool:
 
 def attend_with_dropout(
     query: Float[Array, "batch queries heads d_h"],
-    key: Float[Array, "batch keys heads d_h"],
-    value: Float[Array, "batch keys heads d_h"],
+    key: Float[Array, "shared keys heads d_h"],
+    value: Float[Array, "shared keys heads d_h"],
     scores: Scores,
     key_length: Int[Array, " batch"] | None,
     words: UInt32[Array, " 3"],
@@ -81,8 +81,10 @@ def attend_with_dropout(
 ) -> tuple[Float[Array, "batch queries heads d_h"], Float[Array, "batch queries heads"]]:
     """Computes softmax attention with weights zeroed with probability `rate` and otherwise divided by 1 - rate.
 
-    `key_length` is the number of valid keys (None for all). Also returns the log-sum-exp of the scaled scores. A query
-    that sees no key has output 0 and log-sum-exp -inf. For `words` see `models.layers.Dropout`.
+    `key_length` is the number of valid keys (None for all). There may be keys of fewer sequences than queries: as many
+    consecutive sequences of queries share each of them, but have lengths of their own. Also returns the log-sum-exp of
+    the scaled scores. A query that sees no key has output 0 and log-sum-exp -inf. For `words` see
+    `models.layers.Dropout`.
     """
     return _attend(Options(scores, rate, tiles, interpret), query, key, value, key_length, words)
 
@@ -149,7 +151,7 @@ def _backward(options: Options, saved, gradient: Array, lse_gradient: Array) -> 
 
 def _call(kernel, options: Options, tile: Tile, rows: int, outputs, operands, name: str) -> Any:
     """Runs a kernel in which each program computes a tile of rows of one head of one sequence."""
-    batch, _, heads, _ = operands[0].shape
+    batch, _, heads, _ = operands[1 if kernel is _key_kernel else 0].shape
     size = tile.keys if kernel is _key_kernel else tile.queries
     return call_kernel(
         functools.partial(kernel, options=options, tile=tile),
@@ -167,6 +169,7 @@ def _forward_kernel(query_ref, key_ref, value_ref, words_ref, *refs, options: Op
     """Computes output and log-sum-exp of a tile of queries."""
     *length_refs, output_ref, lse_ref = refs
     head, row = pl.program_id(1), pl.program_id(2)
+    shared = row // _sharing(query_ref, key_ref), head
     numbers = pl.program_id(0) * tile.queries + iota(tile.queries)
     query = _load(query_ref, (row, head), numbers, query_ref.shape[1])
     first, second = _row_states(words_ref, numbers, query_ref.shape)
@@ -176,7 +179,7 @@ def _forward_kernel(query_ref, key_ref, value_ref, words_ref, *refs, options: Op
         top, total, sums = carry
         columns = index * tile.keys + iota(tile.keys)
         limit = length if masked else None
-        scores = dot(query, _load(key_ref, (row, head), columns, limit), 1)
+        scores = dot(query, _load(key_ref, shared, columns, limit), 1)
         if masked:
             scores = _masked(scores, numbers[:, None], columns[None, :], length, options)
         new_top = jnp.maximum(top, jnp.max(scores, axis=1))
@@ -185,7 +188,7 @@ def _forward_kernel(query_ref, key_ref, value_ref, words_ref, *refs, options: Op
         total = total * factor + jnp.sum(weights, axis=1)
         keep = kept(first[:, None], second[:, None], columns[None, :], options.rate)
         dropped = jnp.where(keep, weights, 0.0)
-        value = _load(value_ref, (row, head), columns, limit)
+        value = _load(value_ref, shared, columns, limit)
         return new_top, total, sums * factor[:, None] + dot(dropped.astype(value.dtype), value, 0)
 
     length, blocks = _key_blocks(key_ref, length_refs, options, tile)
@@ -217,7 +220,7 @@ def _query_kernel(
     *length_refs, result_ref, delta_ref, first_ref, second_ref = refs
     head, row = pl.program_id(1), pl.program_id(2)
     numbers = pl.program_id(0) * tile.queries + iota(tile.queries)
-    leading = row, head
+    leading, shared = (row, head), (row // _sharing(query_ref, key_ref), head)
     query, output, gradient = (
         _load(ref, leading, numbers, query_ref.shape[1]) for ref in (query_ref, output_ref, gradient_ref)
     )
@@ -229,12 +232,12 @@ def _query_kernel(
     def block(index, sums, masked: bool):
         columns = index * tile.keys + iota(tile.keys)
         limit = length if masked else None
-        key = _load(key_ref, leading, columns, limit)
+        key = _load(key_ref, shared, columns, limit)
         scores = dot(query, key, 1) * (options.scores.scale * LOG2_E)
         if masked:
             scores = _masked(scores, numbers[:, None], columns[None, :], length, options)
         weights = jnp.exp2(scores - lse[:, None])
-        slope = dot(gradient, _load(value_ref, leading, columns, limit), 1)
+        slope = dot(gradient, _load(value_ref, shared, columns, limit), 1)
         keep = kept(first[:, None], second[:, None], columns[None, :], options.rate)
         slope = jnp.where(keep, slope, 0.0)
         slope = (weights * (slope - delta[:, None])).astype(query_ref.dtype)
@@ -251,39 +254,49 @@ def _key_kernel(query_ref, key_ref, value_ref, gradient_ref, lse_ref, *refs, opt
     """Computes the gradients of a tile of keys and values. Scores are transposed: [keys, queries]."""
     row_refs = lse_ref, *refs[:3]
     *length_refs, key_result_ref, value_result_ref = refs[3:]
-    head, row = pl.program_id(1), pl.program_id(2)
-    numbers = pl.program_id(0) * tile.keys + iota(tile.keys)
-    count, leading = query_ref.shape[1], (row, head)
-    length = _valid_keys(key_ref, length_refs)
+    head, row, sharing = pl.program_id(1), pl.program_id(2), _sharing(query_ref, key_ref)
+    start = pl.program_id(0) * tile.keys
+    numbers, count = start + iota(tile.keys), query_ref.shape[1]
+    limit = _valid_keys(key_ref, length_refs, row) if sharing == 1 else key_ref.shape[1]
     # Invalid keys are read as 0; their gradients are set to 0 at the end.
-    key, value = (_load(ref, leading, numbers, length) for ref in (key_ref, value_ref))
+    key, value = (_load(ref, (row, head), numbers, limit) for ref in (key_ref, value_ref))
 
-    def block(index, carry, masked: bool):
-        key_sums, value_sums = carry
-        rows = index * tile.queries + iota(tile.queries)
-        # The gradient of rows past the last query is read as 0.
-        query, gradient = (_load(ref, leading, rows, count) for ref in (query_ref, gradient_ref))
-        lse, delta, first, second = (_load_numbers(ref, leading, rows)[None, :] for ref in row_refs)
-        scores = dot(key, query, 1) * (options.scores.scale * LOG2_E)
-        if masked:
-            scores = _masked(scores, rows[None, :], numbers[:, None], None, options)
-        weights = jnp.exp2(scores - lse)
-        dropped = jnp.where(kept(first, second, numbers[:, None], options.rate), weights, 0.0)
-        slope = dropped * dot(value, gradient, 1) - weights * delta
-        dtype = query_ref.dtype
-        return key_sums + dot(slope.astype(dtype), query, 0), value_sums + dot(dropped.astype(dtype), gradient, 0)
+    def sequence(number, carry):
+        """Adds the gradients that come from the queries of sequence `number`."""
+        leading, length = (number, head), _valid_keys(key_ref, length_refs, number)
 
-    zeros = _zeros(tile.keys, key_ref)
-    blocks = _query_blocks(count, length, options, tile)
-    valid = (numbers < length)[:, None]
+        def block(index, carry, masked: bool):
+            key_sums, value_sums = carry
+            rows = index * tile.queries + iota(tile.queries)
+            # The gradient of rows past the last query is read as 0.
+            query, gradient = (_load(ref, leading, rows, count) for ref in (query_ref, gradient_ref))
+            lse, delta, first, second = (_load_numbers(ref, leading, rows)[None, :] for ref in row_refs)
+            scores = dot(key, query, 1) * (options.scores.scale * LOG2_E)
+            if masked:
+                ends = length if sharing > 1 else None
+                scores = _masked(scores, rows[None, :], numbers[:, None], ends, options)
+            weights = jnp.exp2(scores - lse)
+            dropped = jnp.where(kept(first, second, numbers[:, None], options.rate), weights, 0.0)
+            slope = dropped * dot(value, gradient, 1) - weights * delta
+            dtype = query_ref.dtype
+            return key_sums + dot(slope.astype(dtype), query, 0), value_sums + dot(dropped.astype(dtype), gradient, 0)
+
+        return _loop(_query_blocks(start, count, length, options, tile, sharing > 1), block, carry)
+
+    carry = (_zeros(tile.keys, key_ref),) * 2
+    if sharing == 1:
+        carry = sequence(row, carry)
+    else:
+        carry = jax.lax.fori_loop(row * sharing, (row + 1) * sharing, sequence, carry)
+    valid = (numbers < limit)[:, None]
     factors = options.scores.scale / (1.0 - options.rate), 1.0 / (1.0 - options.rate)
-    for ref, sums, factor in zip((key_result_ref, value_result_ref), _loop(blocks, block, (zeros, zeros)), factors):
-        _store(ref, leading, numbers, jnp.where(valid, sums * factor, 0.0))
+    for ref, sums, factor in zip((key_result_ref, value_result_ref), carry, factors):
+        _store(ref, (row, head), numbers, jnp.where(valid, sums * factor, 0.0))
 
 
 def _key_blocks(key_ref, length_refs, options: Options, tile: Tile):
     """Returns the number of valid keys, and ranges (first, end, masked) of key blocks that a tile of queries sees."""
-    start, length = pl.program_id(0) * tile.queries, _valid_keys(key_ref, length_refs)
+    start, length = pl.program_id(0) * tile.queries, _valid_keys(key_ref, length_refs, pl.program_id(2))
     first: Any = 0
     full, last = length // tile.keys, pl.cdiv(length, tile.keys)
     if options.scores.causal:
@@ -295,26 +308,36 @@ def _key_blocks(key_ref, length_refs, options: Options, tile: Tile):
     return length, ((first, full, False), (full, last, True))
 
 
-def _query_blocks(queries: int, length, options: Options, tile: Tile):
-    """Returns ranges (first, end, masked) of query blocks that see a tile of keys."""
-    start: Any = pl.program_id(0) * tile.keys
+def _query_blocks(start, queries: int, length, options: Options, tile: Tile, shared: bool):
+    """Returns ranges (first, end, masked) of query blocks that see the tile of keys from `start` on.
+
+    Blocks that see only some keys of the tile, because the queries' length ends in it, are masked if keys are `shared`.
+    """
     end: Any = pl.cdiv(queries, tile.queries)
     # No blocks if no key of the tile is valid.
     if isinstance(length, Array):
         end = jnp.where(start < length, jnp.int32(end), jnp.int32(0))
     if not options.scores.causal:
-        return ((0, end, False),)
+        full = jnp.where(start + tile.keys <= length, end, 0) if shared else end
+        return ((0, full, False), (full, end, True)) if shared else ((0, end, False),)
     first, full = start // tile.queries, pl.cdiv(start + tile.keys - 1, tile.queries)
     if options.scores.window is not None:
         full = jnp.minimum(end, pl.cdiv(start + tile.keys - 1 + options.scores.window, tile.queries))
         return ((first, full, True),)
+    if shared:
+        return ((first, end, True),)
     return ((first, jnp.minimum(full, end), True), (full, end, False))
 
 
-def _valid_keys(key_ref, length_refs) -> Any:
-    """Returns the number of valid keys; a plain number unless lengths are given."""
+def _sharing(query_ref, key_ref) -> int:
+    """Returns how many sequences of queries share a sequence of keys."""
+    return query_ref.shape[0] // key_ref.shape[0]
+
+
+def _valid_keys(key_ref, length_refs, row) -> Any:
+    """Returns the number of keys that are valid for sequence `row`; a plain number unless lengths are given."""
     keys = key_ref.shape[1]
-    return jnp.clip(length_refs[0][pl.program_id(2)], 0, keys) if length_refs else keys
+    return jnp.clip(length_refs[0][row], 0, keys) if length_refs else keys
 
 
 def _loop(blocks, block, carry):

@@ -17,7 +17,7 @@ from tlinformer_jax.kernels.common import Scores, is_half, merge_softmaxes
 from tlinformer_jax.kernels.splash import attend_splash
 from tlinformer_jax.models.layers import Dropout
 from tlinformer_jax.models.recompute import map_steps
-from tlinformer_jax.models.windows import in_chunks, joined, pad_rows
+from tlinformer_jax.models.windows import in_chunks, joined, pad_rows, repeat_for_windows
 from tlinformer_jax.parallel.mesh import is_nvidia_gpu, platform
 
 # Values of model.attention for which the back end depends on the device and the call.
@@ -30,7 +30,7 @@ KEYS_PER_PART = 1024
 DROPOUT_SCORES = 1 << 27
 
 Queries = Float[Array, "batch queries heads d_h"]
-Keys = Float[Array, "batch keys heads d_h"]
+Keys = Float[Array, "shared keys heads d_h"]
 # The documents of queries and of keys; a query sees only keys of its own document.
 Documents = tuple[Int[Array, "batch rows"], Int[Array, "batch keys"]]
 # The output and the log-sum-exp of the scaled scores, by which softmaxes over disjoint keys are merged.
@@ -52,6 +52,7 @@ def attend(
     """Computes exact softmax attention.
 
     Args:
+      key, value: of each sequence, or of fewer, each shared by as many consecutive sequences of queries.
       scores: scale of the scores, `config.attention_scale`, and whether queries see only keys up to their own position,
         or the last `window` of these; then queries and keys start at the same position.
       key_length: number of valid keys, which come first; a scalar or int32 [batch]. If 0, the result is 0, never NaN.
@@ -113,6 +114,8 @@ def _attend(
         key_length = jnp.broadcast_to(jnp.asarray(key_length, jnp.int32), query.shape[:1])
     if query.shape[1] == 0 or key.shape[1] == 0:  # no observation window, or no history
         return jnp.zeros_like(query), no_parts(query)[1]
+    if backend != "triton":
+        key, value = (repeat_for_windows(array, query.shape[0]) for array in (key, value))
     if backend == "xla":
         return _attend_in_chunks(query, key, value, scores, key_length, dropout, documents)
     if backend == "triton" and documents is None:

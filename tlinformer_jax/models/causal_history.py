@@ -191,7 +191,7 @@ def _next_window(
     if C.split is not None:
         x = jax.tree.map(lambda array: C.slice(array, starts, size), Stream(C.rows, C.Q, C.K, C.V))
     start, width, batch = frame.observed_start, frame.observed_width, len(x.rows)
-    key, value = (C.slice(array, start, width, batch) for array in (C.K, C.V))
+    key, value = (C.slice(array, start, width, batch, frame.stride) for array in (C.K, C.V))
     z = Stream(None, K=key, V=value, length=frame.observed_length)
     if documents is not None:
         z = dataclasses.replace(z, documents=slice_rows(documents, start, width, batch))

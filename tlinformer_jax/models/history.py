@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from tlinformer_jax.config.model import ModelConfig
@@ -116,10 +117,12 @@ class History(Stream):
         projected = cls.of(layer, rows, rope.rows(0, rows.shape[1]), key_rows=key_rows)
         return dataclasses.replace(projected, length=valid, rope=rope, key_sums=key_sums)
 
-    def slice(self, array: Array, start: PerWindow, length: int, batch: int | None = None) -> Array:
+    def slice(
+        self, array: Array, start: PerWindow, length: int, batch: int | None = None, stride: int | None = None
+    ) -> Array:
         """Returns rows start .. start + length - 1 of a field's `array` on every device; see `slice_rows`."""
         if self.split is None:
-            return slice_rows(array, start, length, batch)
+            return slice_rows(array, start, length, batch, stride)
         return self.split.gather(array, start, length)
 
     def read(
@@ -150,14 +153,18 @@ class History(Stream):
         split = self.split
         if split is not None:
             length, dropout = split.count(length), part_of(dropout, split.index())
-        keys = dataclasses.replace(self._keys(len(query)), length=length, never_empty=False)
+        keys = dataclasses.replace(self, length=length, never_empty=False)._keys(len(query))
         output, lse = attend_with_lse(query, keys.K, keys.V, **attention_options(config, dropout, keys, *readers))
         return (output, lse) if split is None else merge_softmaxes(output.astype(jnp.float32), lse, split.axis)
 
     def _keys(self, batch: int) -> "History":
-        """Returns keys, values and documents, repeated for the windows that share them."""
-        arrays = {"K": self.K, "V": self.V, "documents": self.documents}
-        return dataclasses.replace(self, **jax.tree.map(lambda array: repeat_for_windows(array, batch), arrays))
+        """Returns this history with a length and documents for each of `batch` windows, which share keys and values."""
+        length, documents = self.length, self.documents
+        if np.ndim(length):
+            tile = jnp.tile if isinstance(length, jax.Array) else np.tile
+            length = tile(length, batch // len(length))
+        documents = None if documents is None else repeat_for_windows(documents, batch)
+        return dataclasses.replace(self, length=length, documents=documents)
 
     def restore(
         self,
@@ -277,12 +284,15 @@ def observed_stream(layer: LayerParams, C: History, window: PlacedWindow, batch:
 
     With `parts` = 'qkv' also with its keys and values.
     """
-    start, width = window.frame.observed_start, window.frame.observed_width
+    frame = window.frame
     if C.z is not None:
-        return dataclasses.replace(C.z, length=window.frame.observed_length)
-    z = C.slice(C.rows, start, width, batch)
-    stream = Stream.of(layer, z, window.z_rope, "q") if C.Q is None else Stream(z, C.slice(C.Q, start, width, batch))
+        return dataclasses.replace(C.z, length=frame.observed_length)
+    cut: Any = functools.partial(
+        C.slice, start=frame.observed_start, length=frame.observed_width, batch=batch, stride=frame.stride
+    )
+    z = cut(C.rows)
+    stream = Stream.of(layer, z, window.z_rope, "q") if C.Q is None else Stream(z, cut(C.Q))
     if parts == "q":
         return stream
-    key, value = (C.slice(array, start, width, batch) for array in (C.K, C.V))
-    return dataclasses.replace(stream, K=key, V=value, length=window.frame.observed_length)
+    key, value = cut(C.K), cut(C.V)
+    return dataclasses.replace(stream, K=key, V=value, length=frame.observed_length)

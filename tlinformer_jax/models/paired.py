@@ -63,7 +63,9 @@ class PairedHistory(History):
         long = (np.arange(first, rows) < self.length[0]).reshape(shape)
         return jnp.concatenate([always, jnp.where(long, sometimes, short)], axis=axis)
 
-    def slice(self, array: Array, start: PerWindow, length: int, batch: int | None = None) -> Array:
+    def slice(
+        self, array: Array, start: PerWindow, length: int, batch: int | None = None, stride: int | None = None
+    ) -> Array:
         """Returns rows start .. start + length - 1 of each window's history: [batch, length, ...]; `start` is [2]."""
         if not self.restored:
             return slice_rows(array, start, length, batch)

@@ -26,6 +26,7 @@ class WindowFrame:
       observed_width: number of computed rows of the observation window. Rows past the valid ones are the future; no
         query reads them.
       never_empty: whether every window observes a row, provided that `ModelConfig.always_observes`.
+      stride: rows from one observation window's start to the next one's, if they run together; None if that varies.
       z_documents, x_documents: documents of the rows of the observation and the generation window, int32 [batch, rows];
         None if the sample is a single document.
     """
@@ -35,6 +36,7 @@ class WindowFrame:
     observed_length: PerWindow
     observed_width: int = flax.struct.field(pytree_node=False)
     never_empty: bool = flax.struct.field(pytree_node=False, default=True)
+    stride: int | None = flax.struct.field(pytree_node=False, default=None)
     z_documents: jax.Array | None = None
     x_documents: jax.Array | None = None
 
@@ -79,6 +81,10 @@ class Segment:
         begin, overlap = windows * config.generation_window, self.overlap(config)
         return begin - overlap if overlap else begin
 
+    def stride(self, config: ModelConfig) -> int | None:
+        """Returns the rows from the start of one window to that of the next one that runs with it."""
+        return config.generation_window
+
     def rows(self, config: ModelConfig, arrays: Any, overlap: int = 0) -> Any:
         """Returns the windows' rows, each with `overlap` rows before, of a pytree of arrays; see `window_rows`."""
         return jax.tree.map(
@@ -92,15 +98,16 @@ class Segment:
         """
         if self.count == self.together:
             windows = self.windows[0]
-        length = self.starts(config, windows)
+        length, stride = self.starts(config, windows), None
         if min(self.observed) == self.observed_width:
             observed: PerWindow = self.observed_width
+            stride = self.stride(config)
         elif isinstance(windows, jax.Array):
             observed = jnp.asarray(self.observed, jnp.int32)[windows - self.first]
         else:
             observed = np.asarray(self.observed, np.int32)[windows - self.first]
         never_empty = self.count == 1 or min(self.observed) > 0
-        return WindowFrame(length, length - observed, observed, self.observed_width, never_empty)
+        return WindowFrame(length, length - observed, observed, self.observed_width, never_empty, stride)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,6 +126,9 @@ class PairedSegment(Segment):
     def overlap(self, config: ModelConfig) -> int:
         """Returns 0: windows with an overlap do not run in pairs."""
         return 0
+
+    def stride(self, config: ModelConfig) -> None:
+        """Returns None: it varies from pair to pair."""
 
     def rows(self, config: ModelConfig, arrays: Any, overlap: int = 0) -> Any:
         """Returns the windows' rows of a pytree of arrays, [count / 2, batch * 2, W_og, ...]."""
@@ -252,17 +262,22 @@ def window_rows(
     return groups.reshape(-1, batch * together, overlap + size, *array.shape[2:])
 
 
-def slice_rows(array: jax.Array, start: PerWindow, length: int, batch: int | None = None) -> jax.Array:
+def slice_rows(
+    array: jax.Array, start: PerWindow, length: int, batch: int | None = None, stride: int | None = None
+) -> jax.Array:
     """Returns rows start .. start + length - 1 of an array [sequences, rows, ...].
 
     For g windows that run together, `start` is [g], the result is [batch = sequences * g, length, ...], and the array
-    may be [batch, rows, ...], too.
+    may be [batch, rows, ...], too. `stride` is the distance of neighbouring starts if it is known.
     """
     if not np.ndim(start):
         return jax.lax.dynamic_slice_in_dim(array, start, length, axis=1)
     assert batch is not None
     count = len(start)
     parts = array.reshape(batch // count, -1, *array.shape[1:])
+    if parts.shape[1] == 1 and stride == length:  # one slice, whose gradient needs no sum over windows
+        rows = jax.lax.dynamic_slice_in_dim(parts[:, 0], start[0], count * length, axis=1)
+        return rows.reshape(batch, length, *array.shape[2:])
     # Slices one by one: a batched slice is a gather, whose gradient would be a scatter.
     slices = [
         jax.lax.dynamic_slice_in_dim(parts[:, i % parts.shape[1]], start[i], length, axis=1) for i in range(count)
