@@ -221,7 +221,10 @@ def compared(points: pd.DataFrame) -> tuple[pd.DataFrame, str]:
 
 
 def position_lines(frame: pd.DataFrame, figures: pathlib.Path) -> list[str]:
-    """Returns losses by position in the sample and in later windows, at every evaluated length, for each split."""
+    """Returns losses by position in the sample and in later windows, at every evaluated length, for each split.
+
+    Figures are drawn of the test split, of the validation split only for runs without one.
+    """
     parts = actions_of(frame[~frame["again"]], "evaluate", "by_position")
     if parts.empty:
         return []
@@ -234,7 +237,9 @@ def position_lines(frame: pd.DataFrame, figures: pathlib.Path) -> list[str]:
     if table["split"].eq("validation").all():
         table = table.drop(columns="split")
     lines = [*SECTIONS["## Loss by position"], *table_of(table), ""]
-    for (length, split, trained), members in parts.groupby(["done.length", "done.split", "trained"], sort=False):
+    tested = parts["done.split"].eq("test")
+    drawn = parts[tested | ~tested.groupby([parts["name"], parts["done.length"]]).transform("any")]
+    for (length, split, trained), members in drawn.groupby(["done.length", "done.split", "trained"], sort=False):
         members = members.assign(label=legends(members))
         points, title = _binned(members, "done.by_position", "loss"), f"samples of {length:,} tokens"
         name = f"{length}_{file_part(trained)}" + ("_test" if split == "test" else "")
