@@ -187,6 +187,18 @@ def test_all_faults_are_in_one_message(tmp_path):
         weights_to_workdir(tmp_path / "x.safetensors", run_of(SMALL), tmp_path / "run")
 
 
+@pytest.mark.parametrize(("file", "model"), [("transformer", "tlinformer"), ("tlinformer", "transformer")])
+def test_a_file_of_another_architecture_is_recognised(file, model, tmp_path):
+    """A few of its many faults are named."""
+    weights = golden.random_weights(dataclasses.replace(SMALL, architecture=file))
+    safetensors.save_file(weights, tmp_path / "x.safetensors")
+    run = run_of(dataclasses.replace(SMALL, architecture=model))
+    with pytest.raises(DataError, match=r"[0-9]+ more\. It is a model with(out)? windows.*--init_from") as caught:
+        weights_to_workdir(tmp_path / "x.safetensors", run, tmp_path / "run")
+    assert str(caught.value).count(";") == 9
+    assert ("without windows" in str(caught.value)) == (file == "transformer")
+
+
 def test_nothing_is_left_when_writing_fails(tmp_path, monkeypatch):
     safetensors.save_file(golden.random_weights(SMALL), tmp_path / "x.safetensors")
 

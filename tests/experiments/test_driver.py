@@ -73,7 +73,7 @@ def test_a_run_is_recorded_whole_and_only_once(tmp_path, monkeypatch):
 
 
 def test_unknown_actions_are_refused_before_anything_runs(tmp_path):
-    for name in ("dance", "evaluate@", "evaluate@0", "evaluate@x", "evaluate@-1", "samples@3", ""):
+    for name in ("dance", "evaluate@", "evaluate@0", "evaluate@x", "evaluate@-1", "evaluate@٣", "samples@3", ""):
         with pytest.raises(UserError, match=f"--then=evaluate,{name}: '{name}' must be one of evaluate, samples, hist"):
             checked_actions(["evaluate", name])
     assert checked_actions(["evaluate", "evaluate@8192", "evaluate"]) == ("evaluate", "evaluate@8192")

@@ -83,7 +83,8 @@ def checked_actions(names: Sequence[str], where: str = "--then") -> tuple[str, .
     """Returns the names without repetitions; raises a UserError for an unknown name or a wrong @LENGTH."""
     for name in names:
         kind, at, number = name.partition("@")
-        if kind not in ACTIONS or (at and (kind not in NUMBERED or not number.isdecimal() or int(number) < 1)):
+        counted = number.isascii() and number.isdecimal() and int(number) > 0
+        if kind not in ACTIONS or (at and not (kind in NUMBERED and counted)):
             allowed = ", ".join([*ACTIONS, *(f"{kind}@LENGTH" for kind in NUMBERED)])
             raise UserError(f"{where}={','.join(names)}: {name!r} must be one of {allowed}")
     return tuple(dict.fromkeys(names))

@@ -42,11 +42,14 @@ LAYER = {
 }
 
 
+MOST_LISTED = 8  # faults of a file that a message names
+
+
 def params_from_reference(state_dict: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
     """Returns Flax variables for `build_model(config).apply`, in float32, from a published checkpoint.
 
-    The tied head may be missing. Raises a DataError that lists every missing, extra, misshapen or contradicting entry,
-    and every entry with values that are not finite numbers.
+    The tied head may be missing. Raises a DataError that lists missing, extra, misshapen or contradicting entries, and
+    entries with values that are not finite numbers, at most MOST_LISTED; and says if they are another architecture's.
     """
     arrays = {name: np.asarray(array) for name, array in state_dict.items()}
     shapes = parameter_shapes(config)
@@ -60,7 +63,13 @@ def params_from_reference(state_dict: Mapping[str, Any], config: ModelConfig) ->
     if not faults and HEAD in arrays and not np.array_equal(arrays[HEAD], arrays[EMBEDDING]):
         faults.append(f"{HEAD} differs from {EMBEDDING}, but the model ties them")
     if faults:
-        raise DataError(f"state_dict does not fit the model ({len(faults)} faults): " + "; ".join(faults))
+        more = [f"{len(faults) - MOST_LISTED} more"] if len(faults) > MOST_LISTED else []
+        found = "; ".join(faults[:MOST_LISTED] + more)
+        windowed = any("compress_context_layer" in name for name in arrays)
+        if windowed != config.windowed:
+            kind = "a model with windows" if windowed else "a model without windows, such as a Transformer"
+            found += f". It is {kind}; convert it to one, then train another with --init_from"
+        raise DataError(f"state_dict does not fit the model ({len(faults)} faults): {found}")
     params = jax.tree.map(lambda leaf: np.empty(leaf.shape, np.float32), shapes)
     views = published_views(params, config)
     for name, array in arrays.items():
