@@ -20,6 +20,8 @@ from tlinformer_jax.analysis.flops import (
     WindowShape,
     causal_layers,
     causal_pairs,
+    compress_in_window,
+    compress_rows,
     delta_layers,
     later_histories,
     peak_flops,
@@ -70,7 +72,7 @@ def hardware_flops(
     width = config.head_dim + -config.head_dim % head_multiple(dtype, config.attention)
     share, skipped = trained_windows(config, length, sampled_windows, first)
     plan = training_plan(config, length, skipped, alone=share < 1)
-    outside, inside = _hardware_forward(config, length, width * config.num_heads, fused, plan, skipped)
+    outside, inside = _hardware_forward(config, length, width * config.num_heads, fused, plan, skipped, share == 1)
     head = (
         2.0 * (length if read is None else read) * share * padded_vocabulary(config.vocab_size, dtype) * config.d_model
     )
@@ -104,11 +106,11 @@ def _delta_chunks(config: ModelConfig, length: int, checkpointing: bool) -> floa
 
 
 def _hardware_forward(
-    config: ModelConfig, length: int, inner: int, fused: bool, plan: ExecutionPlan, skipped: int
+    config: ModelConfig, length: int, inner: int, fused: bool, plan: ExecutionPlan, skipped: int, every: bool
 ) -> tuple[Executed, Executed]:
     """Returns what is executed, without the head, outside the windows and inside them.
 
-    `inner` is the width of all padded heads.
+    `inner` is the width of all padded heads; `every` says whether all windows not skipped are trained.
     """
     if not config.windowed:
         seen = attention_window(config)
@@ -125,17 +127,21 @@ def _hardware_forward(
     windows, size = num_windows(config, length), config.generation_window
     segments = plan_segments(config, windows, plan, first=skipped)
     causal, longer = (causal_pairs(rows) if fused else rows**2 for rows in (size, config.window_overlap + size))
-    total, again = Forward(), Forward()
+    total, again, once = Forward(), Forward(), config.causal_history and every and not skipped
     if not skipped and not (segments and segments[0].first == 0):
         total = causal_layers(config, size, inner, causal) + project(config, -size, 3, inner)
+        total += compress_rows(config, -size, -causal, inner) * once
     for segment in segments:
         for shape in segment_shapes(config, segment, longer, fused):
-            total = total + window(config, shape, inner)
+            total += window(config, shape, inner) + compress_in_window(config, shape, inner) * -once
             if segment.history_chunk and not config.causal_history:
                 again = again + restored(config, shape, inner)
     padded = padded_length(config, windows, segments)
     later = executed_histories(config, padded, inner, fused) if config.causal_history else Executed()
-    return Executed(project(config, padded, 3, inner) + later.once, later.again), Executed(total, again)
+    outside = project(config, padded, 3, inner) + later.once
+    if once:
+        outside += compress_rows(config, padded, causal_pairs(padded) if fused else padded**2, inner)
+    return Executed(outside, later.again), Executed(total, again)
 
 
 def executed_histories(config: ModelConfig, rows: int, inner: int, fused: bool) -> Executed:

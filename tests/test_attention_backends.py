@@ -99,7 +99,7 @@ def test_dropout_in_chunks_of_queries_is_the_same_law(options, monkeypatch):
         return (*jax.jit(attended)(*arrays), *jax.jit(jax.grad(total, argnums=(0, 1, 2)))(*arrays))
 
     truth = outcome(None)
-    monkeypatch.setattr(attention, "DROPOUT_SCORES", 2 * 2 * 11 * 3)  # three queries at a time
+    monkeypatch.setattr(attention, "CHUNK_SCORES", 2 * 2 * 11 * 3)  # three queries at a time
     for value, expected in zip(outcome(Dropout.by_key(jax.random.key(0), 0.0)), truth, strict=True):
         np.testing.assert_allclose(value, expected, atol=1e-5)
 
@@ -126,7 +126,7 @@ def test_dropout_over_a_long_history_holds_few_scores(monkeypatch):
         return gradient.lower(shape, shape, shape).compile().memory_analysis().temp_size_in_bytes
 
     whole = memory()
-    monkeypatch.setattr(attention, "DROPOUT_SCORES", 2 * 256 * 16)
+    monkeypatch.setattr(attention, "CHUNK_SCORES", 2 * 256 * 16)
     assert memory() < 0.3 * whole
 
 

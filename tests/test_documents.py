@@ -197,7 +197,7 @@ def test_a_changed_document_changes_nothing_of_the_others(shape, plan, backend):
 
 @slow
 def test_neither_does_it_with_dropout_in_chunks_of_queries_nor_with_sampled_windows(monkeypatch):
-    monkeypatch.setattr(attention, "DROPOUT_SCORES", 2 * 2 * LENGTH * 3)
+    monkeypatch.setattr(attention, "CHUNK_SCORES", 2 * 2 * LENGTH * 3)
     assert leak(shaped("options", "checkpointing", hidden_depth=0, dropout=0.2), jnp.array([1, 3, 6])) == 0
 
 

@@ -3,8 +3,8 @@
 Only products count, for experts only those that a row uses; a multiplication and an addition are two operations.
 Causal attention is half the square. A product of the forward pass has two in the backward pass. Block 0's `compress`
 projections count once per token; the last block has no `restore`. Rows that run in two windows count twice. With
-`causal_history` the histories of later blocks count once for each row of the sequence. `benchmarks.flops` counts what a
-device executes.
+`causal_history` the histories of later blocks count once for each row of the sequence, and so does block 0's `compress`
+if all windows are trained. `benchmarks.flops` counts what a device executes.
 """
 
 import dataclasses
@@ -82,7 +82,7 @@ def training_flops(
     sequence (None: all). Without sampling, windows before the one with token `first` are not computed.
     """
     share, skipped = trained_windows(config, length, sampled_windows, first)
-    outside, inside = _model_forward(config, length, skipped)
+    outside, inside = _model_forward(config, length, skipped, every=share == 1)
     head = 2.0 * (length if read is None else read) * share * config.vocab_size * config.d_model
     return batch * 3.0 * ((outside + inside * share).total + head)
 
@@ -94,8 +94,11 @@ def trained_windows(config: ModelConfig, length: int, sampled_windows: int, firs
     return share, first // config.generation_window if share == 1 else 0
 
 
-def _model_forward(config: ModelConfig, length: int, skipped: int) -> tuple[Forward, Forward]:
-    """Counts a sequence's operations without the head: outside the windows, and in the windows not skipped."""
+def _model_forward(config: ModelConfig, length: int, skipped: int, every: bool) -> tuple[Forward, Forward]:
+    """Counts a sequence's operations without the head: outside the windows, and in the windows not skipped.
+
+    `every` says whether all of these are trained.
+    """
     inner = config.d_model
     if not config.windowed:
         attention = causal_layers(config, length, inner, causal_pairs(length, attention_window(config)))
@@ -103,10 +106,14 @@ def _model_forward(config: ModelConfig, length: int, skipped: int) -> tuple[Forw
     size, outside = config.generation_window, project(config, length, 3, inner)
     if config.causal_history:
         outside += later_histories(config, length, length, own_window_pairs(config, length), inner)
+    once = config.causal_history and every and not skipped
+    if once:
+        outside += compress_rows(config, length, causal_pairs(length), inner)
     first, total = min(length, size), Forward()
     if not skipped:
         # Subtract the first window's projections, which count with the whole sequence.
         total = causal_layers(config, first, inner, causal_pairs(first)) + project(config, -first, 3, inner)
+        total += compress_rows(config, -first, -causal_pairs(first), inner) * once
     for begin in range(size * max(skipped, 1), length, size):
         start = begin - config.window_overlap
         rows, observed = min(begin + size, length) - start, config.observed_rows(start)
@@ -116,7 +123,7 @@ def _model_forward(config: ModelConfig, length: int, skipped: int) -> tuple[Forw
             shape = shape._replace(history_keys=start - observed, causal_pairs=pairs)
             # In the last layer rows of z are only read: they need no queries.
             total += project(config, -observed, 1, inner) + _attend(-causal_pairs(observed), inner)
-        total += window(config, shape, inner)
+        total += window(config, shape, inner) + compress_in_window(config, shape, inner) * -once
     return outside, total
 
 
@@ -158,6 +165,17 @@ def _causal_window(config: ModelConfig, shape: WindowShape, inner: int) -> Forwa
     total = layer * config.num_layers + _attend(both * shape.history_keys, inner) * config.num_blocks
     # Without block 0's `compress` projections. The last layer computes no z'.
     return total + project(config, -both, 3, inner) + _update(config, -shape.observed, inner)
+
+
+def compress_in_window(config: ModelConfig, shape: WindowShape, inner: int) -> Forward:
+    """Counts what block 0's `compress` does in a window for `causal_history`, without its projections."""
+    both = shape.observed + shape.rows
+    return compress_rows(config, both, shape.causal_pairs + both * shape.history_keys, inner)
+
+
+def compress_rows(config: ModelConfig, rows: int, pairs: float, inner: int) -> Forward:
+    """Counts block 0's `compress` for `causal_history`, without its projections; `pairs` of a query and a key."""
+    return _attend(pairs, inner) + _update(config, rows, inner)
 
 
 def later_histories(config: ModelConfig, rows: int, updated: int, pairs: float, inner: int) -> Forward:

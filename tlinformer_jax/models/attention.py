@@ -26,8 +26,8 @@ CHOOSING = ("auto", "deterministic")
 BACKENDS = ("xla", "cudnn", "splash", "triton")
 # Keys per part when attention to many keys is split; a power of two.
 KEYS_PER_PART = 1024
-# Most float32 scores that attention with dropout or documents holds at a time.
-DROPOUT_SCORES = 1 << 27
+# Most float32 scores that plain attention holds at a time.
+CHUNK_SCORES = 1 << 27
 
 Queries = Float[Array, "batch queries heads d_h"]
 Keys = Float[Array, "shared keys heads d_h"]
@@ -324,13 +324,13 @@ def _attend_in_chunks(
     dropout: Dropout | None,
     documents: Documents | None,
 ) -> OutputAndLse:
-    """Runs `_attend_xla`; with dropout or documents, in chunks of queries with at most DROPOUT_SCORES scores.
+    """Runs `_attend_xla` in chunks of queries with at most CHUNK_SCORES scores.
 
     Neither pass ever holds all scores of a long history: the backward pass computes each chunk again.
     """
     batch, queries, heads, _ = query.shape
-    chunk = max(1, DROPOUT_SCORES // (batch * heads * key.shape[1]))
-    if (dropout is None and documents is None) or chunk >= queries:
+    chunk = max(1, CHUNK_SCORES // (batch * heads * key.shape[1]))
+    if chunk >= queries:
         return _attend_xla(query, key, value, scores, key_length, dropout, documents)
 
     def some(keys: tuple[Array, Array], constants: Any, item: tuple[Array, Array]) -> OutputAndLse:

@@ -162,8 +162,8 @@ def dual_window_block(
 
     Args:
       params: the block's parameters, from `prepare_layers`.
-      C: the history from position 0 on, projected by `params.compress`.
-      x: the windows' rows, projected by `params.compress`; [batch * g, m, D] for g windows.
+      C: the history from position 0 on, projected by `params.compress`, or `compressed` by it.
+      x: the windows' rows, the same way; [batch * g, m, D] for g windows.
       window: the windows' positions and rotations.
       later: the blocks that follow; C' is None if there are none.
       dropout: None outside training.
@@ -173,7 +173,7 @@ def dual_window_block(
     z = observed_stream(params.compress, C, window, x.rows.shape[0], first_parts)
     z, x = with_documents(window.frame, z, x)
     valid, never_empty = window.frame.observed_length, config.always_observes and window.frame.never_empty
-    rows = compress(params.compress, config, C, z, x, part_of(dropout, 0))
+    rows = (z.rows, x.rows) if C.compressed else compress(params.compress, config, C, z, x, part_of(dropout, 0))
 
     def hidden_layer(rows: tuple[ZRows, XRows], item: tuple[LayerParams, Dropout | None]) -> tuple[Any, None]:
         layer, dropout = item

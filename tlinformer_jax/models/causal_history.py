@@ -15,6 +15,9 @@ There is one softmax over all keys of a row, and the next block continues y. Wha
 where a row reads what it read in its own window: the rows of C from the beginning of that window's z up to its own. So
 C' does not depend on the window that reads it. It is computed once, and a slide only appends to it.
 
+In block 0 the rows before h are embeddings, like z. So there a row of `compress` reads all rows up to its own, in
+whichever window, and `compress` of the whole sequence is one layer of a Transformer (`compressed`).
+
 If z contains the whole history, this is a Transformer. Otherwise rows before h are read in `compress` only, as in the
 paper.
 """
@@ -117,7 +120,19 @@ def next_rows(layer: LayerParams, config: ModelConfig, z: Stream, x: Stream, dro
     return update(layer, x.rows, attended, part_of(dropout, FEED_FORWARD))
 
 
-# ---- Histories of the later blocks
+# ---- The whole sequence
+
+
+def compressed(layer: LayerParams, config: ModelConfig, C: History, dropout: Dropout | None, documents: Any) -> History:
+    """Returns C, the embeddings, after block 0's `compress` layer, for windows that begin with the layer after it.
+
+    Args:
+      documents: of the rows, int32 [batch, rows]; None if the sequence is a single document.
+    """
+    y = Stream(C.rows, C.Q, C.K, C.V, documents=documents)
+    attended = attend(y.Q, y.K, y.V, **attention_options(config, part_of(dropout, CAUSAL_ATTENTION), y, y, causal=True))
+    rows = update(layer, y.rows, attended, part_of(dropout, FEED_FORWARD))
+    return dataclasses.replace(C, rows=rows, Q=None, K=None, V=None, compressed=True)
 
 
 def with_later(

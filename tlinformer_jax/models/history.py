@@ -91,6 +91,7 @@ class History(Stream):
       key_sums: for each block from the next one on, what is added to the input of its keys, see `layers.Embedded`.
       observed_start: h, the first row of the observation window; None outside a block.
       later: with `config.causal_history`, the histories of the later blocks, which are the same for all windows.
+      compressed: whether the rows are those after the block's `compress` layer, see `causal_history.compressed`.
       z: with `config.causal_history`, z at the entrance of a later block; None if it is the rows of C from h on.
     """
 
@@ -101,6 +102,7 @@ class History(Stream):
     z: Stream | None = None
     split: SplitRows | None = flax.struct.field(pytree_node=False, default=None)
     chunk: int = flax.struct.field(pytree_node=False, default=0)
+    compressed: bool = flax.struct.field(pytree_node=False, default=False)
 
     @classmethod
     def whole(
@@ -291,6 +293,8 @@ def observed_stream(layer: LayerParams, C: History, window: PlacedWindow, batch:
         C.slice, start=frame.observed_start, length=frame.observed_width, batch=batch, stride=frame.stride
     )
     z = cut(C.rows)
+    if C.compressed:
+        return Stream(z)
     stream = Stream.of(layer, z, window.z_rope, "q") if C.Q is None else Stream(z, cut(C.Q))
     if parts == "q":
         return stream

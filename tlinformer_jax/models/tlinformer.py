@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 
 from tlinformer_jax.config.model import ExecutionPlan, ModelConfig
 from tlinformer_jax.models.block import BlockParams, dual_window_block
-from tlinformer_jax.models.causal_history import with_later
+from tlinformer_jax.models.causal_history import compressed, with_later
 from tlinformer_jax.models.feed_forward import split_router_losses
 from tlinformer_jax.models.history import History
 from tlinformer_jax.models.layers import Dropout, Embedded, part_of
@@ -40,8 +40,8 @@ from tlinformer_jax.models.windows import (
 )
 from tlinformer_jax.parallel.sharding import WHOLE, SequenceSplit
 
-# The part of a sequence's dropout for `causal_history.with_later`; smaller numbers are windows.
-LATER_HISTORIES = (1 << 31) - 1
+# Parts of a sequence's dropout for `causal_history.compressed` and `with_later`; smaller numbers are windows.
+FIRST_LAYER, LATER_HISTORIES = (1 << 31) - 2, (1 << 31) - 1
 
 # A sequence's rotations of positions 0, 1, ...; its dropout, None outside training; and the documents of all its rows,
 # the same on every device, None if it is a single document.
@@ -130,8 +130,9 @@ def prepare_sequence(
     dropout: Dropout | None = None,
     split: SequenceSplit = WHOLE,
     first: int = 0,
+    every: bool = True,
 ) -> PreparedSequence:
-    """Prepares a sequence of `length` tokens for its windows from index `first` on.
+    """Prepares a sequence of `length` tokens for its windows from index `first` on, or for some of them (not `every`).
 
     If rows are split over devices, `embeddings` contains only this device's rows; `length` counts all rows.
     """
@@ -151,6 +152,8 @@ def prepare_sequence(
         history = with_later(blocks, config, history, rope, part_of(dropout, LATER_HISTORIES), documents)
         later = [dataclasses.replace(each, rows=None, Q=None) for each in history.later]  # windows read only their keys
         history = dataclasses.replace(history, later=tuple(later))
+        if every and not first and split == WHOLE:
+            history = compressed(blocks[0].compress, config, history, part_of(dropout, FIRST_LAYER), documents)
     if not first and not (segments and segments[0].first == 0):
         segments = (FIRST_WINDOW, *segments)
     return PreparedSequence(history, (rope, dropout, documents), count, segments)

@@ -84,7 +84,8 @@ def summed_loss(
         total, right = rows_loss(hidden, typed.embedding, rows)
         return total / divisor, right
     embeddings = embed_rows(typed, shape, inputs, documents, sequences)
-    sequence = prepare_sequence(typed.blocks, shape, embeddings, length, plan, dropout, sequences, first)
+    blocks = with_router_losses(typed.blocks, rows["weights"], divisor)  # of layers that run once for all windows
+    sequence = prepare_sequence(blocks, shape, embeddings, length, plan, dropout, sequences, first, windows is None)
     total, right = jnp.float32(0), jnp.float32(0)
     for loop in window_loops(shape, sequence, rows, sequences, windows):
         branches = tuple(functools.partial(window_loss, shape, segment, rows_loss) for segment in loop.segments)
