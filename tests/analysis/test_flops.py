@@ -97,7 +97,7 @@ def test_model_flops_with_a_causal_history_are_those_of_its_rows_one_by_one(bloc
         for layer in range(config.num_layers):
             in_compress, last = not layer % (hidden + 2), layer == config.num_layers - 1
             for row in range(h, stop):
-                # Not of z in the last layer, which needs only keys and values, nor in the first, whose rows were x before.
+                # Not of z in the last layer, which needs only keys and values, nor in the first: z was x before.
                 computed = row >= n or not (last or layer == 0)
                 if layer:
                     projected += 3 if computed else 2
@@ -134,8 +134,8 @@ def test_sampled_windows_cost_their_share_of_the_windows_but_all_of_block_0s_pro
 
 
 def test_sampled_windows_cost_all_of_a_causal_history():
-    """Of three blocks, the histories of the second and the third; rows of 7 windows read 48 rows of z. Each window costs
-    as much as another one on average."""
+    """Of three blocks, the histories of the second and the third; rows of 7 windows read 48 rows of z. Each other window
+    adds as much, on average."""
     config = dataclasses.replace(WIDE, causal_history=True)
     two, four, six = (training_flops(config, 512, sampled_windows=k) for k in (2, 4, 6))
     projections = 3 * 2 * 512 * 256 * (3 + 3 + 2) * 256
