@@ -183,6 +183,7 @@ def test_the_losses_count_once_however_the_history_is_cut(changes, monkeypatch, 
     config = dataclasses.replace(EXPERTS, **changes)
     whole = loss_and_gradient(planned(config, checkpointing=True))
     check_equal(loss_and_gradient(planned(config, checkpointing=True, chunk=2)), whole)
+    check_equal(loss_and_gradient(planned(config)), whole)
     without_losses(monkeypatch)
     jax.clear_caches()
     plain = loss_and_gradient(planned(config, checkpointing=True))

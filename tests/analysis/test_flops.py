@@ -134,8 +134,8 @@ def test_sampled_windows_cost_their_share_of_the_windows_but_all_of_block_0s_pro
 
 
 def test_sampled_windows_cost_all_of_a_causal_history():
-    """Of three blocks, the histories of the second and the third; rows of 7 windows read 48 rows of z. Each other window
-    adds as much, on average."""
+    """Of three blocks, the histories of the second and the third; rows of 7 windows read 48 rows of z. More windows add
+    as much each, on average."""
     config = dataclasses.replace(WIDE, causal_history=True)
     two, four, six = (training_flops(config, 512, sampled_windows=k) for k in (2, 4, 6))
     projections = 3 * 2 * 512 * 256 * (3 + 3 + 2) * 256
