@@ -1,7 +1,10 @@
 """The commands as a user types them: good runs, and one clear line for every mistake."""
 
 import json
+import pathlib
 import re
+
+import pytest
 
 from tests.support.commands import ROOT, TEXT, check_refusal, command, in_forks
 
@@ -10,6 +13,8 @@ SHRUNK = [
     "--config.model.d_model=16",
     "--config.model.num_heads=2",
     "--config.model.num_blocks=1",
+    "--config.model.hidden_depth=0",
+    "--config.model.dtype=float32",
     "--config.data.sequence_length=64",
     "--config.train.steps=2",
     "--config.train.eval_every=0",
@@ -63,55 +68,76 @@ MISTAKES = {
 }
 
 
-def test_mistakes_get_one_line_and_status_2_and_leave_no_folder_of_their_own(tmp_path):
-    (tmp_path / "old").mkdir()
-    workdirs = ["run"] * len(MISTAKES) + ["old"]
-    mistakes = [*MISTAKES.values(), MISTAKES["a file"]]
-    cases = [[*arguments, f"--workdir={tmp_path}/{name}"] for (arguments, _), name in zip(mistakes, workdirs)]
-    results = in_forks([("tlinformer_jax.main", case) for case in cases])
-    for result, (_, message) in zip(results, mistakes, strict=True):
+LONG = "n" * 300  # no file system takes this name; looking for it fails as in a folder that may not be searched
+
+
+def unreachable(folder: pathlib.Path) -> dict[str, tuple[str, list[str]]]:
+    """What is said of a path that is too long, and the command that gets it."""
+    text = [*TINY, "--config.data.dataset=text"]
+    return {
+        "--workdir=": ("tlinformer_jax.main", [*TINY, f"--workdir={folder}/{LONG}"]),
+        "data.train_files: ": ("prepare", [*text, f"--config.data.train_files={folder}/{LONG}.txt"]),
+        "cannot be read as a tokenizer": ("prepare", [*text, f"--config.data.tokenizer={folder}/{LONG}"]),
+        f"{LONG}: cannot be read": ("report", [f"--results={folder}/{LONG}", f"--out={folder}/results.md"]),
+        f"--config=./{LONG}: cannot be read": ("prepare", [f"--config=./{LONG}"]),
+    }
+
+
+@pytest.fixture(scope="module")
+def refused(tmp_path_factory):
+    """Test -> its folder and the results of its commands; one process imports for all of them."""
+    folders = {name: tmp_path_factory.mktemp(name) for name in ("mistakes", "paths", "traces", "nested", "workdir")}
+    (folders["mistakes"] / "old").mkdir()
+    (folders["traces"] / "file").touch()
+    (folders["workdir"] / "file").write_text("")
+    file = MISTAKES["a file"][0]
+    mistakes = [*((arguments, "run") for arguments, _ in MISTAKES.values()), (file, "old")]
+    cases = {
+        "mistakes": [[*arguments, f"--workdir={folders['mistakes']}/{name}"] for arguments, name in mistakes],
+        "traces": [[*TINY, f"--workdir={folders['traces']}/run", f"--profile={folders['traces']}/file"]],
+        "nested": [
+            [*file, f"--workdir={folders['nested']}/{run}", f"--profile={folders['nested']}/{trace}"]
+            for run, trace in (("a", "a/trace"), ("b/run", "b"), ("c", "c"))
+        ],
+        "workdir": [[*TINY, f"--workdir={folders['workdir']}/file/run"]],
+    }
+    commands = {name: [("tlinformer_jax.main", case) for case in part] for name, part in cases.items()}
+    commands["paths"] = list(unreachable(folders["paths"]).values())
+    results = iter(in_forks([case for part in commands.values() for case in part]))
+    return {name: (folders[name], [next(results) for _ in part]) for name, part in commands.items()}
+
+
+def test_mistakes_get_one_line_and_status_2_and_leave_no_folder_of_their_own(refused):
+    folder, results = refused["mistakes"]
+    for result, (_, message) in zip(results, [*MISTAKES.values(), MISTAKES["a file"]], strict=True):
         check_refusal(result, message)
-    assert [path.name for path in tmp_path.iterdir()] == ["old"]
+    assert [path.name for path in folder.iterdir()] == ["old"]
     page = (ROOT / "docs" / "quickstart.md").read_text()
     assert results[[*MISTAKES].index("the quickstart's")].stderr.strip() in page
 
 
-LONG = "n" * 300  # no file system takes this name; looking for it fails as in a folder that may not be searched
-
-
-def test_a_path_that_cannot_be_reached_gets_one_line(tmp_path):
-    text = [*TINY, "--config.data.dataset=text"]
-    cases = {
-        "--workdir=": ("tlinformer_jax.main", [*TINY, f"--workdir={tmp_path}/{LONG}"]),
-        "data.train_files: ": ("prepare", [*text, f"--config.data.train_files={tmp_path}/{LONG}.txt"]),
-        "cannot be read as a tokenizer": ("prepare", [*text, f"--config.data.tokenizer={tmp_path}/{LONG}"]),
-        f"{LONG}: cannot be read": ("report", [f"--results={tmp_path}/{LONG}", f"--out={tmp_path}/results.md"]),
-        f"--config=./{LONG}: cannot be read": ("prepare", [f"--config=./{LONG}"]),
-    }
-    for result, message in zip(in_forks(list(cases.values())), cases, strict=True):
+def test_a_path_that_cannot_be_reached_gets_one_line(refused):
+    folder, results = refused["paths"]
+    for result, message in zip(results, unreachable(folder), strict=True):
         check_refusal(result, message)
         assert "(File name too long)" in result.stderr
-    assert list(tmp_path.iterdir()) == []
+    assert list(folder.iterdir()) == []
 
 
-def test_a_refused_folder_for_traces_leaves_no_other_folder(tmp_path):
-    (tmp_path / "file").touch()
-    flags = [f"--workdir={tmp_path}/run", f"--profile={tmp_path}/file"]
-    (result,) = in_forks([("tlinformer_jax.main", [*TINY, *flags])])
+def test_a_refused_folder_for_traces_leaves_no_other_folder(refused):
+    folder, (result,) = refused["traces"]
     check_refusal(result, "--profile=")
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert [path.name for path in folder.iterdir()] == ["file"]
 
 
-def test_a_mistake_leaves_no_folder_for_traces_whichever_of_the_two_contains_the_other(tmp_path):
-    arguments, message = MISTAKES["a file"]
-    places = [("a", "a/trace"), ("b/run", "b"), ("c", "c")]
-    cases = [[*arguments, f"--workdir={tmp_path}/{run}", f"--profile={tmp_path}/{trace}"] for run, trace in places]
-    for result in in_forks([("tlinformer_jax.main", case) for case in cases]):
-        check_refusal(result, message)
-    assert list(tmp_path.iterdir()) == []
+def test_a_mistake_leaves_no_folder_for_traces_whichever_of_the_two_contains_the_other(refused):
+    folder, results = refused["nested"]
+    assert len(results) == 3
+    for result in results:
+        check_refusal(result, MISTAKES["a file"][1])
+    assert list(folder.iterdir()) == []
 
 
-def test_unwritable_workdir(tmp_path):
-    blocker = tmp_path / "file"
-    blocker.write_text("")
-    check_refusal(command("tlinformer_jax.main", *TINY, f"--workdir={blocker}/run"), "--workdir")
+def test_unwritable_workdir(refused):
+    _, (result,) = refused["workdir"]
+    check_refusal(result, "--workdir")

@@ -42,12 +42,12 @@ TAPPED = dataclasses.replace(SMALL, hidden_depth=0, history_window=3, num_blocks
 LENGTH = 18  # four windows of 4 tokens, and one of 2
 # What each case changes.
 WAYS = {
-    "in chunks": {"memory": ExecutionPlan(2, chunk=2, checkpointing=True)},  # shorter than the taps
+    "in chunks": {"memory": ExecutionPlan(chunk=2, checkpointing=True)},  # shorter than the taps
     "in pairs": {"memory": ExecutionPlan(checkpointing=True, paired=True)},
     "one window at a time": {"memory": ExecutionPlan(2, checkpointing=True)},
     "all together": {"memory": ExecutionPlan(together=5)},
     "in groups": {"memory": ExecutionPlan(2, together=3, checkpointing=True)},
-    "in groups and chunks": {"memory": ExecutionPlan(together=2, chunk=5, checkpointing=True)},
+    "in groups and chunks": {"memory": ExecutionPlan(2, together=2, chunk=5, checkpointing=True)},
     "in half precision": {"memory": ExecutionPlan(2, checkpointing=True), "dtype": "bfloat16"},
     "tconstformer": {"memory": ExecutionPlan(chunk=3, checkpointing=True), "architecture": "tconstformer"},
 }
@@ -87,7 +87,7 @@ def trained(config: ModelConfig):
 
 
 def whole(way: str) -> ModelConfig:
-    return dataclasses.replace(TAPPED, **WAYS[way] | {"memory": ExecutionPlan(9), "dtype": "float32"})
+    return dataclasses.replace(TAPPED, **WAYS[way] | {"memory": ExecutionPlan(), "dtype": "float32"})
 
 
 def error(way: str) -> float:

@@ -7,7 +7,7 @@ import sys
 import pytest
 from absl import flags
 
-from tests.support.commands import ROOT, check_refusal, command, command_line, run_line
+from tests.support.commands import ROOT, check_refusal, command, command_line, in_forks, run_line
 from tlinformer_jax.commands import cli
 from tlinformer_jax.config.named import config_file, load_python
 from tlinformer_jax.config.run import run_config, unknown_field
@@ -163,9 +163,9 @@ def test_a_wrong_command_is_told_at_once():
 
 
 def test_check_is_a_command():
-    shrunk = ("--config=tiny", "--config.model.d_model=24")
-    checked = command("check", *shrunk)
+    shrunk = ["--config=tiny", "--config.model.d_model=24"]
+    checked, same = in_forks([("check", shrunk), ("tlinformer_jax.main", ["--check", *shrunk])])
     assert checked.returncode == 0, checked.stderr
-    assert checked.stdout == command("tlinformer_jax.main", "--check", *shrunk).stdout
+    assert checked.stdout == same.stdout
     assert "parameters" in checked.stdout
     assert sys.executable not in checked.stdout

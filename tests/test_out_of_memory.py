@@ -3,11 +3,12 @@
 import jax
 import pytest
 
-from tests.support.commands import TEXT, command, command_line, run_line
+from tests.support.commands import TEXT, TEXT_FILE, command, command_line, run_line
 from tlinformer_jax.errors import DataError
 from tlinformer_jax.training import loop
 from tlinformer_jax.training.device_memory import OutOfMemoryError, memory_advice
 
+SHRUNK = ("--config.model.d_model=16", "--config.model.num_heads=2", "--config.model.num_blocks=1")
 MESSAGE = "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 12345 bytes.\nBufferAssignment OOM Debugging."
 
 
@@ -39,14 +40,19 @@ def test_from_python_too(tmp_path, monkeypatch):
         raise jax.errors.JaxRuntimeError(MESSAGE)
 
     monkeypatch.setattr(loop, "first_state", first_state)
+    files = {f"{split}_files": str(TEXT_FILE) for split in ("train", "validation")}
+    config = {
+        "model": {"d_model": 16, "num_heads": 2, "num_blocks": 1},
+        "data": {"dataset": "text", "tokenizer": "bytes", "sequence_length": 64} | files,
+    }
     with pytest.raises(OutOfMemoryError, match=r"train\.batch_size"):
-        loop.train_and_evaluate({}, tmp_path)
+        loop.train_and_evaluate(config, tmp_path)
 
 
 @pytest.mark.parametrize("arguments", [["--check_compile"], ["--workdir"]])
 def test_the_command_ends_with_status_1_and_no_traceback(arguments, tmp_path):
     arguments = [argument.replace("--workdir", f"--workdir={tmp_path}/run") for argument in arguments]
-    line, environment = command_line("tlinformer_jax.main", "--config=configs/tiny.py", *arguments)
+    line, environment = command_line("tlinformer_jax.main", "--config=configs/tiny.py", *TEXT, *SHRUNK, *arguments)
     fault = f"""
 import jax
 from tlinformer_jax.training import setup
@@ -73,9 +79,8 @@ def full(*_, **__):
 
 @pytest.mark.slow
 def test_evaluating_and_generating_end_with_status_1_and_the_flags_that_help(tmp_path):
-    shrunk = ("--config.model.d_model=16", "--config.model.num_heads=2", "--config.model.num_blocks=1")
-    shrunk += ("--config.train.steps=1", "--config.data.sequence_length=64", f"--workdir={tmp_path}")
-    trained = command("tlinformer_jax.main", "--config=configs/tiny.py", *TEXT, *shrunk)
+    short = ("--config.train.steps=1", "--config.data.sequence_length=64", f"--workdir={tmp_path}")
+    trained = command("tlinformer_jax.main", "--config=configs/tiny.py", *TEXT, *SHRUNK, *short)
     assert trained.returncode == 0, trained.stderr
     for module, fault, arguments, advice in (
         (

@@ -26,10 +26,15 @@ PROMPT = 21
 ROOM = 20
 
 
-@pytest.fixture(autouse=True)
-def small_caches(monkeypatch, own_traces):
-    monkeypatch.setattr(cache_module, "CHUNK_ROWS", ROOM)
-    monkeypatch.setattr(cache_module, "SMALLEST_CLASS", 16)
+@pytest.fixture(scope="module", autouse=True)
+def small_caches():
+    """For all tests of this file, which share their programs; a test that changes code has `own_traces` besides."""
+    jax.clear_caches()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cache_module, "CHUNK_ROWS", ROOM)
+        patch.setattr(cache_module, "SMALLEST_CLASS", 16)
+        yield
+    jax.clear_caches()
 
 
 def filled_by(decoder: Decoder, prompt: int, cache_dtype: str):
@@ -122,7 +127,7 @@ def without_z_in_a_token(monkeypatch):
     [without_the_last_window, without_appending, without_the_first_row_of_z, without_z_in_a_token],
     ids=lambda mutate: mutate.__name__,
 )
-def test_mutations_are_caught(mutate, monkeypatch):
+def test_mutations_are_caught(mutate, monkeypatch, own_traces):
     mutate(monkeypatch)
     config = dataclasses.replace(CONFIG, num_blocks=2)
     error, _ = compared(make_decoder(config, 1), [PROMPT], 30, PROMPT)

@@ -98,7 +98,6 @@ SHAPES = {
         "causal_history": True,
         "token_shift": True,
         "key_taps": 2,
-        "num_blocks": 3,
         "history_window": 9,
     },
     "causal history, short z": {"causal_history": True, "history_window": 3},
@@ -115,7 +114,8 @@ SHAPES = {
     "transformer": {"architecture": "transformer", "hidden_depth": 0},
     "sliding window": {"architecture": "sliding_window", "hidden_depth": 0, "history_window": 3},
 }
-# Three blocks without a hidden layer are in the slow cases of the test after this one, in chunks besides.
+# Three blocks of a causal history: tests/decoding/test_causal.py. Others of three blocks, without a hidden layer, are
+# in the slow cases of the test after this one, in chunks besides.
 SLOW = ("one block", "auto, one token", "causal history, auto, one token", "tconstformer, auto")
 
 
@@ -160,7 +160,7 @@ def test_chunks_and_growing_caches_change_nothing(
     options = {"token_shift": architecture == "transformer", "hidden_depth": 0, "history_window": 5}
     options |= {"key_taps": 0 if architecture == "transformer" else 2, "causal_history": causal}
     config = dataclasses.replace(SMALL, architecture=architecture, num_blocks=blocks, **options)
-    assert largest_error(make_decoder(config), [21, 2], 38, room=21) < TOLERANCE
+    assert largest_error(make_decoder(config), [21, 2], 33, room=21) < TOLERANCE
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.support import reference
 from tlinformer_jax.analysis.flops import training_flops
 from tlinformer_jax.config.model import ExecutionPlan
 from tlinformer_jax.config.run import RunConfig, run_config
@@ -20,6 +21,7 @@ from tlinformer_jax.evaluation.report import EvaluationOptions, evaluate_run, ev
 from tlinformer_jax.experiments.driver import run_job
 from tlinformer_jax.experiments.job import Job
 from tlinformer_jax.experiments.recipes import package_config
+from tlinformer_jax.interop import params_to_reference
 from tlinformer_jax.training import callbacks, loop
 from tlinformer_jax.training.checkpoint import load_run
 from tlinformer_jax.training.evaluation import CELLS, answer_sums, eval_step
@@ -166,7 +168,8 @@ def test_what_no_answer_needs_is_left_out_and_loss_and_gradient_are_the_same(mod
     params = jax.tree.map(lambda leaf: leaf * 3, run.initial_state().params)
     batch = take_samples(run.split("train"), 18, np.array([3, 5, -1]))
     assert batch["weights"].sum() == 2 * run.answers(18).most
-    chosen = np.argmax(jax.jit(run.model.apply)({"params": params}, batch["inputs"]), -1)
+    weights = params_to_reference({"params": params}, config.model)
+    chosen = np.argmax(reference.logits(weights, config.model, np.asarray(batch["inputs"])), -1)
     batch["labels"] = np.where(np.arange(3)[:, None] == 0, chosen, batch["labels"])  # one sample's answers are right
 
     def gradient(answers):

@@ -17,6 +17,7 @@ from tlinformer_jax.training import callbacks as module
 from tlinformer_jax.training.callbacks import Call, Callback, as_callbacks
 from tlinformer_jax.training.checkpoint import load_params
 from tlinformer_jax.training.loop import train_and_evaluate, train_run
+from tlinformer_jax.training.metrics import Throughput
 from tlinformer_jax.training.wandb import WandB
 
 
@@ -79,12 +80,18 @@ def test_a_callback_can_end_the_run_which_is_then_saved_and_evaluated(tmp_path):
 def test_a_run_that_ends_while_it_is_traced_keeps_the_trace(tmp_path, capfd):
     """Updates 4 to 6 are traced. A trace that still runs would make the next one in this process fail."""
     config = run_config(tmp_path, eval_every=0)
-    for last, traced in ((5, "steps 4 to 5"), (3, "no steps")):
-        folder = tmp_path / f"trace-{last}"
-        stop = Call(lambda view, last=last: view.step == last)
-        train_run(config, tmp_path / f"run-{last}", profile=folder, callbacks=[stop])
-        assert list(folder.rglob("*.xplane.pb"))
-        assert f"traced {traced} into" in capfd.readouterr().err
+    stop = Call(lambda view: view.step == 5)
+    train_run(config, tmp_path / "run", profile=tmp_path / "ends", callbacks=[stop])
+    assert list((tmp_path / "ends").rglob("*.xplane.pb"))
+    assert "traced steps 4 to 5 into" in capfd.readouterr().err
+    # A run that would end after update 3.
+    view = types.SimpleNamespace(step=3, outputs=())
+    with module.Trace(tmp_path / "begins", 0, 6, Throughput(6, 1.0, None)) as trace:
+        assert trace.is_due(view.step)
+        trace(view)
+        trace.finish(view)
+    assert list((tmp_path / "begins").rglob("*.xplane.pb"))
+    assert "traced no steps into" in capfd.readouterr().err
     with pytest.raises(ZeroDivisionError):
         train_run(config, tmp_path / "fails", profile=tmp_path / "trace", callbacks=[lambda view: 1 / (view.step - 5)])
     assert list((tmp_path / "trace").rglob("*.xplane.pb"))
