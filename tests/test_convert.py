@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from tests.support import golden, reference
-from tests.support.commands import check_refusal, command, in_forks
+from tests.support.commands import check_refusal, in_forks
 from tlinformer_jax import ModelConfig, build_model
 from tlinformer_jax.config.run import load_config, run_config
 from tlinformer_jax.data.tokenizers import load_tokenizer
@@ -228,9 +228,12 @@ def test_mistakes_get_one_line_and_status_2(tmp_path):
     safetensors.save_file(faulty(golden.random_weights(SMALL), **{NORM: None}), tmp_path / "x.safetensors")
     workdir = f"--workdir={tmp_path}/run"
     # The other mistakes are among tests/support/bad_inputs.py's.
-    for arguments, message in (
-        ([workdir, f"--from={tmp_path}/x.safetensors", f"--config={config}"], f"1 faults): missing {NORM}"),
-        ([workdir, f"--to={tmp_path}/y.safetensors", f"--config={config}"], "must be left out"),
-    ):
-        check_refusal(command("convert", *arguments), message)
+    faults, surplus = in_forks(
+        [
+            ("convert", [workdir, f"--from={tmp_path}/x.safetensors", f"--config={config}"]),
+            ("convert", [workdir, f"--to={tmp_path}/y.safetensors", f"--config={config}"]),
+        ]
+    )
+    check_refusal(faults, f"1 faults): missing {NORM}")
+    check_refusal(surplus, "must be left out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.py", "x.safetensors"]

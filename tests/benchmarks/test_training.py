@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 
 from benchmarks import profiling, steps, training_report
-from tests.support.commands import ROOT
+from tests.support.commands import ROOT, check_refusal, command, in_forks
 from tests.support.figures import check_lines
-from tests.test_entry_points import check_refusal, command
 from tlinformer_jax.config.named import load_python
 from tlinformer_jax.config.run import run_config
 from tlinformer_jax.errors import ConfigError
@@ -138,23 +137,21 @@ def test_a_field_for_all_rows_is_in_every_row():
     assert windows == {(32, 32)}
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--lengths=many"], "--lengths=many: must be integers from 1 to 2147483647"),
-        (["--batch_tokens=0"], "--batch_tokens=0: must be integers from 1 to"),
-        (["--try=model.width=3"], "'model.width=3': must be section.field=value"),
-        (["--try=model.d_model=64,steps=3"], "'steps=3': must be section.field=value"),
-        (
-            ["--set=train.batch_size=3"],
-            "--set = 'train.batch_size=3': must not have this field; --batch_tokens sets it",
-        ),
-        (["--architectures="], "--architectures = '': must name at least one architecture"),
-        (["--architectures=mamba"], "model.architecture = 'mamba': must be one of"),
-    ],
-)
-def test_mistakes_end_in_one_line(arguments, message):
-    check_refusal(command("benchmarks.training", *arguments), message)
+MISTAKES = {
+    "--lengths=many": "--lengths=many: must be integers from 1 to 2147483647",
+    "--batch_tokens=0": "--batch_tokens=0: must be integers from 1 to",
+    "--try=model.width=3": "'model.width=3': must be section.field=value",
+    "--try=model.d_model=64,steps=3": "'steps=3': must be section.field=value",
+    "--set=train.batch_size=3": "--set = 'train.batch_size=3': must not have this field; --batch_tokens sets it",
+    "--architectures=": "--architectures = '': must name at least one architecture",
+    "--architectures=mamba": "model.architecture = 'mamba': must be one of",
+}
+
+
+def test_mistakes_end_in_one_line():
+    results = in_forks([("benchmarks.training", [argument]) for argument in MISTAKES])
+    for result, message in zip(results, MISTAKES.values(), strict=True):
+        check_refusal(result, message)
 
 
 def test_results_that_cannot_be_written_leave_those_before(tmp_path, monkeypatch):

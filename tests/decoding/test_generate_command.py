@@ -15,7 +15,7 @@ from absl import flags
 from absl.testing import flagsaver
 
 from tests.support import golden
-from tests.support.commands import ROOT, check_refusal, command, command_line
+from tests.support.commands import ROOT, check_refusal, command, command_line, in_forks
 from tlinformer_jax import ModelConfig
 from tlinformer_jax.commands import generate
 from tlinformer_jax.config.data import DataConfig
@@ -306,9 +306,9 @@ def test_workdirs_that_do_not_hold_what_they_need(workdir, tmp_path, capsys):
 
 
 def test_a_mistake_is_one_line_and_status_2():
-    line = ("generate", "--workdir=/none/there", "--prompt=a")
-    check_refusal(command(*line), "workdir /none/there")
+    line = ["--workdir=/none/there", "--prompt=a"]
+    workdir, context = in_forks([("generate", line), ("generate", [*line, "--context=2"])])
+    check_refusal(workdir, "workdir /none/there")
     check_refusal(
-        command(*line, "--context=2"),
-        "--context=2: must be from 1 to the number of devices of this machine; there is 1 device (cpu)",
+        context, "--context=2: must be from 1 to the number of devices of this machine; there is 1 device (cpu)"
     )
