@@ -92,16 +92,16 @@ DEFAULT = ("in groups",)
 SHALLOW = dataclasses.replace(SMALL, hidden_depth=0)
 
 
-def sequences(length: int = LENGTH) -> dict[str, jax.Array]:
+def sequences() -> dict[str, jax.Array]:
     rng = np.random.default_rng(5)
-    tokens = rng.integers(0, SMALL.vocab_size, (2, length + 1)).astype(np.int32)
-    weights = rng.integers(0, 2, (2, length)).astype(np.float32)
+    tokens = rng.integers(0, SMALL.vocab_size, (2, LENGTH + 1)).astype(np.int32)
+    weights = rng.integers(0, 2, (2, LENGTH)).astype(np.float32)
     return jax.tree.map(jnp.asarray, {"inputs": tokens[:, :-1], "labels": tokens[:, 1:], "weights": weights})
 
 
-def trained(config, length: int = LENGTH):
+def trained(config):
     """Loss and gradients, as training has them."""
-    model, batch = build_model(config), sequences(length)
+    model, batch = build_model(config), sequences()
 
     def loss(params):
         return summed_loss(params, batch, jax.random.key(0), model=model)
@@ -111,9 +111,9 @@ def trained(config, length: int = LENGTH):
 
 
 @functools.cache
-def looped(config, length: int = LENGTH):
+def looped(config):
     """The same by the public block, window by window, and optax's cross-entropy; blocks share a program."""
-    block, batch, size = jax.jit(DualWindowBlock(config).apply), sequences(length), config.generation_window
+    block, batch, size = jax.jit(DualWindowBlock(config).apply), sequences(), config.generation_window
 
     @jax.jit
     def readout(params, x, labels, weights):
@@ -122,7 +122,7 @@ def looped(config, length: int = LENGTH):
 
     def loss(params):
         embeddings, sums = params["embedding"][batch["inputs"]], []
-        for start in range(0, length, size):
+        for start in range(0, LENGTH, size):
             x, history = embeddings[:, start : start + size], embeddings[:, :start]
             for index in range(config.num_blocks):
                 x, history = block({"params": params[f"blocks_{index}"]}, x, history)
@@ -133,13 +133,13 @@ def looped(config, length: int = LENGTH):
     return jax.value_and_grad(loss)(golden_scale(config)["params"])
 
 
-def errors(way: str, length: int = LENGTH) -> tuple[float, float]:
+def errors(way: str) -> tuple[float, float]:
     """How far training is from the plain loop: in the loss per token; in the gradient of the array where that is
     farthest, its norm over the truth's."""
     config = dataclasses.replace(SHALLOW, **WAYS[way])
-    truth, true_gradient = looped(dataclasses.replace(config, memory=SHALLOW.memory), length)
-    loss, gradient = trained(config, length)
-    count = float(sequences(length)["weights"].sum())
+    truth, true_gradient = looped(dataclasses.replace(config, memory=SHALLOW.memory))
+    loss, gradient = trained(config)
+    count = float(sequences()["weights"].sum())
     pairs = zip(jax.tree.leaves(gradient), jax.tree.leaves(true_gradient), strict=True)
     norms = [(float(jnp.linalg.norm(value - expected)), float(jnp.linalg.norm(expected))) for value, expected in pairs]
     return abs(float(loss - truth)) / count, max(error / (norm + 1e-8) for error, norm in norms)
@@ -154,11 +154,11 @@ def test_every_way_gives_what_the_plain_loop_gives(way):
 
 
 def test_rows_of_a_causal_history_in_a_loop_over_windows(monkeypatch):
-    """As for many windows: here, of six, the second alone, then two pairs."""
-    way, length = "causal history, eight windows", 11
-    looped(dataclasses.replace(SHALLOW, **WAYS[way] | {"memory": SHALLOW.memory}), length)
+    """As for many windows: here one alone, then two at a time. With fewer than eight, no row of the second two is read:
+    the last window reads this history only before z."""
+    looped(dataclasses.replace(SHALLOW, **WAYS["causal history, eight windows"] | {"memory": SHALLOW.memory}))
     monkeypatch.setattr(causal_history, "WINDOWS_TOGETHER", 2)
-    loss, gradient = errors(way, length)
+    loss, gradient = errors("causal history, eight windows")
     assert loss < 1e-5
     assert gradient < 1e-4
 
