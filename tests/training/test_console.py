@@ -16,6 +16,7 @@ from tlinformer_jax.config.run import run_config as configuration
 from tlinformer_jax.config.train import TrainConfig
 from tlinformer_jax.data.tokenizers import build_tokenizer
 from tlinformer_jax.models.model import build_model
+from tlinformer_jax.parallel.mesh import target
 from tlinformer_jax.training.checkpoint import load_params
 from tlinformer_jax.training.console import goal_line, parameter_table, plan_line, stage_text
 from tlinformer_jax.training.loop import train_and_evaluate
@@ -63,6 +64,17 @@ def test_a_run_prints_the_plan_that_its_steps_use(changes, plan):
         section |= {name: value for name, value in changes.items() if name in section}
     config = configuration(sections)
     assert f": {plan}," in plan_line(build_run(config, build_tokenizer(config.data.tokenizer)))
+
+
+@pytest.mark.parametrize(("mesh", "together"), [("", 31), ("fsdp=2", 8)])
+def test_the_printed_plan_is_that_of_the_mesh(mesh, together):
+    """Devices that split the batch each run a program of their own; `fsdp` leaves the split to the compiler."""
+    model = {"vocab_size": 64, "causal_history": True}
+    train = {"mesh": mesh, "batch_size": 8, "sampled_windows": 0}
+    data = {"dataset": "recall", "sequence_length": 8192, "num_items": 1, "tokenizer": "numbers:64"}
+    config = configuration({"model": model, "train": train, "data": data})
+    with target("gpu", "NVIDIA H100 80GB HBM3"):
+        assert f", {together} at a time," in plan_line(build_run(config, build_tokenizer(config.data.tokenizer)))
 
 
 def test_stages_are_described():

@@ -45,9 +45,9 @@ SHORT_SEQUENCE = 1024
 # parameters) and 37% (125M) of the memory of all windows together, is 3% and 8% faster, and compiles 14 and 12 s more.
 NARROW, NARROW_GROUP, WIDE_GROUP = 512, 3, 2
 # With `causal_history` windows restore no rows, so that many fit into memory together: CAUSAL_GROUP, or SHARING_GROUP
-# with kernels that let them share keys. Not more than these store their activations, as a Transformer does: on an H200
-# 31 windows (41M parameters) train 23% faster than in four groups of copied keys.
-CAUSAL_GROUP, SHARING_GROUP = 8, 32
+# with a kernel by which they share keys, for heads of SHARING_WIDTH features at most. Not more than these store their
+# activations, as a Transformer does: on an H200 31 windows (41M) train 23% faster than in four groups of copied keys.
+CAUSAL_GROUP, SHARING_GROUP, SHARING_WIDTH = 8, 32, 128
 # More layers than this are compiled once and looped over, in one segment; otherwise libtpu compiles for an hour.
 MOST_UNROLLED = 20
 # The parameters of a model are described layer by layer before they are compared with a checkpoint: 8 s at this number.
@@ -329,9 +329,7 @@ class ModelConfig:
         """The dtype of the computation, 'auto' resolved for the default device."""
         import jax.numpy as jnp  # imported here, because reading a configuration must not need JAX
 
-        if self.dtype != "auto":
-            return jnp.dtype(self.dtype)
-        return jnp.dtype("float32" if platform() == "cpu" else "bfloat16")
+        return jnp.dtype(self.dtype if self.dtype != "auto" else "float32" if platform() == "cpu" else "bfloat16")
 
     def plan(self, windows: int = 1) -> ExecutionPlan:
         """Returns the plan for a sequence of `windows` generation windows on the default device."""
@@ -339,12 +337,11 @@ class ModelConfig:
             return self.memory
         low, few, length = self.memory == "low", windows <= FEW_WINDOWS, windows * self.generation_window
         cpu, deep, short = platform() == "cpu", self.num_layers > MOST_UNROLLED, length <= SHORT_SEQUENCE
-        several = 8 if low and not few else 2 - deep
+        several, sharing = 8 if low and not few else 2 - deep, self.causal_history and self.shares_keys
         grouped = (few or self.causal_history) and windows > 1 and not short and not cpu
         group = NARROW_GROUP if self.d_model <= NARROW else WIDE_GROUP
-        if self.causal_history:
-            group = SHARING_GROUP if self.shares_keys else CAUSAL_GROUP
-        stored = self.causal_history and self.shares_keys and windows <= SHARING_GROUP and not low
+        group = SHARING_GROUP if sharing else CAUSAL_GROUP if self.causal_history else group
+        stored = sharing and windows <= SHARING_GROUP and not low
         together = min(group, windows - 1) if grouped else windows if few or short else 1
         return ExecutionPlan(
             segments=1 if short or stored else several,
@@ -359,8 +356,11 @@ class ModelConfig:
 
     @property
     def shares_keys(self) -> bool:
-        """Whether windows that run together can share keys without copies: in half precision on NVIDIA GPUs."""
-        return is_nvidia_gpu() and self.compute_dtype.itemsize == 2 and self.attention in ("auto", "deterministic")
+        """Whether windows that run together share keys without copies: where `kernels.dropout.use_kernel` allows it."""
+        from tlinformer_jax.parallel.sharding import open_axes  # needs JAX
+
+        fits = self.compute_dtype.itemsize == 2 and self.head_dim <= SHARING_WIDTH
+        return fits and self.attention in ("auto", "deterministic") and is_nvidia_gpu() and not open_axes()
 
     @property
     def pairable(self) -> bool:

@@ -30,7 +30,7 @@ from tlinformer_jax.models.attention import choose_backend
 from tlinformer_jax.models.layers import Dropout
 from tlinformer_jax.models.windows import num_windows, trained_tokens, training_plan
 from tlinformer_jax.parallel.mesh import device_kind
-from tlinformer_jax.parallel.sharding import PARTITIONED
+from tlinformer_jax.parallel.sharding import PARTITIONED, BatchSplit
 from tlinformer_jax.training.optimizer import Horizon
 from tlinformer_jax.training.setup import Run, flops_per_token
 from tlinformer_jax.training.step import WINDOW, Competence, TrainState
@@ -93,7 +93,10 @@ def plan_line(run: Run) -> str:
     positions, split = run.answers(length), run.mesh.shape["window"] * run.mesh.shape["context"] > 1
     sampled = 0 < run.config.train.sampled_windows < num_windows(model, length)
     first = 0 if positions is None or sampled else positions.first // model.generation_window
-    return f"model.memory = {model.memory!r}: {training_plan(model, length, first, alone=sampled or split)}"
+    mesh = run.mesh.abstract_mesh
+    manual = dict.fromkeys(BatchSplit.of(mesh).manual, jax.sharding.AxisType.Manual)
+    with jax.sharding.use_abstract_mesh(mesh.update_axis_types(manual)):  # as inside the step
+        return f"model.memory = {model.memory!r}: {training_plan(model, length, first, alone=sampled or split)}"
 
 
 def describe(run: Run, splits: Mapping[str, Split]) -> str | None:
