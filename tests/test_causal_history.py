@@ -20,8 +20,10 @@ from tlinformer_jax import DualWindowBlock, ModelConfig, build_model
 from tlinformer_jax.config.model import ARCHITECTURES, ExecutionPlan
 from tlinformer_jax.errors import ConfigError
 from tlinformer_jax.interop import params_from_reference, params_to_reference
+from tlinformer_jax.kernels import dropout
 from tlinformer_jax.models.layers import layer_norm
 from tlinformer_jax.models.model import embed, hidden_states, prepare_params
+from tlinformer_jax.parallel.mesh import target
 from tlinformer_jax.training.loss import summed_loss
 
 slow = pytest.mark.slow
@@ -167,6 +169,23 @@ def test_later_tokens_never_matter_and_every_earlier_one_does():
     for position, found in enumerate(np.asarray(influence(rows, jnp.arange(LENGTH)))):
         assert not found[position + 1 :].any()
         assert found[: position + 1].min() > 1e-6, position
+
+
+def test_windows_that_run_together_share_the_keys_of_their_history(monkeypatch):
+    """On a GPU no copies of them are made: the kernel gets those of two sequences for queries of three windows each."""
+    shapes = []
+
+    def recorded(query, key, *rest):
+        shapes.append((len(query), len(key)))
+        return jnp.zeros_like(query), jnp.zeros(query.shape[:3])
+
+    monkeypatch.setattr(dropout, "attend_with_dropout", recorded)
+    plan = ExecutionPlan(together=3, scan_layers=False)
+    config = continued(num_blocks=3, dtype="bfloat16", attention="deterministic", memory=plan)
+    with target("gpu", "NVIDIA H200"):
+        model = build_model(config)
+        jax.eval_shape(model.apply, golden_scale(config), tokens_of())
+    assert shapes.count((6, 2)) == config.num_blocks
 
 
 @pytest.mark.parametrize("rows", [3, 6])  # z is full in every window, or not in the first ones
