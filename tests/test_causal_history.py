@@ -172,7 +172,8 @@ def test_later_tokens_never_matter_and_every_earlier_one_does():
 
 
 def test_windows_that_run_together_share_the_keys_of_their_history(monkeypatch):
-    """On a GPU no copies of them are made: the kernel gets those of two sequences for queries of three windows each."""
+    """On a GPU no copies of them are made: the kernel gets those of two sequences for queries of three windows each. In
+    block 0 windows read none, since its `compress` has run for the whole sample."""
     shapes = []
 
     def recorded(query, key, *rest):
@@ -185,7 +186,7 @@ def test_windows_that_run_together_share_the_keys_of_their_history(monkeypatch):
     with target("gpu", "NVIDIA H200"):
         model = build_model(config)
         jax.eval_shape(model.apply, golden_scale(config), tokens_of())
-    assert shapes.count((6, 2)) == config.num_blocks
+    assert shapes.count((6, 2)) == config.num_blocks - 1
 
 
 @pytest.mark.parametrize("rows", [3, 6])  # z is full in every window, or not in the first ones
