@@ -133,6 +133,14 @@ def test_attend_takes_keys_that_sequences_share(backend, monkeypatch):
     check_equal(outcome(ours, 37, 53, batch=6), outcome(truth, 37, 53, batch=6))
 
 
+@pytest.mark.parametrize("backend", ["xla", "triton"])
+def test_keys_of_a_number_that_does_not_divide_the_queries_are_refused(backend):
+    """The kernel would read past the keys."""
+    queries, keys = jnp.zeros((6, 4, HEADS, WIDTH)), jnp.zeros((4, 4, HEADS, WIDTH))
+    with pytest.raises(ValueError, match="6 sequences of queries cannot share keys of 4"):
+        attend(queries, keys, keys, Scores(SCALE), backend=backend)
+
+
 def test_threefry_is_that_of_jax():
     counters = jnp.arange(10, dtype=jnp.uint32) * jnp.uint32(2**31 - 5)
     ours = threefry(WORDS[0], WORDS[1], counters[:5], counters[5:])

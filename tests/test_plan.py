@@ -100,6 +100,7 @@ def test_windows_with_a_causal_history_run_together():
         for windows in (5, 8, 32):
             assert model.plan(windows) == ExecutionPlan(1, windows - 1, scan_layers=False)
         assert model.plan(33) == dataclasses.replace(together, together=32)
+        assert model.plan(32, alone=True).one_at_a_time == together.one_at_a_time, "sampled windows"
         assert model.plan(4) == ExecutionPlan(1, 4, scan_layers=False), "1,024 tokens are short"
         low = dataclasses.replace(model, memory="low").plan(32)
         assert low == dataclasses.replace(together, segments=8, together=1)

@@ -331,8 +331,8 @@ class ModelConfig:
 
         return jnp.dtype(self.dtype if self.dtype != "auto" else "float32" if platform() == "cpu" else "bfloat16")
 
-    def plan(self, windows: int = 1) -> ExecutionPlan:
-        """Returns the plan for a sequence of `windows` generation windows on the default device."""
+    def plan(self, windows: int = 1, alone: bool = False) -> ExecutionPlan:
+        """Returns the plan for `windows` generation windows on the default device; see `training_plan` for `alone`."""
         if isinstance(self.memory, ExecutionPlan):
             return self.memory
         low, few, length = self.memory == "low", windows <= FEW_WINDOWS, windows * self.generation_window
@@ -341,7 +341,7 @@ class ModelConfig:
         grouped = (few or self.causal_history) and windows > 1 and not short and not cpu
         group = NARROW_GROUP if self.d_model <= NARROW else WIDE_GROUP
         group = SHARING_GROUP if sharing else CAUSAL_GROUP if self.causal_history else group
-        stored = sharing and windows <= SHARING_GROUP and not low
+        stored = sharing and windows <= SHARING_GROUP and not (low or alone)
         together = min(group, windows - 1) if grouped else windows if few or short else 1
         return ExecutionPlan(
             segments=1 if short or stored else several,

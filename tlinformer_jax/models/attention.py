@@ -52,7 +52,8 @@ def attend(
     """Computes exact softmax attention.
 
     Args:
-      key, value: of each sequence, or of fewer, each shared by as many consecutive sequences of queries.
+      key, value: of as many sequences as the queries, or of a divisor of their number; then consecutive sequences of
+        queries share them.
       scores: scale of the scores, `config.attention_scale`, and whether queries see only keys up to their own position,
         or the last `window` of these; then queries and keys start at the same position.
       key_length: number of valid keys, which come first; a scalar or int32 [batch]. If 0, the result is 0, never NaN.
@@ -64,7 +65,8 @@ def attend(
         interpreted elsewhere) or 'triton' (NVIDIA, half precision).
 
     Raises:
-      ValueError: for a window without `causal`, an unknown back end, or an option that the back end does not support.
+      ValueError: for a window without `causal`, keys of a number of sequences that does not divide the queries', an
+        unknown back end, or an option that the back end does not support.
     """
     chosen = choose_backend(query, dropout, False, documents is not None, backend)
     return _attend(query, key, value, scores, key_length, dropout, documents, chosen, never_empty)[0]
@@ -110,6 +112,8 @@ def _attend(
     """Calls the back end, one of BACKENDS; the log-sum-exp may be None unless `with_lse`."""
     if scores.window is not None and not scores.causal:
         raise ValueError("attend: window needs causal=True")
+    if query.shape[0] % key.shape[0]:
+        raise ValueError(f"attend: {query.shape[0]} sequences of queries cannot share keys of {key.shape[0]}")
     if key_length is not None:
         key_length = jnp.broadcast_to(jnp.asarray(key_length, jnp.int32), query.shape[:1])
     if query.shape[1] == 0 or key.shape[1] == 0:  # no observation window, or no history

@@ -129,8 +129,8 @@ def attention_options(
     length, (batch, rows) = keys.length, keys.K.shape[:2]
     if not isinstance(length, jax.Array) and np.all(np.asarray(length) == rows):
         return options  # kernels are faster if nothing is masked
-    if np.ndim(length):  # of windows, or of all queries' sequences if these share keys
-        length = jnp.tile(jnp.asarray(length, jnp.int32), max(1, batch // len(length)))
+    if np.ndim(length) and len(length) < batch:  # of windows, and the same in all sequences
+        length = jnp.tile(jnp.asarray(length, jnp.int32), batch // len(length))
     return {**options, "key_length": length, "never_empty": keys.never_empty}
 
 

@@ -163,7 +163,7 @@ def training_plan(config: ModelConfig, length: int, first: int = 0, alone: bool 
 
     `alone` says whether each window runs alone, because windows are sampled or devices split sequences.
     """
-    plan = config.plan(num_windows(config, length) - first)
+    plan = config.plan(num_windows(config, length) - first, alone)
     if alone:
         return plan.one_at_a_time
     # Pairs need all windows of a sequence, since the shortest histories fill up the longest. They also need a loop over
