@@ -9,7 +9,9 @@ backward pass: it counts 2.5 times its forward products instead of 2, and 3.5 ti
 computes scores and gradients of the weights once for the queries and once for the keys. Rounding to tiles is not
 counted. With the mesh axes `window` and `context`, what each device computes for itself counts once: block 0's
 projections and the windows' own rows. With `model.causal_history` the histories of later blocks are computed for all
-windows, also if windows are sampled; in a loop over groups of windows they are computed again in the backward pass.
+windows, also if windows are sampled; in a loop over groups of windows they are computed again in the backward pass. If
+all windows are trained, block 0's `compress` counts once for all padded rows. What plain attention in chunks computes
+again in the backward pass is not counted, nor that block 0's `compress` runs in each window with those two axes.
 """
 
 from collections.abc import Iterator
@@ -130,10 +132,13 @@ def _hardware_forward(
     total, again, once = Forward(), Forward(), config.causal_history and every and not skipped
     if not skipped and not (segments and segments[0].first == 0):
         total = causal_layers(config, size, inner, causal) + project(config, -size, 3, inner)
-        total += compress_rows(config, -size, -causal, inner) * once
+        if once:
+            total += compress_rows(config, -size, -causal, inner)
     for segment in segments:
         for shape in segment_shapes(config, segment, longer, fused):
-            total += window(config, shape, inner) + compress_in_window(config, shape, inner) * -once
+            total += window(config, shape, inner)
+            if once:
+                total += compress_in_window(config, shape, inner) * -1
             if segment.history_chunk and not config.causal_history:
                 again = again + restored(config, shape, inner)
     padded = padded_length(config, windows, segments)

@@ -11,7 +11,7 @@ from tlinformer_jax.config.model import ExecutionPlan, ModelConfig
 from tlinformer_jax.config.run import run_config
 from tlinformer_jax.errors import ConfigError
 from tlinformer_jax.kernels.dropout import use_kernel
-from tlinformer_jax.models.windows import PairedSegment, plan_segments
+from tlinformer_jax.models.windows import PairedSegment, plan_segments, training_plan
 from tlinformer_jax.parallel.mesh import target
 from tlinformer_jax.parallel.sharding import build_mesh
 
@@ -106,6 +106,8 @@ def test_windows_with_a_causal_history_run_together():
         assert low == dataclasses.replace(together, segments=8, together=1)
         for changes in ({"dtype": "float32"}, {"attention": "xla"}):  # keys are copied for each window
             assert dataclasses.replace(model, **changes).plan(32) == together
+        assert training_plan(model, 8192) == model.plan(32)
+        assert training_plan(model, 8192, packed=True) == together, "the kernel masks no documents"
     with target(*TPU):
         assert model.plan(32) == together
     with target(*CPU):

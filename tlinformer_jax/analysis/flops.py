@@ -97,7 +97,7 @@ def trained_windows(config: ModelConfig, length: int, sampled_windows: int, firs
 def _model_forward(config: ModelConfig, length: int, skipped: int, every: bool) -> tuple[Forward, Forward]:
     """Counts a sequence's operations without the head: outside the windows, and in the windows not skipped.
 
-    `every` says whether all of these are trained.
+    `every` says whether all windows not skipped are trained.
     """
     inner = config.d_model
     if not config.windowed:
@@ -111,9 +111,10 @@ def _model_forward(config: ModelConfig, length: int, skipped: int, every: bool) 
         outside += compress_rows(config, length, causal_pairs(length), inner)
     first, total = min(length, size), Forward()
     if not skipped:
-        # Subtract the first window's projections, which count with the whole sequence.
+        # Subtract the first window's projections, and its `compress` if that counts with the whole sequence.
         total = causal_layers(config, first, inner, causal_pairs(first)) + project(config, -first, 3, inner)
-        total += compress_rows(config, -first, -causal_pairs(first), inner) * once
+        if once:
+            total += compress_rows(config, -first, -causal_pairs(first), inner)
     for begin in range(size * max(skipped, 1), length, size):
         start = begin - config.window_overlap
         rows, observed = min(begin + size, length) - start, config.observed_rows(start)
@@ -123,7 +124,9 @@ def _model_forward(config: ModelConfig, length: int, skipped: int, every: bool) 
             shape = shape._replace(history_keys=start - observed, causal_pairs=pairs)
             # In the last layer rows of z are only read: they need no queries.
             total += project(config, -observed, 1, inner) + _attend(-causal_pairs(observed), inner)
-        total += window(config, shape, inner) + compress_in_window(config, shape, inner) * -once
+        total += window(config, shape, inner)
+        if once:
+            total += compress_in_window(config, shape, inner) * -1
     return outside, total
 
 

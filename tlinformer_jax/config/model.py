@@ -44,9 +44,9 @@ SHORT_SEQUENCE = 1024
 # gradients, or WIDE_GROUP if the model has more than NARROW features. On an H200 at N = 2,048 that takes 53% (41M
 # parameters) and 37% (125M) of the memory of all windows together, is 3% and 8% faster, and compiles 14 and 12 s more.
 NARROW, NARROW_GROUP, WIDE_GROUP = 512, 3, 2
-# With `causal_history` windows restore no rows, so that many fit into memory together: CAUSAL_GROUP, or SHARING_GROUP
-# with a kernel by which they share keys, for heads of SHARING_WIDTH features at most. Not more than these store their
-# activations, as a Transformer does: on an H200 31 windows (41M) train 23% faster than in four groups of copied keys.
+# With `causal_history` windows restore no rows, so that many fit into memory: CAUSAL_GROUP together (not measured), or
+# SHARING_GROUP where a kernel lets them share keys, for heads of at most SHARING_WIDTH features. So many store their
+# activations, too, as a Transformer does: on an H200 31 windows (41M) train 23% faster than in four groups with copies.
 CAUSAL_GROUP, SHARING_GROUP, SHARING_WIDTH = 8, 32, 128
 # More layers than this are compiled once and looped over, in one segment; otherwise libtpu compiles for an hour.
 MOST_UNROLLED = 20
@@ -69,7 +69,7 @@ class ExecutionPlan:
       segments: number of loops over windows, each with one static history length. Masked history wastes at most
         1 / segments of the work; each loop is compiled separately.
       together: windows with history that are computed together, like more sequences of a batch; each costs as much as
-        the one with the longest history.
+        the one with the longest history, unless a kernel skips masked keys.
       chunk: rows of the history that `restore` computes at a time, and again in the backward pass; 0 for all at once.
       scan_layers: whether equal layers are compiled once and looped over, which compiles faster and runs slower.
       checkpointing: whether activations are computed again in the backward pass instead of stored. Then a window stores
@@ -356,7 +356,7 @@ class ModelConfig:
 
     @property
     def shares_keys(self) -> bool:
-        """Whether windows that run together share keys without copies: where `kernels.dropout.use_kernel` allows it."""
+        """Whether windows share keys without copies, by the kernel of `kernels.dropout`."""
         from tlinformer_jax.parallel.sharding import open_axes  # needs JAX
 
         fits = self.compute_dtype.itemsize == 2 and self.head_dim <= SHARING_WIDTH

@@ -67,8 +67,10 @@ def params_from_reference(state_dict: Mapping[str, Any], config: ModelConfig) ->
         found = "; ".join(faults[:MOST_LISTED] + more)
         windowed = any("compress_context_layer" in name for name in arrays)
         if windowed != config.windowed:
-            kind = "a model with windows" if windowed else "a model without windows, such as a Transformer"
-            found += f". It is {kind}; convert it to one, then train another with --init_from"
+            kind = "with windows" if windowed else "without windows, such as a Transformer"
+            found += (
+                f". The file holds a model {kind}: convert it with such a configuration, then train with --init_from"
+            )
         raise DataError(f"state_dict does not fit the model ({len(faults)} faults): {found}")
     params = jax.tree.map(lambda leaf: np.empty(leaf.shape, np.float32), shapes)
     views = published_views(params, config)

@@ -1,7 +1,7 @@
 """GPU kernels of exact attention with dropout of the weights, for training, in Pallas for Triton.
 
-Plain version: `models.attention._attend_in_chunks`. Gain: without the kernels a step takes 85% longer at N = 512. With
-model.attention = 'deterministic' they also compute attention without dropout, at rate 0.
+Plain version: `models.attention._attend_in_chunks`. Gain: without the kernels a step takes 85% longer at N = 512. They
+also compute attention without dropout, at rate 0: with model.attention = 'deterministic', and for `attend_with_lse`.
 
 No array of size queries x keys is stored: every kernel computes the mask again, a hash of the weights' indices.
 Scores and softmax are float32, to base 2; products take operands of the inputs' dtype and sum in float32.
@@ -81,10 +81,9 @@ def attend_with_dropout(
 ) -> tuple[Float[Array, "batch queries heads d_h"], Float[Array, "batch queries heads"]]:
     """Computes softmax attention with weights zeroed with probability `rate` and otherwise divided by 1 - rate.
 
-    `key_length` is the number of valid keys (None for all). There may be keys of fewer sequences than queries: as many
-    consecutive sequences of queries share each of them, but have lengths of their own. Also returns the log-sum-exp of
-    the scaled scores. A query that sees no key has output 0 and log-sum-exp -inf. For `words` see
-    `models.layers.Dropout`.
+    `key_length` is the number of valid keys (None for all). Keys may be of a divisor of the queries' number of
+    sequences; then consecutive sequences of queries share them, each with its own length. Also returns the log-sum-exp
+    of the scaled scores. A query that sees no key has output 0 and log-sum-exp -inf. For `words` see `layers.Dropout`.
     """
     return _attend(Options(scores, rate, tiles, interpret), query, key, value, key_length, words)
 
@@ -251,7 +250,7 @@ def _query_kernel(
 
 
 def _key_kernel(query_ref, key_ref, value_ref, gradient_ref, lse_ref, *refs, options: Options, tile: Tile) -> None:
-    """Computes the gradients of a tile of keys and values. Scores are transposed: [keys, queries]."""
+    """Computes gradients of a tile of keys and values, over all queries that share them; scores are [keys, queries]."""
     row_refs = lse_ref, *refs[:3]
     *length_refs, key_result_ref, value_result_ref = refs[3:]
     head, row, sharing = pl.program_id(1), pl.program_id(2), _sharing(query_ref, key_ref)

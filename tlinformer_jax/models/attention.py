@@ -26,7 +26,7 @@ CHOOSING = ("auto", "deterministic")
 BACKENDS = ("xla", "cudnn", "splash", "triton")
 # Keys per part when attention to many keys is split; a power of two.
 KEYS_PER_PART = 1024
-# Most float32 scores that plain attention holds at a time.
+# Most float32 scores that plain attention holds at a time, or those of one row of queries if they are more.
 CHUNK_SCORES = 1 << 27
 
 Queries = Float[Array, "batch queries heads d_h"]
@@ -328,7 +328,7 @@ def _attend_in_chunks(
     dropout: Dropout | None,
     documents: Documents | None,
 ) -> OutputAndLse:
-    """Runs `_attend_xla` in chunks of queries with at most CHUNK_SCORES scores.
+    """Runs `_attend_xla` in chunks of queries with at most CHUNK_SCORES scores, or of one row of queries.
 
     Neither pass ever holds all scores of a long history: the backward pass computes each chunk again.
     """

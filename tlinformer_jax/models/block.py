@@ -13,7 +13,8 @@ starts as C[h:], the last W_oh rows of C. A layer projects each stream to Q, K a
 projection, feed-forward and both residuals (`layers.update`).
 
 The functions `compress`, `hidden` and `restore` below are these equations; with `model.causal_history` those of
-`models.causal_history` take their place (`equations`). Training, evaluation, `prefill` and `slide` all call them, but
+`models.causal_history` take their place (`equations`), and block 0's `compress` of a whole sequence is
+`causal_history.compressed`. Training, evaluation, `prefill` and `slide` all call them, but
 store C in different ways, so C has methods (`history.ReadableHistory`): `read` is attend(Q, Kc, Vc), and `restore`
 computes C' for every row. `history.History` restores all rows at once, in chunks, or split over devices;
 `decoding.history` works from a KV cache.

@@ -15,8 +15,9 @@ There is one softmax over all keys of a row, and the next block continues y. Wha
 where a row reads what it read in its own window: the rows of C from the beginning of that window's z up to its own. So
 C' does not depend on the window that reads it. It is computed once, and a slide only appends to it.
 
-In block 0 the rows before h are embeddings, like z. So there a row of `compress` reads all rows up to its own, in
-whichever window, and `compress` of the whole sequence is one layer of a Transformer (`compressed`).
+In block 0 the rows before h are embeddings, as the rows of z are. So there a row of `compress` reads all rows up to its
+own in whichever window, and `compress` of the whole sequence is one layer of a Transformer. Training and evaluation
+without a cache run it once (`compressed`), unless windows are sampled or left out or devices split the sequence.
 
 If z contains the whole history, this is a Transformer. Otherwise rows before h are read in `compress` only, as in the
 paper.
@@ -123,7 +124,9 @@ def next_rows(layer: LayerParams, config: ModelConfig, z: Stream, x: Stream, dro
 # ---- The whole sequence
 
 
-def compressed(layer: LayerParams, config: ModelConfig, C: History, dropout: Dropout | None, documents: Any) -> History:
+def compressed(
+    layer: LayerParams, config: ModelConfig, C: History, dropout: Dropout | None, documents: Array | None
+) -> History:
     """Returns C, the embeddings, after block 0's `compress` layer, for windows that begin with the layer after it.
 
     Args:

@@ -91,8 +91,9 @@ class History(Stream):
       key_sums: for each block from the next one on, what is added to the input of its keys, see `layers.Embedded`.
       observed_start: h, the first row of the observation window; None outside a block.
       later: with `config.causal_history`, the histories of the later blocks, which are the same for all windows.
-      compressed: whether the rows are those after the block's `compress` layer, see `causal_history.compressed`.
       z: with `config.causal_history`, z at the entrance of a later block; None if it is the rows of C from h on.
+      compressed: whether the rows are the output of the block's `compress` layer, without projections; see
+        `causal_history.compressed`.
     """
 
     rope: Rope | None = None
@@ -284,12 +285,12 @@ def keyed(rows: Array, sums: Sequence[Array]) -> Array | None:
 def observed_stream(layer: LayerParams, C: History, window: PlacedWindow, batch: int, parts: str = "q") -> Stream:
     """Returns z = C[h:] with its `compress` queries, `batch` windows of `observed_width` rows.
 
-    With `parts` = 'qkv' also with its keys and values.
+    With `parts` = 'qkv' also with its keys and values. If C is `compressed`, only its rows.
     """
     frame = window.frame
     if C.z is not None:
         return dataclasses.replace(C.z, length=frame.observed_length)
-    cut: Any = functools.partial(
+    cut: Callable[[Array], Array] = functools.partial(
         C.slice, start=frame.observed_start, length=frame.observed_width, batch=batch, stride=frame.stride
     )
     z = cut(C.rows)

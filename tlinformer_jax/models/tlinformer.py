@@ -1,7 +1,8 @@
 """TLinFormer and TConstFormer: one generation window through all blocks, and all windows of a sequence.
 
 Given the embeddings, windows are independent of each other, so a loop over windows carries no state. The embeddings and
-their projections by block 0's `compress` layer are computed once for all windows; both C and x are slices of them.
+their projections by block 0's `compress` layer are computed once for all windows; both C and x are slices of them. With
+`causal_history` so are the histories of later blocks, and the output of block 0's `compress`.
 """
 
 import dataclasses
@@ -60,8 +61,8 @@ def window_states(
 
     Args:
       blocks: parameters, from `prepare_layers`.
-      C: embeddings from position 0 on, projected by block 0's `compress` layer.
-      x: embeddings of the windows, projected by the same layer; [batch * g, m, D] for g windows.
+      C: embeddings from position 0 on, projected by block 0's `compress` layer, or `compressed` by it.
+      x: rows of the windows, the same way; [batch * g, m, D] for g windows.
       frame: positions of the windows.
       dropout: None outside training.
     """
@@ -80,7 +81,7 @@ class PreparedSequence:
     """Values that are computed once for all windows of a sequence.
 
     Attributes:
-      history: the padded embeddings, projected by block 0's `compress` layer.
+      history: the padded embeddings, projected by block 0's `compress` layer, or `compressed` by it.
       constants: values that windows read and that get no gradient.
       count: number of windows; the last may reach past the sequence's end.
       segments: the windows to compute, in loops of equal shapes.
@@ -93,7 +94,7 @@ class PreparedSequence:
 
     @property
     def own(self) -> Stream:
-        """All rows with their projections, to be sliced into the windows' x."""
+        """All rows, with their projections unless they are `compressed`, to be sliced into the windows' x."""
         return Stream(self.history.rows, self.history.Q, self.history.K, self.history.V)
 
     def windows(self, config: ModelConfig, segment: Segment) -> Stream | None:
@@ -132,8 +133,9 @@ def prepare_sequence(
     first: int = 0,
     every: bool = True,
 ) -> PreparedSequence:
-    """Prepares a sequence of `length` tokens for its windows from index `first` on, or for some of them (not `every`).
+    """Prepares a sequence of `length` tokens for its windows from index `first` on.
 
+    Without `every` only some of these windows will be computed, so block 0's `compress` runs in each of them.
     If rows are split over devices, `embeddings` contains only this device's rows; `length` counts all rows.
     """
     count, parts, rows = num_windows(config, length), split.row_parts, split.rows

@@ -82,7 +82,7 @@ class Segment:
         return begin - overlap if overlap else begin
 
     def stride(self, config: ModelConfig) -> int | None:
-        """Returns the rows from the start of one window to that of the next one that runs with it."""
+        """Returns the rows between the starts of neighbouring windows that run together; None if that varies."""
         return config.generation_window
 
     def rows(self, config: ModelConfig, arrays: Any, overlap: int = 0) -> Any:
@@ -158,11 +158,16 @@ def trained_tokens(config: ModelConfig, length: int, sampled_windows: int) -> fl
     return length * sampled_windows / windows if 0 < sampled_windows < windows else float(length)
 
 
-def training_plan(config: ModelConfig, length: int, first: int = 0, alone: bool = False) -> ExecutionPlan:
+def training_plan(
+    config: ModelConfig, length: int, first: int = 0, alone: bool = False, packed: bool = False
+) -> ExecutionPlan:
     """Returns the plan by which a step trains the windows from index `first` on of sequences of `length` tokens.
 
-    `alone` says whether each window runs alone, because windows are sampled or devices split sequences.
+    `alone` says whether each window runs alone, because windows are sampled or devices split sequences. `packed` says
+    whether sequences hold several documents, which the kernel by which windows share keys cannot mask.
     """
+    if packed:
+        config = dataclasses.replace(config, attention="xla")
     plan = config.plan(num_windows(config, length) - first, alone)
     if alone:
         return plan.one_at_a_time
@@ -268,14 +273,14 @@ def slice_rows(
     """Returns rows start .. start + length - 1 of an array [sequences, rows, ...].
 
     For g windows that run together, `start` is [g], the result is [batch = sequences * g, length, ...], and the array
-    may be [batch, rows, ...], too. `stride` is the distance of neighbouring starts if it is known.
+    may be [batch, rows, ...], too. `stride` is the distance of neighbouring starts, None if it is not known.
     """
     if not np.ndim(start):
         return jax.lax.dynamic_slice_in_dim(array, start, length, axis=1)
     assert batch is not None
     count = len(start)
     parts = array.reshape(batch // count, -1, *array.shape[1:])
-    if parts.shape[1] == 1 and stride == length:  # one slice, whose gradient needs no sum over windows
+    if parts.shape[1] == 1 and stride == length:  # neighbours: one slice, whose gradient is no sum over windows
         rows = jax.lax.dynamic_slice_in_dim(parts[:, 0], start[0], count * length, axis=1)
         return rows.reshape(batch, length, *array.shape[2:])
     # Slices one by one: a batched slice is a gather, whose gradient would be a scatter.

@@ -95,8 +95,9 @@ def plan_line(run: Run) -> str:
     first = 0 if positions is None or sampled else positions.first // model.generation_window
     mesh = run.mesh.abstract_mesh
     manual = dict.fromkeys(BatchSplit.of(mesh).manual, jax.sharding.AxisType.Manual)
-    with jax.sharding.use_abstract_mesh(mesh.update_axis_types(manual)):  # as inside the step
-        return f"model.memory = {model.memory!r}: {training_plan(model, length, first, alone=sampled or split)}"
+    with jax.sharding.use_abstract_mesh(mesh.update_axis_types(manual)):  # its axes inside the step are manual
+        plan = training_plan(model, length, first, sampled or split, run.config.data.document_masking)
+    return f"model.memory = {model.memory!r}: {plan}"
 
 
 def describe(run: Run, splits: Mapping[str, Split]) -> str | None:

@@ -76,7 +76,7 @@ def summed_loss(
     dropout = Dropout.by_key(key, shape.dropout, split.shard_index()) if shape.dropout else None
     first = start // shape.generation_window
     alone = windows is not None or sequences != WHOLE
-    plan = training_plan(shape, length, first, alone)
+    plan = training_plan(shape, length, first, alone, documents is not None)
     if not alone and not (shape.windowed and plan.checkpointing):
         typed = with_router_losses(typed, rows["weights"], divisor)
         hidden = hidden_states(typed, shape, embed(typed, shape, inputs, documents=documents), dropout, start)
@@ -84,7 +84,8 @@ def summed_loss(
         total, right = rows_loss(hidden, typed.embedding, rows)
         return total / divisor, right
     embeddings = embed_rows(typed, shape, inputs, documents, sequences)
-    blocks = with_router_losses(typed.blocks, rows["weights"], divisor)  # of layers that run once for all windows
+    # Layers that run here, once for all windows, add their router losses once.
+    blocks = with_router_losses(typed.blocks, rows["weights"], divisor)
     sequence = prepare_sequence(blocks, shape, embeddings, length, plan, dropout, sequences, first, windows is None)
     total, right = jnp.float32(0), jnp.float32(0)
     for loop in window_loops(shape, sequence, rows, sequences, windows):
