@@ -57,7 +57,7 @@ def test_attention_is_called_by_the_equations_alone():
     places = found(ATTENTION)
     assert set(places) == set(CALLERS)
     assert places["models/block.py"] == {"compress", "hidden", "restore"}
-    assert places["models/causal_history.py"] == {"_attend_side_by_side", "_window_parts", "_x_parts"}
+    assert places["models/causal_history.py"] == {"_attend_side_by_side", "_window_parts", "_x_parts", "compressed"}
     assert places["models/history.py"] == {"History.read", "History._read_first", "restore_rows"}
     assert places["models/paired.py"] == {"PairedHistory.read", "PairedHistory.restore"}
     assert places["decoding/history.py"] == {"CachedHistory._read_first"}
