@@ -194,7 +194,11 @@ def test_a_mistake_is_noticed(mutation, monkeypatch):
         monkeypatch.setattr(SplitRows, "count", lambda self, length: length // self.parts - 1)
     elif mutation == "gather":
         real = history.History.slice
-        monkeypatch.setattr(history.History, "slice", lambda self, array, start, *rest: real(self, array, 0, *rest))
+
+        def at_zero(self, array, start, *rest, **named):
+            return real(self, array, 0, *rest, **named)
+
+        monkeypatch.setattr(history.History, "slice", at_zero)
     else:
         monkeypatch.setattr(BatchSplit, "psum", lambda self, values: values)
     error = gradient_error(one, gradient(model, TRAIN, MESHES["data, window, context"]))
