@@ -17,8 +17,7 @@ Variants; models have 41M parameters, windows of 256 and N = 1,024 unless anothe
   and plus also have one run without dropout.
 - long (7 runs of 300 M tokens): N = 8,192, also evaluated in samples of 65,536 tokens: Base, TLinFormer with windows of
   256 and of 1,024, sliding window, Gated DeltaNet, and TLinFormer with a causal history and both windows.
-- 8k (3 runs of 200 M tokens, without dropout): Base, TLinFormer and TLinFormer with a causal history of `long`; one
-  H200 trains them in half an hour.
+- 8k (3 runs of 200 M tokens, without dropout): Base, TLinFormer and TLinFormer with a causal history of `long`.
 - large (3 runs of 300 M tokens): Base and TLinFormer in the shape of configs/large.py:125m, N = 2,048.
 - knee (5 runs of 300 M tokens): TLinFormer with a causal history and five shares of W_oh in W_oh + W_og = 512.
   --seeds=0,1 marks the knee.
@@ -40,9 +39,9 @@ saves another.
 
 Needs: the same as configs/books.py. Result: docs/quality.md, "Six epochs of books" (points 0, 4, 5 and 15 of `books`:
 after 600 M tokens a Transformer is better, with a causal history by less) and "Learning rates for six epochs" (9 points
-of `rates`), and "Samples of 8,192 tokens" (points 0 and 2 of `8k`; half of point 1). "Six epochs" also has
-base-plus, plus, causal-plus and causal-plus-512 of `gap`, by an experimental version; there and in point 15 the causal
-history has an earlier definition. The rest is not measured yet.
+of `rates`), and "Samples of 8,192 tokens" (points 0 and 2 of `8k`; half of point 1). "Six epochs" also has base-plus,
+plus, causal-plus and causal-plus-512 of `gap`, by an experimental version; there and in point 15 the causal history has
+an earlier definition. The rest is not measured yet.
 """
 
 from collections.abc import Mapping

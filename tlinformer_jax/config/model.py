@@ -329,7 +329,9 @@ class ModelConfig:
         """The dtype of the computation, 'auto' resolved for the default device."""
         import jax.numpy as jnp  # imported here, because reading a configuration must not need JAX
 
-        return jnp.dtype(self.dtype if self.dtype != "auto" else "float32" if platform() == "cpu" else "bfloat16")
+        if self.dtype != "auto":
+            return jnp.dtype(self.dtype)
+        return jnp.dtype("float32" if platform() == "cpu" else "bfloat16")
 
     def plan(self, windows: int = 1, alone: bool = False) -> ExecutionPlan:
         """Returns the plan for `windows` generation windows on the default device; see `training_plan` for `alone`."""
@@ -337,10 +339,12 @@ class ModelConfig:
             return self.memory
         low, few, length = self.memory == "low", windows <= FEW_WINDOWS, windows * self.generation_window
         cpu, deep, short = platform() == "cpu", self.num_layers > MOST_UNROLLED, length <= SHORT_SEQUENCE
-        several, sharing = 8 if low and not few else 2 - deep, self.causal_history and self.shares_keys
+        several = 8 if low and not few else 2 - deep
+        sharing = self.causal_history and self.shares_keys
         grouped = (few or self.causal_history) and windows > 1 and not short and not cpu
         group = NARROW_GROUP if self.d_model <= NARROW else WIDE_GROUP
-        group = SHARING_GROUP if sharing else CAUSAL_GROUP if self.causal_history else group
+        if self.causal_history:
+            group = SHARING_GROUP if sharing else CAUSAL_GROUP
         stored = sharing and windows <= SHARING_GROUP and not (low or alone)
         together = min(group, windows - 1) if grouped else windows if few or short else 1
         return ExecutionPlan(

@@ -127,10 +127,11 @@ def next_rows(layer: LayerParams, config: ModelConfig, z: Stream, x: Stream, dro
 def compressed(
     layer: LayerParams, config: ModelConfig, C: History, dropout: Dropout | None, documents: Array | None
 ) -> History:
-    """Returns C, the embeddings, after block 0's `compress` layer, for windows that begin with the layer after it.
+    """Returns update(C, attend_causal(Qc, Kc, Vc)) by block 0's `compress`; windows begin with the layer after it.
 
     Args:
-      documents: of the rows, int32 [batch, rows]; None if the sequence is a single document.
+      C: the embeddings [batch, n, D] of the whole sequence, with their queries, keys and values.
+      documents: of the rows, int32 [batch, n]; None if the sequence is a single document.
     """
     y = Stream(C.rows, C.Q, C.K, C.V, documents=documents)
     attended = attend(y.Q, y.K, y.V, **attention_options(config, part_of(dropout, CAUSAL_ATTENTION), y, y, causal=True))
