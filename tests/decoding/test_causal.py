@@ -92,6 +92,14 @@ def test_every_logit_after_a_prompt_of_several_groups(cache_dtype):
     assert errors.max() < (TOLERANCE if cache_dtype == "auto" else 0.02)
 
 
+@pytest.mark.parametrize(("history_window", "prompt", "room"), [(4, PROMPT, PROMPT), ("auto", 201, 400)])
+def test_every_logit_where_observation_windows_are_neighbours_or_grow(history_window, prompt, room):
+    """With W_oh = W_og z of neighbours are neighbours. With 'auto' the longest has 72 rows, that of window 25 56."""
+    config = dataclasses.replace(CONFIG, history_window=history_window, num_blocks=2)
+    error, _ = compared(make_decoder(config, 1), [prompt], prompt + 9, room)
+    assert error < TOLERANCE
+
+
 def without_the_last_window(monkeypatch):
     real = causal.fill_histories
 

@@ -10,6 +10,7 @@ import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float, Int
 
 from tlinformer_jax.decoding.history import SequenceRows
@@ -18,6 +19,7 @@ from tlinformer_jax.models.cached_attention import natural_rows, write_rows
 from tlinformer_jax.models.causal_history import next_rows
 from tlinformer_jax.models.layers import LayerParams, project
 from tlinformer_jax.models.streams import Stream
+from tlinformer_jax.models.windows import slice_rows
 
 
 def fill_histories(at: SequenceRows, histories: tuple[KeyValue, ...]) -> tuple[KeyValue, ...]:
@@ -68,18 +70,22 @@ def _read_windows(
     config, size, room = at.config, at.config.generation_window, at.cache.capacity
     observed = np.array([config.observed_rows(window * size) for window in range(room // size)], np.int32)
     width = int(observed.max())
-    # The rows of all windows and of their z, followed by zeros: some z are shorter than `width`.
+    # With W_oh = W_og every z but that of window 0, which has none, is the window before: neighbours are one slice.
+    neighbours = width == size and bool(np.all(observed[1:] == width))
+    back = np.full_like(observed, width) if neighbours else observed
+    # The rows of all windows and of their z. Zeros stand before row 0, or where slices of a short z would reach past.
+    zeros = (width, 0) if neighbours else (0, width)
     span = min(width + count * size, room)
     begin = jnp.clip(first * size - width, 0, room - span)
     block = _gather_rows(at, history, begin, span).widened(query.dtype)
-    arrays = [natural_rows(array, query.shape[-1])[0] for array in (block.key, block.value)]
-    padded = [jnp.pad(array, ((0, width), (0, 0), (0, 0))) for array in arrays]
+    arrays = [natural_rows(array, query.shape[-1]) for array in (block.key, block.value)]
+    padded = [jnp.pad(array, ((0, 0), zeros, (0, 0), (0, 0))) for array in arrays]
     windows = first + jnp.arange(count, dtype=jnp.int32)
-    lengths = jnp.asarray(observed)[windows]
-    slices = jax.vmap(jax.lax.dynamic_slice_in_dim, (None, 0, None))
-    z_key, z_value = (slices(array, windows * size - lengths - begin, width) for array in padded)
-    key, value = (slices(array, windows * size - begin, size) for array in arrays)
-    return Stream(None, K=z_key, V=z_value, length=lengths), key, value
+    starts = windows * size - begin
+    z_starts, stride = starts + zeros[0] - jnp.asarray(back)[windows], size if neighbours else None
+    z_key, z_value = (slice_rows(array, z_starts, width, count, stride) for array in padded)
+    key, value = (slice_rows(array, starts, size, count, size) for array in arrays)
+    return Stream(None, K=z_key, V=z_value, length=jnp.asarray(observed)[windows]), key, value
 
 
 def _gather_rows(at: SequenceRows, history: KeyValue, start: Array, count: int) -> KeyValue:
@@ -89,8 +95,11 @@ def _gather_rows(at: SequenceRows, history: KeyValue, start: Array, count: int) 
     def some(array: Array) -> Array:
         own, axis = jax.lax.dynamic_slice_in_dim(array, at.row, 1), array.ndim - 1
         if split is None:
-            return jax.lax.dynamic_slice_in_dim(own, start, count, axis)
-        return split.gather(own, start, count, axis)
+            rows = jax.lax.dynamic_slice_in_dim(own, start, count, axis)
+        else:
+            rows = split.gather(own, start, count, axis)
+        # The layout of a cache: otherwise XLA might copy the whole cache to that of the rows.
+        return with_layout_constraint(rows, Layout(tuple(range(rows.ndim))))
 
     return jax.tree.map(some, history)
 
