@@ -14,6 +14,7 @@ Variants:
 - plus-grown: TLinFormer with the token shift in the other four settings, on shorter samples first. In 512-64 these are
   samples of 64 tokens only, in 1024-128-tight of 512: with samples of 64, 128, 256 (and 512) tokens first, two of five
   runs failed in each (docs/memory.md);
+- plus-causal: TLinFormer with the token shift and model.causal_history in all nine settings;
 - tiny: 2 cells of a minute each on a CPU; TLinFormer stops after 200 updates, before it finds the answers.
 
 Controls are chance (H_P / P for P pairs, shown in the figures), attention, TConstFormer and sliding window. TLinFormer
@@ -36,7 +37,7 @@ Not measured: the models of 6 layers, other rates, further seeds in 1024-128-tig
 samples of 128 and 256. Of plus: attention in all nine settings and TLinFormer in 64-4, 128-8, 256-16 and the two called
 grown, five seeds; the sliding window in all, TConstFormer in all but 64-4, 128-8 and 256-16, and TLinFormer without the
 shift in all but 64-4 and 256-16, three seeds. The other cells were stopped
-(docs/measurements/recall_stopped_h200.json). plus-grown: all, five seeds.
+(docs/measurements/recall_stopped_h200.json). plus-grown and plus-causal: all, five seeds.
 """
 
 from tlinformer_jax.config.run import default_config_dict
@@ -50,7 +51,8 @@ GROWN = ("128-8-grown", "256-16-grown")
 PLUS = tuple(f"{setting}-plus" for setting in (*SETTINGS, *GROWN))
 PLUS_GROWN = tuple(f"{setting}-grown-plus" for setting in ("512-64", *TIGHT))
 # Variant -> settings of configs/recall.py, which are variants themselves.
-VARIANTS = {"all": (*SETTINGS, *GROWN), "seeds": TIGHT, "plus": PLUS, "plus-grown": PLUS_GROWN, "tiny": ()}
+VARIANTS = {"all": (*SETTINGS, *GROWN), "seeds": TIGHT, "plus": PLUS, "plus-grown": PLUS_GROWN}
+VARIANTS |= {"plus-causal": PLUS, "tiny": ()}
 VARIANTS |= {setting: (setting,) for setting in (*SETTINGS, *GROWN, *PLUS, *PLUS_GROWN)}
 
 
@@ -80,6 +82,12 @@ def _plus_grown() -> Sweep:
     return Sweep(base, points, then=("evaluate",), study="retrieval")
 
 
+def _plus_causal() -> Sweep:
+    """Returns each setting with the token shift and a causal history."""
+    base, points = sweep_points(package_config("recall"), PLUS, ("causal-4",), (3e-3,))
+    return Sweep(base, points, then=("evaluate",), study="retrieval")
+
+
 def _tiny() -> Sweep:
     """Returns two pairs among 64 ids, where attention finds the answers within about 700 updates."""
     config = default_config_dict()
@@ -93,4 +101,4 @@ def _tiny() -> Sweep:
     return Sweep(config, {"16-2_attention-2": {}, "16-2_tlin-2": windows}, then=("evaluate",), study="retrieval")
 
 
-BUILT = {"plus": _plus, "plus-grown": _plus_grown, "tiny": _tiny}
+BUILT = {"plus": _plus, "plus-grown": _plus_grown, "plus-causal": _plus_causal, "tiny": _tiny}

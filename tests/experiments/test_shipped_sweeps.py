@@ -212,7 +212,12 @@ def test_recall_with_the_shift_has_every_setting_and_stages_that_seeds_can_share
         for setting in ("128-8-grown-plus", "256-16-grown-plus")
         for model in ("attention", "tlin", "tconst", "sliding")
     } | {f"{setting}_tlin-4_lr0.003-seed0" for setting in ("128-8-grown-plain", "256-16-grown-plain")}
-    for point in points + plan_points(load_sweep(f"{CONFIGS}/sweep_recall.py:plus-grown")):
+    causal = plan_points(load_sweep(f"{CONFIGS}/sweep_recall.py:plus-causal"))
+    assert [point.name.replace("_causal-", "_tlin-") for point in causal] == [
+        point.name for point in shifted if "_tlin-" in point.name
+    ]
+    assert all(point.config.model.causal_history for point in causal)
+    for point in points + causal + plan_points(load_sweep(f"{CONFIGS}/sweep_recall.py:plus-grown")):
         check_together(point.config)
 
 
@@ -250,6 +255,7 @@ def parameters(config) -> int:
         ("sweep_recall.py:seeds", 24, 4),
         ("sweep_recall.py:plus", 45, 4),
         ("sweep_recall.py:plus-grown", 4, 1),
+        ("sweep_recall.py:plus-causal", 9, 1),
         ("sweep_recall.py:tiny", 2, 2),
         ("sweep_copy.py", 72, 4),
         ("sweep_comparators.py:recall", 18, 2),
@@ -265,6 +271,7 @@ def parameters(config) -> int:
         ("sweep_niah.py", 48, 4),
         ("sweep_niah.py:16k", 48, 4),
         ("sweep_niah.py:s1-1k", 12, 4),
+        ("sweep_niah.py:1k-plus-causal", 12, 1),
         ("sweep_niah.py:tiny", 2, 2),
         ("sweep_passkey.py", 12, 4),
         ("sweep_passkey.py:tlin", 3, 1),
@@ -304,7 +311,7 @@ def test_capacity_varies_one_size_alone_and_names_no_point_as_another_sweep_does
 
 @pytest.mark.parametrize(
     ("sweep", "allowed"),
-    [("recall:9-9", "all, seeds, plus, plus-grown, tiny, 64-4, 128-8"), ("niah:s1-wrong", "1k, 4k, ")],
+    [("recall:9-9", "all, seeds, plus, plus-grown, plus-causal, tiny, 64-4, 128-8"), ("niah:s1-wrong", "1k, 4k, ")],
 )
 def test_a_setting_that_does_not_exist_is_refused_with_the_sweeps_own_variants(sweep, allowed):
     name, _, variant = sweep.partition(":")

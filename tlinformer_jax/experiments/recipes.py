@@ -46,6 +46,8 @@ MODELS = {
 }
 # What the models above are compared with (configs/sweep_comparators.py).
 COMPARATORS = {"delta-4": ("gated_deltanet", 2, 0), "hybrid-4": ("gated_deltanet_hybrid", 2, 0)}
+# TLinFormer with `model.causal_history` (configs/sweep_recall.py and sweep_niah.py).
+CAUSAL = {"causal-4": ("tlinformer", 2, 0)}
 
 SHIFT: dict[str, Any] = {"model.token_shift": True}
 # Options for a long memory (docs/memory.md, "Passkeys"); `set_model` drops those that an architecture cannot have.
@@ -66,13 +68,14 @@ TEXT_MODELS: dict[str, dict[str, Any]] = {
 
 
 def set_model(config: "ConfigDict", name: str) -> None:
-    """Sets architecture and depth to an entry of MODELS or COMPARATORS; raises a ConfigError for an unknown name.
+    """Sets the model to an entry of MODELS, COMPARATORS or CAUSAL; raises a ConfigError for an unknown name.
 
     Only windowed architectures have key taps. Gated DeltaNet has a short convolution in place of the token shift, and
     no rotary positions.
     """
-    architecture, blocks, hidden = chosen(MODELS | COMPARATORS, name)
+    architecture, blocks, hidden = chosen(MODELS | COMPARATORS | CAUSAL, name)
     config.model.update(architecture=architecture, num_blocks=blocks, hidden_depth=hidden)
+    config.model.causal_history = name in CAUSAL
     if architecture not in WINDOWED:
         config.model.key_taps = 0
     if name in COMPARATORS:
