@@ -17,8 +17,8 @@ Variants; models have 41M parameters, windows of 256 and N = 1,024 unless anothe
   and plus also have one run without dropout.
 - long (7 runs of 300 M tokens): N = 8,192, also evaluated in samples of 65,536 tokens: Base, TLinFormer with windows of
   256 and of 1,024, sliding window, Gated DeltaNet, and TLinFormer with a causal history and both windows.
-- 8k (4 runs of 200 M tokens, without dropout): Base, TLinFormer, TLinFormer with a causal history and the sliding
-  window of `long`.
+- 8k (5 runs of 200 M tokens, without dropout): Base, TLinFormer, TLinFormer with a causal history and the sliding
+  window of `long`, and TLinFormer without the token shift.
 - large (3 runs of 300 M tokens): Base and TLinFormer in the shape of configs/large.py:125m, N = 2,048.
 - knee (5 runs of 300 M tokens): TLinFormer with a causal history and five shares of W_oh in W_oh + W_og = 512.
   --seeds=0,1 marks the knee.
@@ -122,7 +122,7 @@ def _rows(variant: str) -> Rows:
         rows |= {"8k-plus-1024": _model("plus", row="8k-2k-0.5"), f"8k-{CAUSAL}": _model(CAUSAL, row="8k-512-0.5")}
         return rows | {f"8k-{CAUSAL}-1024": _model(CAUSAL, row="8k-2k-0.5")}
     if variant == "8k":
-        names = (*COMPARED, CAUSAL, "sliding-plus")
+        names = (*COMPARED, CAUSAL, "sliding-plus", "tlin")
         return {f"8k-200m-{name}": _model(name, {"model.dropout": 0.0}, row="8k-512-0.5") for name in names}
     if variant == "large":
         model = package_config("large")("125m").model
