@@ -15,6 +15,8 @@ from tests.support.models import SMALL
 from tlinformer_jax.decoding import cache as cache_module
 from tlinformer_jax.decoding import causal, windowed
 from tlinformer_jax.decoding.decoder import Decoder
+from tlinformer_jax.decoding.history import SequenceRows
+from tlinformer_jax.models.causal_history import WINDOWS_TOGETHER
 from tlinformer_jax.models.streams import Stream
 
 # z is longer than a window, and no whole number of windows.
@@ -98,6 +100,26 @@ def test_every_logit_where_observation_windows_are_neighbours_or_grow(history_wi
     config = dataclasses.replace(CONFIG, history_window=history_window, num_blocks=2)
     error, _ = compared(make_decoder(config, 1), [prompt], prompt + 9, room)
     assert error < TOLERANCE
+
+
+@pytest.mark.parametrize("history_window", [4, 5])
+def test_the_slices_of_a_prompt_do_not_grow_with_the_cache(history_window, monkeypatch):
+    """Many take long to compile. Z of neighbours are one slice if W_oh = W_og; else few windows form a group."""
+    monkeypatch.setattr(cache_module, "CHUNK_ROWS", 4096)
+    config = dataclasses.replace(CONFIG, history_window=history_window)
+    params = make_decoder(config, 1).params
+
+    def slices(capacity: int) -> int:
+        cache = cache_module.init_cache(config, 1, capacity)
+
+        def fill(row, length):
+            return causal.fill_histories(SequenceRows(params, config, cache, row, length), cache.history)
+
+        return str(jax.make_jaxpr(fill)(jnp.int32(0), jnp.int32(0))).count(" dynamic_slice[")
+
+    few, many = slices(1024), slices(4096)
+    assert few == many
+    assert (many < WINDOWS_TOGETHER) == (history_window == config.generation_window)
 
 
 def without_the_last_window(monkeypatch):

@@ -13,10 +13,11 @@ import numpy as np
 from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float, Int
 
+from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.decoding.history import SequenceRows
 from tlinformer_jax.kernels.key_value import KeyValue
 from tlinformer_jax.models.cached_attention import natural_rows, write_rows
-from tlinformer_jax.models.causal_history import next_rows
+from tlinformer_jax.models.causal_history import WINDOWS_TOGETHER, next_rows
 from tlinformer_jax.models.layers import LayerParams, project
 from tlinformer_jax.models.streams import Stream
 from tlinformer_jax.models.windows import slice_rows
@@ -30,6 +31,8 @@ def fill_histories(at: SequenceRows, histories: tuple[KeyValue, ...]) -> tuple[K
         return histories
     # Each window also reads its z.
     together = max(1, at.chunk // (size + at.config.observed_rows(room)))
+    if not _neighbours(at.config):  # each z is a slice of its own, and many take long to compile
+        together = min(together, WINDOWS_TOGETHER)
 
     def body(number: Array, histories: tuple[KeyValue, ...]) -> tuple[KeyValue, ...]:
         # The last group may begin earlier, so that it ends within the cache. Rows past the history have no meaning.
@@ -70,22 +73,25 @@ def _read_windows(
     config, size, room = at.config, at.config.generation_window, at.cache.capacity
     observed = np.array([config.observed_rows(window * size) for window in range(room // size)], np.int32)
     width = int(observed.max())
-    # With W_oh = W_og every z but that of window 0, which has none, is the window before: neighbours are one slice.
-    neighbours = width == size and bool(np.all(observed[1:] == width))
-    back = np.full_like(observed, width) if neighbours else observed
-    # The rows of all windows and of their z. Zeros stand before row 0, or where slices of a short z would reach past.
-    zeros = (width, 0) if neighbours else (0, width)
+    # The rows of all windows and of their z.
     span = min(width + count * size, room)
     begin = jnp.clip(first * size - width, 0, room - span)
     block = _gather_rows(at, history, begin, span).widened(query.dtype)
     arrays = [natural_rows(array, query.shape[-1]) for array in (block.key, block.value)]
-    padded = [jnp.pad(array, ((0, 0), zeros, (0, 0), (0, 0))) for array in arrays]
+    # Window 0 has no z and reads the zeros before row 0. Slices of a short z can reach past the last row.
+    padded = [jnp.pad(array, ((0, 0), (size, width), (0, 0), (0, 0))) for array in arrays]
+    back = jnp.asarray(np.where(observed, observed, size))
     windows = first + jnp.arange(count, dtype=jnp.int32)
     starts = windows * size - begin
-    z_starts, stride = starts + zeros[0] - jnp.asarray(back)[windows], size if neighbours else None
+    z_starts, stride = starts + size - back[windows], size if _neighbours(config) else None
     z_key, z_value = (slice_rows(array, z_starts, width, count, stride) for array in padded)
     key, value = (slice_rows(array, starts, size, count, size) for array in arrays)
     return Stream(None, K=z_key, V=z_value, length=jnp.asarray(observed)[windows]), key, value
+
+
+def _neighbours(config: ModelConfig) -> bool:
+    """Returns whether each z is the window before, so that those of neighbouring windows are one slice."""
+    return config.history_window == config.generation_window
 
 
 def _gather_rows(at: SequenceRows, history: KeyValue, start: Array, count: int) -> KeyValue:
