@@ -71,7 +71,7 @@ SHORT = dataclasses.replace(MODEL, architecture="transformer", num_blocks=1)
                 (DEEP, {"architecture": "tconstformer"}, FEW),
                 (DEEP, {"token_shift": True, "key_taps": 3, "longest_wavelength": 20, "window_overlap": 3}, OPTIONS),
                 (MODEL, {"history_window": "auto", "num_blocks": 3}, FEW),
-                (DEEP, {"causal_history": True, "token_shift": True, "key_taps": 2, "num_blocks": 3}, OPTIONS),
+                (DEEP, {"causal_history": True, "token_shift": True, "key_taps": 2, "num_blocks": 3}, FEW),
             )
         ),
     ],
