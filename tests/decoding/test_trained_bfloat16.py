@@ -24,7 +24,7 @@ def trained(workdir: pathlib.Path, architecture: str):
         "--config=configs/tiny.py",
         *TEXT,
         f"--config.model.architecture={architecture}",
-        *("--config.train.steps=100", "--config.train.batch_size=4"),
+        *("--config.train.steps=100", "--config.train.batch_size=2"),
         *("--config.model.d_model=48", "--config.model.num_heads=2"),
         "--config.train.eval_every=0",
         f"--workdir={workdir}",
