@@ -348,7 +348,7 @@ def test_answers_by_the_position_of_the_question(tmp_path):
 def test_attention_finds_pairs_and_the_report_says_so(tmp_path):
     """The harness works: two layers of attention learn recall to 99% and end there; minutes."""
     sweep = f"--sweep={ROOT}/configs/sweep_recall.py:tiny"
-    done = command("sweep", sweep, f"--out={tmp_path}/sweep", f"--results={tmp_path}/records")
+    done = command("sweep", sweep, f"--out={tmp_path}/sweep", f"--results={tmp_path}/records", many_steps=True)
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "records" / "16-2_attention-2-seed0.json").read_text())
     assert result["target"]["reached"]

@@ -40,10 +40,10 @@ def command(
 ) -> subprocess.CompletedProcess:
     """Runs a module on one CPU device; imports of `blocked` packages fail as if they were not installed.
 
-    With `many_steps` XLA takes the time to make the program fast, which pays for a run of hundreds of them.
+    With `many_steps` XLA takes more time to make the program fast, which pays for a run of hundreds of them.
     """
     line, environment = command_line(module, *arguments, blocked=blocked)
-    return run_line(line, environment | ({"XLA_FLAGS": ""} if many_steps else {}))
+    return run_line(line, environment | {"XLA_FLAGS": quick_flags(many_steps)})
 
 
 def in_forks(cases: list[tuple[str, list[str]]]) -> list[subprocess.CompletedProcess]:
