@@ -32,7 +32,8 @@ from tlinformer_jax.analysis.flops import (
     trained_windows,
     window,
 )
-from tlinformer_jax.config.model import ExecutionPlan, ModelConfig
+from tlinformer_jax.config.execution import ExecutionPlan
+from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.kernels import dropout as dropout_kernel
 from tlinformer_jax.models.attention import fused_kernel, head_multiple
 from tlinformer_jax.models.causal_history import WINDOWS_TOGETHER

@@ -54,6 +54,8 @@ PLUS_GROWN = tuple(f"{setting}-grown-plus" for setting in ("512-64", *TIGHT))
 VARIANTS = {"all": (*SETTINGS, *GROWN), "seeds": TIGHT, "plus": PLUS, "plus-grown": PLUS_GROWN}
 VARIANTS |= {"plus-causal": PLUS, "tiny": ()}
 VARIANTS |= {setting: (setting,) for setting in (*SETTINGS, *GROWN, *PLUS, *PLUS_GROWN)}
+# Variant with one learning rate -> its models.
+MODELS_OF = {"seeds": tuple(MODELS)[1:], "plus-grown": ("tlin-4",), "plus-causal": ("causal-4",)}
 
 
 def get_sweep(variant: str = "all") -> Sweep:
@@ -61,8 +63,8 @@ def get_sweep(variant: str = "all") -> Sweep:
     settings, models, rates = chosen(VARIANTS, variant), tuple(MODELS), LEARNING_RATES
     if variant in BUILT:
         return BUILT[variant]()
-    if variant == "seeds":
-        models, rates = models[1:], (3e-3,)
+    if variant in MODELS_OF:
+        models, rates = MODELS_OF[variant], (3e-3,)
     base, points = sweep_points(package_config("recall"), settings, models, rates)
     return Sweep(base, points, then=("evaluate",), study="retrieval")
 
@@ -73,18 +75,6 @@ def _plus() -> Sweep:
     base, points = sweep_points(package_config("recall"), PLUS, models, (3e-3,))
     plain = {"model.token_shift": False}
     points |= {name.replace("-plus", "-plain"): fields | plain for name, fields in points.items() if "_tlin-4" in name}
-    return Sweep(base, points, then=("evaluate",), study="retrieval")
-
-
-def _plus_grown() -> Sweep:
-    """Returns TLinFormer with the token shift, on shorter samples first, in the other settings."""
-    base, points = sweep_points(package_config("recall"), PLUS_GROWN, ("tlin-4",), (3e-3,))
-    return Sweep(base, points, then=("evaluate",), study="retrieval")
-
-
-def _plus_causal() -> Sweep:
-    """Returns each setting with the token shift and a causal history."""
-    base, points = sweep_points(package_config("recall"), PLUS, ("causal-4",), (3e-3,))
     return Sweep(base, points, then=("evaluate",), study="retrieval")
 
 
@@ -101,4 +91,4 @@ def _tiny() -> Sweep:
     return Sweep(config, {"16-2_attention-2": {}, "16-2_tlin-2": windows}, then=("evaluate",), study="retrieval")
 
 
-BUILT = {"plus": _plus, "plus-grown": _plus_grown, "plus-causal": _plus_causal, "tiny": _tiny}
+BUILT = {"plus": _plus, "tiny": _tiny}

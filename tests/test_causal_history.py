@@ -17,7 +17,8 @@ from tests.parallel.test_batch_split import MODEL as TRAINED
 from tests.support import golden, reference
 from tests.support.models import SMALL
 from tlinformer_jax import DualWindowBlock, ModelConfig, build_model
-from tlinformer_jax.config.model import ARCHITECTURES, ExecutionPlan
+from tlinformer_jax.config.execution import ExecutionPlan
+from tlinformer_jax.config.model import ARCHITECTURES
 from tlinformer_jax.errors import ConfigError
 from tlinformer_jax.interop import params_from_reference, params_to_reference
 from tlinformer_jax.kernels import dropout

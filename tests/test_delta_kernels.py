@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from tlinformer_jax import ModelConfig, build_model
-from tlinformer_jax.config.model import ExecutionPlan
+from tlinformer_jax.config.execution import ExecutionPlan
 from tlinformer_jax.kernels import delta as delta_kernel
 from tlinformer_jax.models import delta
 from tlinformer_jax.parallel.mesh import target

@@ -15,7 +15,7 @@ from tests.support import golden, reference
 from tests.support.models import SMALL
 from tlinformer_jax import ModelConfig, build_model
 from tlinformer_jax.config.data import DataConfig
-from tlinformer_jax.config.model import ExecutionPlan
+from tlinformer_jax.config.execution import ExecutionPlan
 from tlinformer_jax.config.run import RunConfig, run_config
 from tlinformer_jax.config.train import TrainConfig
 from tlinformer_jax.data.streams import DocumentPiece, TokenStream, encode_pieces

@@ -18,7 +18,8 @@ from tests.support.optional import need_modules
 from tlinformer_jax import ModelConfig, build_model
 from tlinformer_jax.analysis.flops import active_parameters, training_flops
 from tlinformer_jax.config.data import DataConfig
-from tlinformer_jax.config.model import ARCHITECTURES, RECURRENT, ExecutionPlan
+from tlinformer_jax.config.execution import ExecutionPlan
+from tlinformer_jax.config.model import ARCHITECTURES, RECURRENT
 from tlinformer_jax.config.run import RunConfig
 from tlinformer_jax.config.train import TrainConfig
 from tlinformer_jax.data.tokenizers import ByteTokenizer

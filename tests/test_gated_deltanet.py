@@ -14,7 +14,8 @@ from tests.support import golden, reference
 from tests.support.models import SMALL
 from tlinformer_jax import ModelConfig, build_model
 from tlinformer_jax.config.delta import delta_shape
-from tlinformer_jax.config.model import RECURRENT, ExecutionPlan
+from tlinformer_jax.config.execution import ExecutionPlan
+from tlinformer_jax.config.model import RECURRENT
 from tlinformer_jax.decoding import cache as cache_module
 from tlinformer_jax.decoding import layered
 from tlinformer_jax.decoding.cache import LayeredCache

@@ -9,7 +9,7 @@ import pytest
 
 from tests.support import golden, reference
 from tlinformer_jax import ModelConfig, build_model
-from tlinformer_jax.config.model import ExecutionPlan
+from tlinformer_jax.config.execution import ExecutionPlan
 from tlinformer_jax.interop import params_from_reference, params_to_reference
 from tlinformer_jax.models import block, history, tlinformer
 

@@ -21,7 +21,8 @@ from tests.support.models import SMALL
 from tests.support.optional import need_modules
 from tlinformer_jax import DualWindowBlock, ModelConfig, build_model
 from tlinformer_jax.analysis.flops import num_parameters, training_flops
-from tlinformer_jax.config.model import ARCHITECTURES, WINDOWED, ExecutionPlan
+from tlinformer_jax.config.execution import ExecutionPlan
+from tlinformer_jax.config.model import ARCHITECTURES, WINDOWED
 from tlinformer_jax.decoding import history
 from tlinformer_jax.decoding.cache import WindowedCache
 from tlinformer_jax.decoding.decoder import Decoder

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests.test_model import SMALL, golden_scale
-from tlinformer_jax.config.model import ExecutionPlan
+from tlinformer_jax.config.execution import ExecutionPlan
 from tlinformer_jax.models import ModelConfig, build_model
 from tlinformer_jax.training.loss import summed_loss
 

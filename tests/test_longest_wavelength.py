@@ -12,7 +12,7 @@ from tests.support import golden, reference
 from tests.support.models import SMALL
 from tests.support.optional import need_modules
 from tlinformer_jax import ModelConfig, build_model
-from tlinformer_jax.config.model import ExecutionPlan
+from tlinformer_jax.config.execution import ExecutionPlan
 from tlinformer_jax.decoding import decoder, history, layered, windowed
 from tlinformer_jax.errors import ConfigError
 from tlinformer_jax.interop import params_from_reference, params_to_reference

@@ -11,7 +11,8 @@ import pytest
 
 from tests.support import golden, reference
 from tlinformer_jax import DualWindowBlock, ModelConfig, build_model
-from tlinformer_jax.config.model import ARCHITECTURES, RECURRENT, ExecutionPlan
+from tlinformer_jax.config.execution import ExecutionPlan
+from tlinformer_jax.config.model import ARCHITECTURES, RECURRENT
 from tlinformer_jax.errors import DataError
 from tlinformer_jax.interop import params_from_reference
 from tlinformer_jax.kernels.common import Scores

@@ -7,7 +7,8 @@ import math
 import jax
 import pytest
 
-from tlinformer_jax.config.model import ExecutionPlan, ModelConfig
+from tlinformer_jax.config.execution import ExecutionPlan
+from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.config.run import run_config
 from tlinformer_jax.errors import ConfigError
 from tlinformer_jax.kernels.dropout import use_kernel

@@ -15,7 +15,8 @@ from tlinformer_jax import ModelConfig, build_model
 from tlinformer_jax.config import data as data_config
 from tlinformer_jax.config import model as model_config
 from tlinformer_jax.config import train as train_module
-from tlinformer_jax.config.model import MEMORY, ExecutionPlan
+from tlinformer_jax.config.execution import ExecutionPlan
+from tlinformer_jax.config.model import MEMORY
 from tlinformer_jax.config.run import SECTIONS, RunConfig, run_config
 from tlinformer_jax.decoding.cache import history_of
 from tlinformer_jax.decoding.decoder import Decoder

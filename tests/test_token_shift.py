@@ -20,7 +20,8 @@ from tests.support.optional import need_modules
 from tests.test_window_sampling import batch_of, loss_and_gradient
 from tlinformer_jax import ModelConfig, build_model
 from tlinformer_jax.analysis.flops import training_flops
-from tlinformer_jax.config.model import ARCHITECTURES, RECURRENT, ExecutionPlan
+from tlinformer_jax.config.execution import ExecutionPlan
+from tlinformer_jax.config.model import ARCHITECTURES, RECURRENT
 from tlinformer_jax.decoding import cache_bytes, history, windowed
 from tlinformer_jax.decoding.cache import NO_TOKEN, WindowedCache
 from tlinformer_jax.decoding.decoder import Decoder

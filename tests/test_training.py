@@ -15,7 +15,8 @@ import pytest
 from tests.support import golden
 from tests.support.commands import TEXT_FILE
 from tlinformer_jax.config.data import DataConfig
-from tlinformer_jax.config.model import ARCHITECTURES, RECURRENT, ExecutionPlan
+from tlinformer_jax.config.execution import ExecutionPlan
+from tlinformer_jax.config.model import ARCHITECTURES, RECURRENT
 from tlinformer_jax.config.run import RunConfig
 from tlinformer_jax.config.train import TrainConfig
 from tlinformer_jax.data.tokenizers import ByteTokenizer

@@ -12,7 +12,7 @@ import pytest
 
 from tests.support import golden, reference
 from tests.test_model import SMALL, golden_scale
-from tlinformer_jax.config.model import ExecutionPlan
+from tlinformer_jax.config.execution import ExecutionPlan
 from tlinformer_jax.config.train import TrainConfig
 from tlinformer_jax.interop.reference import published_views
 from tlinformer_jax.models import (

@@ -19,7 +19,7 @@ from tests.support.models import SMALL
 from tests.support.optional import need_modules
 from tlinformer_jax import ModelConfig, build_model
 from tlinformer_jax.analysis.flops import training_flops
-from tlinformer_jax.config.model import ExecutionPlan
+from tlinformer_jax.config.execution import ExecutionPlan
 from tlinformer_jax.data.tasks import REGIONS, Samples, regions
 from tlinformer_jax.decoding import Generator, cache_bytes, history, windowed
 from tlinformer_jax.decoding import cache as cache_module

@@ -12,7 +12,7 @@ from tests.support import golden, reference
 from tests.test_model import SMALL as THREE_LAYERS
 from tests.test_model import count_equations, golden_scale
 from tlinformer_jax.config.data import DataConfig
-from tlinformer_jax.config.model import ExecutionPlan
+from tlinformer_jax.config.execution import ExecutionPlan
 from tlinformer_jax.config.run import RunConfig
 from tlinformer_jax.config.train import TrainConfig
 from tlinformer_jax.models import build_model

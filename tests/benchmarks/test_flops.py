@@ -9,7 +9,7 @@ import pytest
 from benchmarks import flops
 from benchmarks.flops import hardware_flops, utilisation
 from tlinformer_jax.analysis.flops import training_flops
-from tlinformer_jax.config.model import ExecutionPlan
+from tlinformer_jax.config.execution import ExecutionPlan
 from tlinformer_jax.models import ModelConfig, build_model, causal_history
 from tlinformer_jax.models.history import History
 from tlinformer_jax.models.model import prepare_params

@@ -11,7 +11,7 @@ import pytest
 
 from tests.support.device_load import attention_by_device
 from tests.test_model import SMALL, golden_scale
-from tlinformer_jax.config.model import ExecutionPlan
+from tlinformer_jax.config.execution import ExecutionPlan
 from tlinformer_jax.config.train import TrainConfig
 from tlinformer_jax.data.tasks import AnswerPositions
 from tlinformer_jax.errors import ConfigError

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from tests.support.models import SMALL
-from tlinformer_jax.config.model import ExecutionPlan
+from tlinformer_jax.config.execution import ExecutionPlan
 from tlinformer_jax.config.train import TrainConfig
 from tlinformer_jax.models.model import build_model
 from tlinformer_jax.parallel.sharding import BatchSplit, batch_sharding, build_mesh, tree_shardings

@@ -11,7 +11,7 @@ import pytest
 
 from tests.support import reference
 from tlinformer_jax.analysis.flops import training_flops
-from tlinformer_jax.config.model import ExecutionPlan
+from tlinformer_jax.config.execution import ExecutionPlan
 from tlinformer_jax.config.run import RunConfig, run_config
 from tlinformer_jax.data.batches import take_samples
 from tlinformer_jax.data.tasks import DEPTHS, REGIONS, answer_batches

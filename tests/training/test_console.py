@@ -11,7 +11,8 @@ from clu.parameter_overview import count_parameters
 from tests.support.commands import ROOT, command_line, run_line
 from tests.training.test_resume import run_config
 from tlinformer_jax.config.data import DataConfig
-from tlinformer_jax.config.model import ARCHITECTURES, ExecutionPlan, ModelConfig
+from tlinformer_jax.config.execution import ExecutionPlan
+from tlinformer_jax.config.model import ARCHITECTURES, ModelConfig
 from tlinformer_jax.config.run import run_config as configuration
 from tlinformer_jax.config.train import TrainConfig
 from tlinformer_jax.data.tokenizers import build_tokenizer

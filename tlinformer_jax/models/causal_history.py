@@ -34,7 +34,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from tlinformer_jax.config.model import ExecutionPlan, ModelConfig
+from tlinformer_jax.config.execution import ExecutionPlan
+from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.models.attention import OutputAndLse, attend, attend_with_lse, merge_parts
 from tlinformer_jax.models.feed_forward import without_router_losses
 from tlinformer_jax.models.history import History, ReadableHistory, keyed

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from tlinformer_jax.config.model import ExecutionPlan, ModelConfig
+from tlinformer_jax.config.execution import ExecutionPlan
+from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.models.block import BlockParams, dual_window_block
 from tlinformer_jax.models.causal_history import compressed, with_later
 from tlinformer_jax.models.feed_forward import split_router_losses

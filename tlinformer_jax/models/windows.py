@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tlinformer_jax.config.model import ExecutionPlan, ModelConfig
+from tlinformer_jax.config.execution import ExecutionPlan
+from tlinformer_jax.config.model import ModelConfig
 from tlinformer_jax.parallel.sharding import WHOLE, SequenceSplit
 
 # A position or length: a number for all windows, or int32 [g] for g windows that run together.
