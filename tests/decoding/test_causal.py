@@ -96,7 +96,8 @@ def test_every_logit_after_a_prompt_of_several_groups(cache_dtype):
 
 @pytest.mark.parametrize(("history_window", "prompt", "room"), [(4, PROMPT, PROMPT), ("auto", 201, 400)])
 def test_every_logit_where_observation_windows_are_neighbours_or_grow(history_window, prompt, room):
-    """With W_oh = W_og z of neighbours are neighbours. With 'auto' the longest has 72 rows, that of window 25 56."""
+    """With W_oh = W_og the z of neighbouring windows follow each other. With 'auto' they differ in length: the longest
+    has 72 rows, that of window 25 has 56."""
     config = dataclasses.replace(CONFIG, history_window=history_window, num_blocks=2)
     error, _ = compared(make_decoder(config, 1), [prompt], prompt + 9, room)
     assert error < TOLERANCE
@@ -104,7 +105,7 @@ def test_every_logit_where_observation_windows_are_neighbours_or_grow(history_wi
 
 @pytest.mark.parametrize("history_window", [4, 5])
 def test_the_slices_of_a_prompt_do_not_grow_with_the_cache(history_window, monkeypatch):
-    """Many take long to compile. Z of neighbours are one slice if W_oh = W_og; else few windows form a group."""
+    """Many take long to compile. With W_oh = W_og all z of a group are one slice; else a group has few windows."""
     monkeypatch.setattr(cache_module, "CHUNK_ROWS", 4096)
     config = dataclasses.replace(CONFIG, history_window=history_window)
     params = make_decoder(config, 1).params
