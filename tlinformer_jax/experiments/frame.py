@@ -259,6 +259,11 @@ def mean(form: str, unit: float = 1.0) -> Callable[[pd.Series], str]:
     return lambda values: "" if values.isna().all() else form.format(values.mean() * unit)
 
 
+def highest(form: str, unit: float = 1.0) -> Callable[[pd.Series], str]:
+    """Formats a group's highest figure, for speeds: a run is slower if it shares its device; '' if there are none."""
+    return lambda values: "" if values.isna().all() else form.format(values.max() * unit)
+
+
 def median_update(runs: pd.DataFrame) -> str:
     """Returns the median update at which runs found the answers; '' if it was not recorded.
 
@@ -271,11 +276,11 @@ def median_update(runs: pd.DataFrame) -> str:
     return f"{most:,.0f}" if np.isfinite(most) else f"> {least:,.0f}"
 
 
-def duration(seconds: pd.Series) -> str:
-    """Formats the mean of seconds as m:ss; '' if there are none."""
+def shortest(seconds: pd.Series) -> str:
+    """Formats the shortest of a group's durations in seconds as m:ss; '' if there are none."""
     if seconds.isna().all():
         return ""
-    minutes, rest = divmod(round(seconds.mean()), 60)
+    minutes, rest = divmod(round(seconds.min()), 60)
     return f"{minutes}:{rest:02}"
 
 
