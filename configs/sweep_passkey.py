@@ -5,7 +5,7 @@
 
 Variants: 8k (the default, 12 cells: 4 architectures at 3 learning rates); tlin, only its TLinFormers; plus,
 configs/passkey.py:8k-plus with five seeds, and with two seeds each without one of its options or all, with three taps,
-windows of 256 or an overlap, and for attention; tiny, two cells on the embedded Python reference, minutes on a CPU.
+windows of 256 or an overlap, for attention, and with a causal history; tiny, two cells on the embedded Python reference, minutes on a CPU.
 Attention is too slow at the two longest lengths of plus: `--point=K --then=evaluate@8192,evaluate@65536` trains it
 alone.
 
@@ -40,6 +40,7 @@ PLUS: dict[str, dict[str, Any]] = {
     "8k-plus-overlap-16": {"model.window_overlap": 16},
     "8k-plus-none": UNTAPPED | UNSHIFTED | ROTATED,
     "8k-plus-attention": UNTAPPED | {"model.architecture": "transformer"},
+    "8k-plus-causal": {"model.causal_history": True},  # last, since commands name points by their numbers
 }
 
 

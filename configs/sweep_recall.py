@@ -15,6 +15,7 @@ Variants:
   samples of 64 tokens only, in 1024-128-tight of 512: with samples of 64, 128, 256 (and 512) tokens first, two of five
   runs failed in each (docs/memory.md);
 - plus-causal: TLinFormer with the token shift and model.causal_history in all nine settings;
+- causal: the same without the token shift;
 - tiny: 2 cells of a minute each on a CPU; TLinFormer stops after 200 updates, before it finds the answers.
 
 Controls are chance (H_P / P for P pairs, shown in the figures), attention, TConstFormer and sliding window. TLinFormer
@@ -52,10 +53,11 @@ PLUS = tuple(f"{setting}-plus" for setting in (*SETTINGS, *GROWN))
 PLUS_GROWN = tuple(f"{setting}-grown-plus" for setting in ("512-64", *TIGHT))
 # Variant -> settings of configs/recall.py, which are variants themselves.
 VARIANTS = {"all": (*SETTINGS, *GROWN), "seeds": TIGHT, "plus": PLUS, "plus-grown": PLUS_GROWN}
-VARIANTS |= {"plus-causal": PLUS, "tiny": ()}
+VARIANTS |= {"plus-causal": PLUS, "causal": (*SETTINGS, *GROWN), "tiny": ()}
 VARIANTS |= {setting: (setting,) for setting in (*SETTINGS, *GROWN, *PLUS, *PLUS_GROWN)}
 # Variant with one learning rate -> its models.
-MODELS_OF = {"seeds": tuple(MODELS)[1:], "plus-grown": ("tlin-4",), "plus-causal": ("causal-4",)}
+MODELS_OF = {"seeds": tuple(MODELS)[1:], "plus-grown": ("tlin-4",)}
+MODELS_OF |= {"plus-causal": ("causal-4",), "causal": ("causal-4",)}
 
 
 def get_sweep(variant: str = "all") -> Sweep:

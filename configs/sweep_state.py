@@ -3,7 +3,8 @@
     python -m tlinformer_jax sweep --sweep=configs/sweep_state.py --out=runs/state --results=docs/results
 
 Variants: the name of a setting of configs/state.py runs that setting with four architectures and five seeds; the
-default runs all settings (80 runs); tiny is two runs on a CPU.
+default runs all settings (80 runs); causal is parity-64 for TLinFormer with model.causal_history; tiny is two runs on a
+CPU.
 
 Result: docs/memory.md, "State tracking": parity-64, three seeds; the others one seed with at most 100 M tokens:
 --config.train.steps=3051@0.99 --config.train.warmup_steps=305 and stages of at most 400 or 500 updates, as their
@@ -22,7 +23,9 @@ def get_sweep(variant: str = "all") -> Sweep:
     if variant == "tiny":
         base, points = sweep_points(package_config("state"), ("tiny",), MODELS[:2], (3e-3,))
         return Sweep(base, points, then=("evaluate", "evaluate@64"), study="retrieval")
-    settings = ("parity-64", "parity-256", "s5-64", "s5-256") if variant == "all" else (variant,)
-    base, points = sweep_points(package_config("state"), settings, MODELS, (1e-3,))
+    settings, models = ("parity-64", "parity-256", "s5-64", "s5-256") if variant == "all" else (variant,), MODELS
+    if variant == "causal":
+        settings, models = ("parity-64",), ("causal-4",)
+    base, points = sweep_points(package_config("state"), settings, models, (1e-3,))
     then = tuple(f"evaluate@{length}" for length in LENGTHS)
     return Sweep(base, points, seeds=(0, 1, 2, 3, 4), then=then, study="retrieval")

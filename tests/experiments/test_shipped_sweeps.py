@@ -255,6 +255,7 @@ def parameters(config) -> int:
         ("sweep_recall.py:plus", 45, 4),
         ("sweep_recall.py:plus-grown", 4, 1),
         ("sweep_recall.py:plus-causal", 9, 1),
+        ("sweep_recall.py:causal", 9, 1),
         ("sweep_recall.py:tiny", 2, 2),
         ("sweep_copy.py", 72, 4),
         ("sweep_comparators.py:recall", 18, 2),
@@ -266,6 +267,7 @@ def parameters(config) -> int:
         ("sweep_capacity.py:tiny", 3, 1),
         ("sweep_state.py", 80, 4),
         ("sweep_state.py:s5-64", 20, 4),
+        ("sweep_state.py:causal", 5, 1),
         ("sweep_state.py:tiny", 2, 2),
         ("sweep_niah.py", 48, 4),
         ("sweep_niah.py:16k", 48, 4),
@@ -274,7 +276,7 @@ def parameters(config) -> int:
         ("sweep_niah.py:tiny", 2, 2),
         ("sweep_passkey.py", 12, 4),
         ("sweep_passkey.py:tlin", 3, 1),
-        ("sweep_passkey.py:plus", 21, 2),
+        ("sweep_passkey.py:plus", 23, 2),
         ("sweep_passkey.py:tiny", 2, 2),
     ],
 )
@@ -310,7 +312,7 @@ def test_capacity_varies_one_size_alone_and_names_no_point_as_another_sweep_does
 
 @pytest.mark.parametrize(
     ("sweep", "allowed"),
-    [("recall:9-9", "all, seeds, plus, plus-grown, plus-causal, tiny, 64-4, 128-8"), ("niah:s1-wrong", "1k, 4k, ")],
+    [("recall:9-9", "all, seeds, plus, plus-grown, plus-causal, causal, tiny, 64-4, 128-8"), ("niah:s1-wrong", "1k, 4k, ")],
 )
 def test_a_setting_that_does_not_exist_is_refused_with_the_sweeps_own_variants(sweep, allowed):
     name, _, variant = sweep.partition(":")
