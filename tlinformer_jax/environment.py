@@ -3,6 +3,7 @@
 Every command calls `settle` first, so this module imports nothing heavy.
 """
 
+import contextlib
 import errno
 import io
 import os
@@ -50,6 +51,10 @@ class PatientStream(io.TextIOWrapper):
             super().flush()
         except OSError as error:
             self._drop(error)
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):  # Python 3.13 prints the errors of streams that it closes when it ends
+            super().close()
 
     def _drop(self, error: OSError) -> None:
         self.lost = error.strerror or first_line(error)
