@@ -14,7 +14,7 @@ Result: docs/memory.md, "Needles", one or two seeds:
 - 1k with --config.model.token_shift=true --config.model.longest_wavelength=64, except for the sliding window in mk;
 - 1k-plus: TLinFormer and attention in all tasks, TConstFormer and the sliding window in mk;
 - 4k-plus: TLinFormer and attention in s2 and mk; 16k-plus: TLinFormer in mk;
-- 1k-plus-causal: s1, s2 and mk, one seed.
+- 1k-plus-causal: s1 and s2 with two seeds, s3 with one, mk with three.
 """
 
 from tlinformer_jax.experiments.plan import Sweep

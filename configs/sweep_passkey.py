@@ -5,7 +5,8 @@
 
 Variants: 8k (the default, 12 cells: 4 architectures at 3 learning rates); tlin, only its TLinFormers; plus,
 configs/passkey.py:8k-plus with five seeds, and with two seeds each without one of its options or all, with three taps,
-windows of 256 or an overlap, for attention, and with a causal history; tiny, two cells on the embedded Python reference, minutes on a CPU.
+windows of 256 or an overlap, for attention, and with a causal history; tiny, two cells on the embedded Python
+reference, minutes on a CPU.
 Attention is too slow at the two longest lengths of plus: `--point=K --then=evaluate@8192,evaluate@65536` trains it
 alone.
 
@@ -17,7 +18,7 @@ that it shared with six or seven others. At 8,192 tokens TLinFormer has 0.985 ri
 and the sliding window find no number before both windows. At 32,768 tokens TLinFormer has 0.255 right, nearly all of
 them in the last 10,000 tokens. At rate 0.003 TLinFormer was worse (0.305 after 1,905 updates, two thirds of a run
 without a record). Not measured: 0.0003. Of plus: docs/memory.md, "Passkeys", where most points beside
-8k-plus are from a branch. Not measured: the second seeds with an overlap and of attention.
+8k-plus are from a branch. Not measured: the second seeds with an overlap, of attention and with a causal history.
 """
 
 from typing import Any

@@ -38,7 +38,8 @@ Not measured: the models of 6 layers, other rates, further seeds in 1024-128-tig
 samples of 128 and 256. Of plus: attention in all nine settings and TLinFormer in 64-4, 128-8, 256-16 and the two called
 grown, five seeds; the sliding window in all, TConstFormer in all but 64-4, 128-8 and 256-16, and TLinFormer without the
 shift in all but 64-4 and 256-16, three seeds. The other cells were stopped
-(docs/measurements/recall_stopped_h200.json). plus-grown and plus-causal: all, five seeds.
+(docs/measurements/recall_stopped_h200.json). plus-grown and plus-causal: all, five seeds. causal: 64-4, 128-8 and
+128-8-grown, three seeds; 256-16 was stopped.
 """
 
 from tlinformer_jax.config.run import default_config_dict
