@@ -312,7 +312,10 @@ def test_capacity_varies_one_size_alone_and_names_no_point_as_another_sweep_does
 
 @pytest.mark.parametrize(
     ("sweep", "allowed"),
-    [("recall:9-9", "all, seeds, plus, plus-grown, plus-causal, causal, tiny, 64-4, 128-8"), ("niah:s1-wrong", "1k, 4k, ")],
+    [
+        ("recall:9-9", "all, seeds, plus, plus-grown, plus-causal, causal, tiny, 64-4, 128-8"),
+        ("niah:s1-wrong", "1k, 4k, "),
+    ],
 )
 def test_a_setting_that_does_not_exist_is_refused_with_the_sweeps_own_variants(sweep, allowed):
     name, _, variant = sweep.partition(":")
