@@ -9,7 +9,7 @@ setting of configs/niah.py, such as s1-4k; and tiny, two runs on a CPU. In plus 
 rotations, and TLinFormer and TConstFormer also key taps. Each is evaluated at 1, 4 and 16 times its length for the heat
 maps of the report. A point is refused if the held-out text is shorter: then set --then.
 
-Result: docs/memory.md, "Needles", one or two seeds:
+Result: docs/memory.md, "Needles", one or two seeds unless another number is named:
 
 - 1k with --config.model.token_shift=true --config.model.longest_wavelength=64, except for the sliding window in mk;
 - 1k-plus: TLinFormer and attention in all tasks, TConstFormer and the sliding window in mk;
