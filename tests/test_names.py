@@ -7,7 +7,7 @@ import sys
 import pytest
 from absl import flags
 
-from tests.support.commands import ROOT, check_refusal, command, command_line, in_forks, run_line
+from tests.support.commands import ROOT, check_refusal, command_line, in_forks, run_line
 from tlinformer_jax.commands import cli
 from tlinformer_jax.config.named import config_file, load_python
 from tlinformer_jax.config.run import run_config, unknown_field
@@ -81,9 +81,8 @@ def test_an_unknown_name_lists_the_names():
     sweeps = "architectures, capacity, comparators, copy, evidence, niah, options, passkey, recall, state, windows"
     with pytest.raises(UserError, match=f"--sweep=q: must be a Python file, or one of {sweeps}$"):
         config_file("q", "--sweep")
-    check_refusal(
-        command("tlinformer_jax.main", "--config=tinny", "--workdir=run"), f"one of {names}; did you mean tiny?"
-    )
+    (refused,) = in_forks([("tlinformer_jax.main", ["--config=tinny", "--workdir=run"])])
+    check_refusal(refused, f"one of {names}; did you mean tiny?")
 
 
 @pytest.mark.parametrize(
@@ -150,7 +149,8 @@ MISSPELT = {
 @pytest.mark.parametrize("what", MISSPELT)
 def test_misspelt_on_the_command_line(what):
     arguments, says = MISSPELT[what]
-    check_refusal(command("tlinformer_jax.__main__", *arguments), says)
+    (refused,) = in_forks([("tlinformer_jax.__main__", [*arguments])])
+    check_refusal(refused, says)
 
 
 def test_a_wrong_command_is_told_at_once():

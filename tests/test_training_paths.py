@@ -124,8 +124,7 @@ def truth(config) -> tuple[float, dict[str, tuple[np.ndarray, float]]]:
 
     def loss(changes) -> float:
         logits = reference.logits(weights | changes, config, batch["inputs"])
-        pairs = zip(logits.reshape(-1, 1, config.vocab_size), batch["labels"].reshape(-1, 1))
-        return float(np.dot([reference.mean_loss(*pair) for pair in pairs], batch["weights"].reshape(-1)))
+        return float((reference.token_losses(logits, batch["labels"]) * batch["weights"]).sum())
 
     slopes = {}
     for name, array in weights.items():

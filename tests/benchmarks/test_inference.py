@@ -254,16 +254,18 @@ def test_panels_show_the_figures_of_the_report(finished, tmp_path, drawn):
 
 def test_figures_are_drawn_again_from_records(finished, tmp_path):
     folder, _ = finished
-    drawn = commands.command("benchmarks.plots", f"--record={folder}/inference.json", f"--out={tmp_path}/again")
-    assert drawn.returncode == 0, drawn.stderr
-    for name in ("figure9.png", "generation.png", "multiples.png"):
-        assert (tmp_path / "again" / name).read_bytes() == (folder / name).read_bytes()
     (tmp_path / "other.json").write_text("[]")
     (tmp_path / "part.json").write_text('{"rows": []}')
     others = [([f"--record={tmp_path}/{name}.json"], "must be records of") for name in ("other", "part")]
-    for arguments, says in (([], "--record: must name"), *others):
-        refused = commands.command("benchmarks.plots", *arguments, f"--out={tmp_path}/none")
-        commands.check_refusal(refused, says)
+    wrong = [([], "--record: must name"), *others]
+    lines = [[f"--record={folder}/inference.json", f"--out={tmp_path}/again"]]
+    lines += [[*arguments, f"--out={tmp_path}/none"] for arguments, _ in wrong]
+    drawn, *refused = commands.in_forks([("benchmarks.plots", line) for line in lines])
+    assert drawn.returncode == 0, drawn.stderr
+    for name in ("figure9.png", "generation.png", "multiples.png"):
+        assert (tmp_path / "again" / name).read_bytes() == (folder / name).read_bytes()
+    for result, (_, says) in zip(refused, wrong, strict=True):
+        commands.check_refusal(result, says)
     assert not (tmp_path / "none").exists()
 
 

@@ -13,6 +13,7 @@ import sys
 import tomllib
 
 from tests.docs.blocks import ROOT
+from tests.support.forks import import_what_commands_import
 
 # Commands of the system, scripts that tests/launch runs, and what has flags of its own kind.
 OTHERS = (
@@ -74,10 +75,8 @@ def parse(command: str) -> None:
 
 
 def main() -> int:
-    """Parses all, each in a fork."""
-
-    import tlinformer_jax.config.run  # noqa: F401
-
+    """Parses all, each in a fork of a process that has imported what most of them import."""
+    import_what_commands_import()
     failed = 0
     for command in sys.stdin.read().splitlines():
         sys.stdout.flush()

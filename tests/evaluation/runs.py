@@ -48,5 +48,5 @@ def costs(tokens: np.ndarray, length: int, model: ModelConfig = MODEL) -> list[n
     for start in range(0, len(tokens) - 1, length):
         cut = np.asarray(tokens[start : start + length + 1], int)
         logits = reference.logits(weights(model), model, cut[None, :-1])[0]
-        samples.append(np.array([reference.mean_loss(row, label) for row, label in zip(logits, cut[1:])]))
+        samples.append(reference.token_losses(logits, cut[1:]))
     return samples

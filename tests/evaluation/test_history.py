@@ -1,6 +1,7 @@
 """What the history contributes, against the NumPy reference with rows taken away or swapped, one window at a time."""
 
 import dataclasses
+import functools
 import json
 
 import numpy as np
@@ -23,6 +24,7 @@ FEW = {"samples": 2, "distances": (0, 9), "batch_size": 2}
 OPTIONS = {"samples": 3, "distances": (0, 5, 9), "batch_size": 2}
 
 
+@functools.cache
 def double(model):
     return {name: np.asarray(array, np.float64) for name, array in weights(model).items()}
 
@@ -38,20 +40,20 @@ def window_costs(model, tokens, labels, start, cut, seen=None):
     first = 0 if cut is None else max(0, n - cut)
     x = reference._window(double(model), model, embedded, n, embedded[n : start + size], first, seen)[overlap:]
     x = reference._norm(x, double(model)["transformer.norm.weight"], double(model)["transformer.norm.bias"])
-    return [reference.mean_loss(row, label) for row, label in zip(x @ table.T, labels[start : start + size])]
+    return reference.token_losses(x @ table.T, labels[start : start + size])
 
 
 def last_costs(model, tokens, labels, start):
     """Nats of a window's tokens by the reference's forward pass of the whole sequence."""
     stop = start + model.generation_window
     found = reference.logits(weights(model), model, tokens[None, :stop])[0]
-    return [reference.mean_loss(row, label) for row, label in zip(found[start:], labels[start:stop], strict=True)]
+    return reference.token_losses(found[start:], labels[start:stop])
 
 
 def swapped_costs(model, tokens, labels, other, start):
     """Nats of a window's tokens in the sequence that begins with the rows of another text."""
     n = max(0, start - model.window_overlap)
-    return last_costs(model, np.concatenate([other[:n], tokens[n:]]), labels, start)
+    return window_costs(model, np.concatenate([other[:n], tokens[n:]]), labels, start, None)
 
 
 SHORT = dataclasses.replace(MODEL, architecture="transformer", num_blocks=1)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh
 
-from tests.support.commands import ROOT, check_refusal, command, command_line
+from tests.support.commands import ROOT, check_refusal, command_line, in_forks
 from tests.support.processes import SMALL, free_port
 from tlinformer_jax.errors import UserError
 from tlinformer_jax.parallel.processes import Cluster, find_cluster, joined
@@ -64,10 +64,12 @@ def test_flags_that_do_not_fit_are_refused(name):
 
 def test_the_commands_refuse_them_with_one_line(tmp_path):
     wrong = ("--num_processes=2", "--process_id=0")
-    trained = command("tlinformer_jax.main", "--config=configs/tiny.py", f"--workdir={tmp_path}/run", *wrong)
+    train = ["--config=configs/tiny.py", f"--workdir={tmp_path}/run", *wrong]
+    evaluate = [f"--workdir={tmp_path}", *wrong]
+    trained, evaluated = in_forks([("tlinformer_jax.main", train), ("evaluate", evaluate)])
     check_refusal(trained, "--coordinator_address: missing; give")
     assert not (tmp_path / "run").exists()
-    check_refusal(command("evaluate", f"--workdir={tmp_path}", *wrong), "--coordinator_address: missing")
+    check_refusal(evaluated, "--coordinator_address: missing")
 
 
 def test_a_process_holds_the_rows_of_its_devices(monkeypatch):

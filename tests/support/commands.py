@@ -1,5 +1,6 @@
 """The commands as a user types them, in a process of their own."""
 
+import functools
 import json
 import os
 import pathlib
@@ -48,17 +49,28 @@ def command(
 
 def in_forks(cases: list[tuple[str, list[str]]]) -> list[subprocess.CompletedProcess]:
     """Runs modules or commands with their arguments, each in a fork of one process, which imports only once."""
-    line, environment = command_line("tests.support.forks")
-    done = run_line(line, environment, json.dumps(cases))
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    process, (_, environment) = _forking(), command_line("tests.support.forks")
+    assert process.stdin
+    assert process.stdout
+    process.stdin.write(json.dumps([environment, cases]) + "\n")
+    process.stdin.flush()
+    answer = process.stdout.readline()
+    assert answer, f"the process that forks has ended with status {process.wait()}"
+    found = json.loads(answer)
     return [subprocess.CompletedProcess(case[1], *result) for case, result in zip(cases, found, strict=True)]
 
 
-def run_line(line: list[str], environment: dict[str, str], text: str = "") -> subprocess.CompletedProcess:
+@functools.cache
+def _forking() -> subprocess.Popen:
+    """The process that forks, for all tests of this one; it ends when its input does, with this process."""
+    line, environment = command_line("tests.support.forks")
+    return subprocess.Popen(line, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def run_line(line: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess:
     """Runs what `command_line` returned, perhaps changed, in the project's directory."""
     return subprocess.run(
-        line, cwd=ROOT, env=environment, input=text, capture_output=True, text=True, check=False, timeout=TIMEOUT
+        line, cwd=ROOT, env=environment, input="", capture_output=True, text=True, check=False, timeout=TIMEOUT
     )
 
 

@@ -1,7 +1,8 @@
-"""Commands in forks of one process: `python -m tests.support.forks < CASES`.
+"""Commands in forks of one process: `python -m tests.support.forks`.
 
-The process imports once what commands import, which is most of the time that a refusal takes. CASES is a JSON list of
-[command, arguments]; prints one of [status, stdout, stderr].
+The process imports once what commands import, which is most of the time that a refusal takes. Each line of its input is
+JSON: [environment, cases], where a case is [command, arguments]. It answers with a line: a JSON list of [status,
+stdout, stderr].
 """
 
 import gc
@@ -9,15 +10,21 @@ import json
 import os
 import pathlib
 import runpy
+import signal
 import sys
 import tempfile
 import traceback
 
-ROOT = pathlib.Path(__file__).parents[2]
+from tests.support.commands import ROOT, TIMEOUT
 
 
-def forked(command: str, arguments: list[str], folder: pathlib.Path) -> tuple[int, str, str]:
-    """Status, stdout and stderr of `python -m COMMAND ARGUMENTS`, or of a command of `python -m tlinformer_jax`."""
+def forked(
+    command: str, arguments: list[str], folder: pathlib.Path, environment: dict[str, str] | None = None
+) -> tuple[int, str, str]:
+    """Status, stdout and stderr of `python -m COMMAND ARGUMENTS`, or of a command of `python -m tlinformer_jax`.
+
+    In `environment`, if given; but JAX and what else is imported has read its variables before.
+    """
     outputs = [folder / ".out", folder / ".err"]
     sys.stdout.flush()
     sys.stderr.flush()
@@ -25,9 +32,14 @@ def forked(command: str, arguments: list[str], folder: pathlib.Path) -> tuple[in
     if pid == 0:
         status = 1
         try:
+            signal.alarm(TIMEOUT)
+            os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # the next cases are not the command's input
             for number, path in enumerate(outputs, 1):
                 os.dup2(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_TRUNC), number)
             os.chdir(ROOT)
+            if environment is not None:
+                os.environ.clear()
+                os.environ.update(environment)
             module = command if "." in command else "tlinformer_jax"  # a benchmark or tool, or a command of ours
             sys.argv = [module, *([] if "." in command else [command]), *arguments]
             runpy.run_module(module, run_name="__main__", alter_sys=True)
@@ -66,5 +78,7 @@ def import_what_commands_import() -> None:
 
 if __name__ == "__main__":
     import_what_commands_import()
-    with tempfile.TemporaryDirectory() as outputs:
-        print(json.dumps([forked(*case, pathlib.Path(outputs)) for case in json.load(sys.stdin)]))
+    for request in sys.stdin:
+        environment, cases = json.loads(request)
+        with tempfile.TemporaryDirectory() as outputs:
+            print(json.dumps([forked(*case, pathlib.Path(outputs), environment) for case in cases]), flush=True)

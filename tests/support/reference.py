@@ -40,7 +40,7 @@ def logits(
 
 def places(ids: np.ndarray) -> np.ndarray:
     """Positions in their documents."""
-    return np.array([np.sum(ids[:t] == ids[t]) for t in range(len(ids))], int)
+    return np.tril(ids[:, None] == ids[None, :], -1).sum(1)
 
 
 def key_rows(weights: Weights, config, rows: np.ndarray, ids: np.ndarray | None = None) -> np.ndarray:
@@ -51,18 +51,22 @@ def key_rows(weights: Weights, config, rows: np.ndarray, ids: np.ndarray | None 
 def tokens_before(vectors: np.ndarray, rows: np.ndarray, ids: np.ndarray | None = None) -> np.ndarray:
     """The sum over k of 10 * vectors[k - 1] * rows[t - k], over the rows of t's own document."""
     total = np.zeros_like(rows)
-    for t in range(len(rows)):
-        for back, vector in enumerate(vectors, 1):
-            if t >= back and (ids is None or ids[t] == ids[t - back]):
-                total[t] += 10.0 * vector * rows[t - back]
+    for back, vector in enumerate(vectors[: len(rows) - 1], 1):
+        own = 1.0 if ids is None else (ids[back:] == ids[:-back])[:, None]
+        total[back:] += 10.0 * vector * rows[:-back] * own
     return total
 
 
 def mean_loss(all_logits: np.ndarray, labels: np.ndarray) -> float:
     """Mean cross-entropy in nats over all positions."""
+    return float(token_losses(all_logits, labels).mean())
+
+
+def token_losses(all_logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Cross-entropy in nats of each position."""
     shifted = all_logits - all_logits.max(-1, keepdims=True)
     log_probs = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
-    return float(-np.take_along_axis(log_probs, np.asarray(labels)[..., None], -1).mean())
+    return -np.take_along_axis(log_probs, np.asarray(labels, int)[..., None], -1)[..., 0]
 
 
 def _predicted(
@@ -238,9 +242,8 @@ def _gated_deltanet(layer: "_Layer", x: np.ndarray) -> np.ndarray:
     heads = len(layer.get("A_log"))
     qkv, gate = np.split(y @ layer.get("qkvg_proj.weight").T, [-len(layer.get("qkvg_proj.weight")) // 4], axis=-1)
     mixed = np.zeros_like(qkv)
-    for t in range(length):
-        for back in range(min(4, t + 1)):
-            mixed[t] += layer.get("conv.weight")[:, 3 - back] * qkv[t - back]
+    for back in range(min(4, length)):
+        mixed[back:] += layer.get("conv.weight")[:, 3 - back] * qkv[: length - back]
     mixed = mixed / (1 + np.exp(-mixed))
     q, k, v = (part.reshape(length, heads, -1) for part in np.split(mixed, 3, axis=-1))
     rates = y @ layer.get("rates_proj.weight").T
@@ -259,11 +262,10 @@ def delta_rule(
     state = np.zeros((heads, d, d)) if state is None else state.copy()
     o = np.zeros((length, heads, d))
     for t in range(length):
-        for h in range(heads):
-            S = np.exp(g[t, h]) * state[h]
-            S = S + beta[t, h] * np.outer(k[t, h], v[t, h] - S.T @ k[t, h])
-            o[t, h] = S.T @ q[t, h] / math.sqrt(d)
-            state[h] = S
+        S = np.exp(g[t])[:, None, None] * state
+        news = beta[t][:, None] * (v[t] - np.einsum("hkv,hk->hv", S, k[t]))
+        state = S + np.einsum("hk,hv->hkv", k[t], news)
+        o[t] = np.einsum("hkv,hk->hv", state, q[t]) / math.sqrt(d)
     return o, state
 
 
@@ -283,9 +285,8 @@ class _Layer:
     def project(self, u: np.ndarray, positions: np.ndarray) -> list[np.ndarray]:
         y = _norm(u, self.get("norm1.weight"), self.get("norm1.bias"))
         qkv = y @ self.get("qkv_proj.weight").T + self.get("qkv_proj.bias")
-        q, k, v = (part.reshape(len(u), self.heads, u.shape[1] // self.heads) for part in np.split(qkv, 3, axis=-1))
-        longest = self.config.longest_wavelength
-        return [_rope(q, positions, longest), _rope(k, positions, longest), v]
+        parts = qkv.reshape(len(u), 3, self.heads, u.shape[1] // self.heads).swapaxes(0, 1)
+        return [*_rope(parts[:2], positions, self.config.longest_wavelength), parts[2]]
 
     def update(self, u: np.ndarray, attended: np.ndarray) -> np.ndarray:
         v = (
@@ -297,9 +298,10 @@ class _Layer:
         if self.config.num_experts < 2:
             return v + self.expert(y, "ffn.")
         output = np.zeros_like(v)
-        for row, shares in enumerate(expert_shares(y @ self.get("ffn.router.weight").T, self.config.experts_per_token)):
-            for number in np.flatnonzero(shares):
-                output[row] += shares[number] * self.expert(y[row], f"ffn.experts.{number}.")
+        shares = expert_shares(y @ self.get("ffn.router.weight").T, self.config.experts_per_token)
+        for number in range(self.config.num_experts):
+            rows = np.flatnonzero(shares[:, number])
+            output[rows] += shares[rows, number, None] * self.expert(y[rows], f"ffn.experts.{number}.")
         return v + output
 
     def expert(self, y: np.ndarray, name: str) -> np.ndarray:
@@ -321,11 +323,12 @@ def expert_shares(logits: np.ndarray, top: int) -> np.ndarray:
 
 
 def _norm(x: np.ndarray, scale: np.ndarray, bias: np.ndarray) -> np.ndarray:
-    mean = x.mean(-1, keepdims=True)
-    return (x - mean) / np.sqrt(((x - mean) ** 2).mean(-1, keepdims=True) + 1e-5) * scale + bias
+    x = x - x.sum(-1, keepdims=True) / x.shape[-1]
+    return x / np.sqrt((x * x).sum(-1, keepdims=True) / x.shape[-1] + 1e-5) * scale + bias
 
 
 def _rope(x: np.ndarray, positions: np.ndarray, longest: int) -> np.ndarray:
+    """Of rows [.., n, heads, d]."""
     width = x.shape[-1]
     frequencies = 10000.0 ** (-2 * np.arange(width // 2) / width)
     if longest:
@@ -357,6 +360,7 @@ def _attend(
         scores = np.where(hidden, -np.inf, scores)
     if ids is not None:
         scores = np.where(ids[0][:, None] == ids[1][None, :], scores, -np.inf)
-    alone = np.isneginf(scores).all(-1, keepdims=True)
-    weights = np.exp(scores - np.where(alone, 0, scores.max(-1, keepdims=True)))
-    return np.einsum("hqk,khd->qhd", weights / np.where(alone, 1, weights.sum(-1, keepdims=True)), v)
+    largest = scores.max(-1, keepdims=True)
+    weights = np.exp(scores - np.where(np.isneginf(largest), 0, largest))
+    total = weights.sum(-1, keepdims=True)  # at least 1 where there is a key
+    return np.einsum("hqk,khd->qhd", weights / np.where(total == 0, 1, total), v)

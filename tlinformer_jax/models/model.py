@@ -1,6 +1,7 @@
 """The language model: tied embedding, one of the architectures, final LayerNorm, head; and the baselines' layers."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -158,6 +159,12 @@ def build_model(config: ModelConfig) -> LanguageModel:
 
 def parameter_shapes(config: ModelConfig) -> dict[str, Any]:
     """Returns shape and dtype of each parameter of a model, in the tree of the variables' `params`."""
+    return jax.tree.map(lambda leaf: leaf, _traced_shapes(config))  # the caller may change the tree
+
+
+@functools.lru_cache(maxsize=64)
+def _traced_shapes(config: ModelConfig) -> dict[str, Any]:
+    """`parameter_shapes`, traced once for each configuration: a command asks several times."""
     model = build_model(config)
     return jax.eval_shape(lambda: model.init(jax.random.key(0), method=LanguageModel.parameters))["params"]
 
