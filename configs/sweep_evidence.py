@@ -40,9 +40,9 @@ saves another.
 
 Needs: the same as configs/books.py. Result: docs/quality.md, "Six epochs of books" (points 0, 4, 5 and 15 of `books`:
 after 600 M tokens a Transformer is better, with a causal history by less) and "Learning rates for six epochs" (9 points
-of `rates`), and "Samples of 8,192 tokens" (`8k`, point 0 with two seeds). "Six epochs" also has
-base-plus, plus, causal-plus and causal-plus-512 of `gap`, by an experimental version; there and in point 15 the causal
-history has an earlier definition. The rest is not measured yet.
+of `rates`), and "Samples of 8,192 tokens" (`8k`, point 0 with two seeds). "Six epochs" also has base-plus, plus,
+causal-plus and causal-plus-512 of `gap`, by an experimental version; there and in point 15 the causal history has an
+earlier definition. The rest is not measured yet.
 """
 
 from collections.abc import Mapping

@@ -57,8 +57,12 @@ VARIANTS = {"all": (*SETTINGS, *GROWN), "seeds": TIGHT, "plus": PLUS, "plus-grow
 VARIANTS |= {"plus-causal": PLUS, "causal": (*SETTINGS, *GROWN), "tiny": ()}
 VARIANTS |= {setting: (setting,) for setting in (*SETTINGS, *GROWN, *PLUS, *PLUS_GROWN)}
 # Variant with one learning rate -> its models.
-MODELS_OF = {"seeds": tuple(MODELS)[1:], "plus-grown": ("tlin-4",)}
-MODELS_OF |= {"plus-causal": ("causal-4",), "causal": ("causal-4",)}
+MODELS_OF = {
+    "seeds": tuple(MODELS)[1:],
+    "plus-grown": ("tlin-4",),
+    "plus-causal": ("causal-4",),
+    "causal": ("causal-4",),
+}
 
 
 def get_sweep(variant: str = "all") -> Sweep:

@@ -17,6 +17,11 @@ from tlinformer_jax.experiments.recipes import package_config, sweep_points
 
 MODELS = ("tlin-4", "tconst-4", "attention-4", "sliding-4")
 LENGTHS = (32, 64, 128, 256, 512, 1024)
+# Variant -> settings of configs/state.py and models; others are a setting with MODELS.
+VARIANTS = {
+    "all": (("parity-64", "parity-256", "s5-64", "s5-256"), MODELS),
+    "causal": (("parity-64",), ("causal-4",)),
+}
 
 
 def get_sweep(variant: str = "all") -> Sweep:
@@ -24,9 +29,7 @@ def get_sweep(variant: str = "all") -> Sweep:
     if variant == "tiny":
         base, points = sweep_points(package_config("state"), ("tiny",), MODELS[:2], (3e-3,))
         return Sweep(base, points, then=("evaluate", "evaluate@64"), study="retrieval")
-    settings, models = ("parity-64", "parity-256", "s5-64", "s5-256") if variant == "all" else (variant,), MODELS
-    if variant == "causal":
-        settings, models = ("parity-64",), ("causal-4",)
+    settings, models = VARIANTS.get(variant, ((variant,), MODELS))
     base, points = sweep_points(package_config("state"), settings, models, (1e-3,))
     then = tuple(f"evaluate@{length}" for length in LENGTHS)
     return Sweep(base, points, seeds=(0, 1, 2, 3, 4), then=then, study="retrieval")

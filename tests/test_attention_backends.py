@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from benchmarks import attention as bench
-from tests.support.commands import check_refusal, in_forks
+from tests.support.commands import check_refusal, in_fork
 from tlinformer_jax.kernels.common import Scores
 from tlinformer_jax.kernels.splash import attend_splash
 from tlinformer_jax.models import attention
@@ -175,5 +175,4 @@ def test_the_check_command_passes_here_and_sees_a_fault(monkeypatch, request):
 
 @pytest.mark.parametrize("chosen", ["--backends=soup", "--shapes=soup"])
 def test_a_check_of_nothing_does_not_pass(chosen):
-    (refused,) = in_forks([("benchmarks.attention", ["--check", chosen])])
-    check_refusal(refused, "no backend of this machine has such a shape")
+    check_refusal(in_fork("benchmarks.attention", "--check", chosen), "no backend of this machine has such a shape")

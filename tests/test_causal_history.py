@@ -16,6 +16,7 @@ from tests.parallel.test_batch_split import MESHES, check
 from tests.parallel.test_batch_split import MODEL as TRAINED
 from tests.support import golden, reference
 from tests.support.models import SMALL
+from tests.test_model import golden_scale
 from tlinformer_jax import DualWindowBlock, ModelConfig, build_model
 from tlinformer_jax.config.execution import ExecutionPlan
 from tlinformer_jax.config.model import ARCHITECTURES
@@ -35,10 +36,6 @@ LENGTH = 15  # three windows of 4 tokens, and one of 3
 
 def continued(**changes) -> ModelConfig:
     return dataclasses.replace(CONTINUED, **changes)
-
-
-def golden_scale(config: ModelConfig):
-    return params_from_reference(golden.random_weights(config), config)
 
 
 def tokens_of(length: int = LENGTH) -> np.ndarray:

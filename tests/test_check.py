@@ -5,7 +5,7 @@ import os
 import jax
 import pytest
 
-from tests.support.commands import ROOT, check_refusal, command, in_forks
+from tests.support.commands import ROOT, check_refusal, command, in_fork
 from tlinformer_jax.config.run import run_config
 from tlinformer_jax.data.sources import load_split
 from tlinformer_jax.data.tokenizers import ByteTokenizer
@@ -131,8 +131,7 @@ def test_the_command_needs_no_workdir_and_writes_nothing(tmp_path, monkeypatch):
     for line in result.stdout.splitlines()[:4]:  # what follows depends on Python's own documentation
         assert line.rpartition(", ")[0] in shown
     assert os.listdir(tmp_path) == []
-    arguments = ["--check", "--config=configs/tiny.py", "--config.train.mesh=fsdp=3"]
-    (wrong,) = in_forks([("tlinformer_jax.main", arguments)])
+    wrong = in_fork("tlinformer_jax.main", "--check", "--config=configs/tiny.py", "--config.train.mesh=fsdp=3")
     check_refusal(wrong, "it is 3, and there is 1 device")
 
 

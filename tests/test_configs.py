@@ -10,7 +10,7 @@ import jax
 import pytest
 from absl import flags
 
-from tests.support.commands import check_refusal, in_forks
+from tests.support.commands import check_refusal, in_fork
 from tlinformer_jax.commands import cli
 from tlinformer_jax.config import recipes
 from tlinformer_jax.config.run import RunConfig, run_config
@@ -297,8 +297,7 @@ def test_unknown_variants_are_refused_in_one_line(name, variant, message):
 
 
 def test_an_unknown_variant_on_the_command_line(tmp_path):
-    arguments = ["--config=configs/wt103.py:nonsense", f"--workdir={tmp_path}/run"]
-    (refused,) = in_forks([("tlinformer_jax.main", arguments)])
+    refused = in_fork("tlinformer_jax.main", "--config=configs/wt103.py:nonsense", f"--workdir={tmp_path}/run")
     check_refusal(refused, "variant = 'nonsense': must be one of base-512, ")
 
 

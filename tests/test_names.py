@@ -7,7 +7,7 @@ import sys
 import pytest
 from absl import flags
 
-from tests.support.commands import ROOT, check_refusal, command_line, in_forks, run_line
+from tests.support.commands import ROOT, check_refusal, command_line, in_fork, in_forks, run_line
 from tlinformer_jax.commands import cli
 from tlinformer_jax.config.named import config_file, load_python
 from tlinformer_jax.config.run import run_config, unknown_field
@@ -81,7 +81,7 @@ def test_an_unknown_name_lists_the_names():
     sweeps = "architectures, capacity, comparators, copy, evidence, niah, options, passkey, recall, state, windows"
     with pytest.raises(UserError, match=f"--sweep=q: must be a Python file, or one of {sweeps}$"):
         config_file("q", "--sweep")
-    (refused,) = in_forks([("tlinformer_jax.main", ["--config=tinny", "--workdir=run"])])
+    refused = in_fork("tlinformer_jax.main", "--config=tinny", "--workdir=run")
     check_refusal(refused, f"one of {names}; did you mean tiny?")
 
 
@@ -149,8 +149,7 @@ MISSPELT = {
 @pytest.mark.parametrize("what", MISSPELT)
 def test_misspelt_on_the_command_line(what):
     arguments, says = MISSPELT[what]
-    (refused,) = in_forks([("tlinformer_jax.__main__", [*arguments])])
-    check_refusal(refused, says)
+    check_refusal(in_fork("tlinformer_jax.__main__", *arguments), says)
 
 
 def test_a_wrong_command_is_told_at_once():

@@ -17,6 +17,7 @@ from tests.parallel.test_batch_split import MODEL as TRAINED
 from tests.support import golden, reference
 from tests.support.models import SMALL
 from tests.support.optional import need_modules
+from tests.test_model import golden_scale
 from tests.test_window_sampling import batch_of, loss_and_gradient
 from tlinformer_jax import ModelConfig, build_model
 from tlinformer_jax.analysis.flops import training_flops
@@ -44,10 +45,6 @@ QUICK = tuple(name for name in SHIFTING if name != "tconstformer")
 
 def shifted(architecture: str, **changes) -> ModelConfig:
     return dataclasses.replace(SHIFTED, architecture=architecture, **changes)
-
-
-def golden_scale(config: ModelConfig):
-    return params_from_reference(golden.random_weights(config), config)
 
 
 # ---- The forward pass

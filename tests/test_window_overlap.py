@@ -17,6 +17,7 @@ from tests.parallel.test_batch_split import MODEL as TRAINED
 from tests.support import golden, reference
 from tests.support.models import SMALL
 from tests.support.optional import need_modules
+from tests.test_model import golden_scale
 from tlinformer_jax import ModelConfig, build_model
 from tlinformer_jax.analysis.flops import training_flops
 from tlinformer_jax.config.execution import ExecutionPlan
@@ -41,10 +42,6 @@ slow = pytest.mark.slow
 
 def overlapping(**changes) -> ModelConfig:
     return dataclasses.replace(OVERLAPPING, **changes)
-
-
-def golden_scale(config: ModelConfig):
-    return params_from_reference(golden.random_weights(config), config)
 
 
 # ---- The configuration
@@ -263,9 +260,7 @@ def loss_and_gradient(config):
 def reference_loss(weights, config) -> float:
     given = batch_of()
     logits = reference.logits(weights, config, given["inputs"])
-    rows = zip(logits.reshape(-1, 1, logits.shape[-1]), given["labels"].reshape(-1, 1))
-    losses = [reference.mean_loss(row, label) for row, label in rows]
-    return float(np.dot(losses, given["weights"].reshape(-1)))
+    return float((reference.token_losses(logits, given["labels"]) * given["weights"]).sum())
 
 
 @slow

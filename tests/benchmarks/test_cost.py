@@ -4,7 +4,7 @@ import pytest
 
 from benchmarks.cost import MODELS
 from benchmarks.token_cost import generation_cost, training_cost
-from tests.support.commands import ROOT, check_refusal, in_forks
+from tests.support.commands import ROOT, check_refusal, in_fork, in_forks
 
 # Of the 41M shape: 8 layers of four D x D matrices and three D x F, and the head.
 LAYERS, HEAD = 8 * (4 * 432**2 + 3 * 432 * 1280), 50257 * 432
@@ -35,7 +35,7 @@ def test_the_cost_of_a_token_grows_with_the_text_unless_its_window_slides():
 
 
 def test_the_site_has_the_tables_that_the_command_prints():
-    (printed,) = in_forks([("benchmarks.cost", [])])
+    printed = in_fork("benchmarks.cost")
     assert printed.returncode == 0, printed.stderr
     tables = printed.stdout.strip().split("\n\n")
     assert len(tables) == 2

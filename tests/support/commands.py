@@ -60,6 +60,11 @@ def in_forks(cases: list[tuple[str, list[str]]]) -> list[subprocess.CompletedPro
     return [subprocess.CompletedProcess(case[1], *result) for case, result in zip(cases, found, strict=True)]
 
 
+def in_fork(command: str, *arguments: str) -> subprocess.CompletedProcess:
+    """Runs one module or command in such a fork."""
+    return in_forks([(command, list(arguments))])[0]
+
+
 @functools.cache
 def _forking() -> subprocess.Popen:
     """The process that forks, for all tests of this one; it ends when its input does, with this process."""

@@ -10,7 +10,7 @@ import pytest
 
 from tests.evaluation.runs import LENGTH, MODEL, trained
 from tests.evaluation.test_documents import STREAM
-from tests.support.commands import check_refusal, in_forks
+from tests.support.commands import check_refusal, in_fork, in_forks
 from tests.support.results import made_result
 from tlinformer_jax.evaluation.bootstrap import mean_interval
 from tlinformer_jax.evaluation.report import EvaluationOptions, evaluate_run, write_report
@@ -80,7 +80,7 @@ def test_a_report_and_a_record_of_real_evaluations(tmp_path, monkeypatch):
     record = made_result("full", 20.0, then={name: run_action(name, other) for name in actions})
     write_report(report, tmp_path / "A.json")
     write_result(tmp_path / "B.json", record)
-    (done,) = in_forks([("tools.compare_losses", [f"{tmp_path}/A.json", f"{tmp_path}/B.json"])])
+    done = in_fork("tools.compare_losses", f"{tmp_path}/A.json", f"{tmp_path}/B.json")
     assert (done.returncode, done.stderr) == (0, "")
     lines = done.stdout.splitlines()
     assert [line.rpartition("samples of ")[2] for line in lines[::4]] == ["5 tokens", "12 tokens"]

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from tests.support.commands import check_refusal, in_forks
+from tests.support.commands import check_refusal, in_fork
 from tests.training.test_resume import events, run_config
 from tlinformer_jax.data.tokenizers import ByteTokenizer
 from tlinformer_jax.errors import ConfigError, DataError
@@ -168,8 +168,7 @@ def test_other_numbers_of_layers_are_refused(trained, tmp_path):
 def test_the_command_refuses_it_before_anything_is_written(trained, tmp_path):
     arguments = ("--config=configs/tiny.py", f"--init_from={trained[1]}")
     message = f"init_from = '{trained[1]}': parameter blocks_0/compress/"
-    (refused,) = in_forks([("tlinformer_jax.main", [*arguments, "--check"])])
-    check_refusal(refused, message)
+    check_refusal(in_fork("tlinformer_jax.main", *arguments, "--check"), message)
 
 
 def test_layers_of_another_kind_are_refused(trained, tmp_path):
